@@ -1,0 +1,234 @@
+"""What every attention mechanism is: a module on (q, k, v) that says what it supports and refuses the rest in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Rotary = Callable[[Tensor, Tensor], Tensor]
+"""`rotary(x, position)`: rotate x [B, H, T, D] to the positions [T] or [B, T], which may be fractional."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a mechanism comes from."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration under which the contract tests, the benchmark and the docs run a mechanism.
+
+    Args:
+        options: keyword arguments of the mechanism's constructor.
+        tokens: sequence length, small.
+        block: length at which something changes: 1, block - 1, block and block + 1 tokens are tested as well.
+        heads, kv_heads, width, value_width: shape of q, k, v.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 96
+    block: int = 16
+    heads: int = 4
+    kv_heads: int = 2
+    width: int = 16
+    value_width: int = 16
+
+    def __str__(self) -> str:
+        return "-".join(f"{k}={v}" for k, v in self.options.items()) or "default"
+
+
+@dataclass(frozen=True)
+class Supports:
+    """What a mechanism can do. Whatever is False here is refused with a reason when it is asked for."""
+
+    causal: bool = True
+    noncausal: bool = True
+    cross: bool = False  # k and v of another length than q
+    training: bool = True
+    decode: bool = True  # extend: prefill in any chunking, then token by token
+    grouped: bool = True  # fewer key/value heads than query heads
+    packed: bool = False  # padding and several documents a row, by `group`
+    value_width: bool = True  # E != D
+    rotary: bool = False  # takes `rotary` and places it itself; otherwise q and k come rotated
+    dims: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a causal mechanism remembers of the tokens it has seen. Never changed in place: extend returns a new one.
+
+    Subclasses are frozen dataclasses whose fields are ints, tensors with the batch first, None, or tuples and
+    further dataclasses of these.
+    """
+
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return sum(x.nbytes for x in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its dotted name: what safetensors stores."""
+        found: dict[str, Tensor] = {}
+        _walk(self, "", lambda name, x: found.setdefault(name, x))
+        return found
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same state with its tensors replaced by those of `tensors()`' names: what loading needs."""
+        return _walk(self, "", lambda name, x: tensors[name])
+
+    def copy(self) -> Self:
+        """A state that shares no memory with this one."""
+        return _walk(self, "", lambda name, x: x.clone())
+
+    def to(self, *args, **kwargs) -> Self:
+        """Every tensor moved as by Tensor.to."""
+        return _walk(self, "", lambda name, x: x.to(*args, **kwargs))
+
+    def reorder(self, beams: Int[Tensor, " beams"]) -> Self:
+        """The state whose sequence i is this state's sequence beams[i]."""
+        return _walk(self, "", lambda name, x: x.index_select(0, beams.to(x.device)))
+
+    def crop(self, drop: int) -> Self:
+        """The state before the last `drop` tokens, as speculative decoding needs after a rejected draft."""
+        raise NotImplementedError(f"{type(self).__name__}: crop is not supported; keep the state from before the draft")
+
+
+def _walk(x: Any, name: str, visit: Callable[[str, Tensor], Any]) -> Any:
+    """`x` with every tensor replaced by visit(dotted name, tensor)."""
+    if isinstance(x, Tensor):
+        return visit(name, x)
+    if isinstance(x, tuple):
+        return tuple(_walk(y, f"{name}.{i}" if name else str(i), visit) for i, y in enumerate(x))
+    if isinstance(x, State) or hasattr(x, "__dataclass_fields__"):
+        inner = {f.name: _walk(getattr(x, f.name), f"{name}.{f.name}" if name else f.name, visit) for f in fields(x)}
+        return replace(x, **inner)
+    return x
+
+
+class Mechanism(nn.Module):
+    """An attention operator on q [B, H, T, D], k [B, G, T, D], v [B, G, T, E].
+
+    Subclasses set `paper`, `cases` and `supports`, take keyword-only options with the paper's defaults, and implement
+    `forward`, `reference` and, where `supports.decode`, `extend`.
+    """
+
+    paper: ClassVar[Paper]
+    cases: ClassVar[tuple[Case, ...]]
+    supports: ClassVar[Supports] = Supports()
+
+    def __init__(self, *, causal: bool = True, scale: float | None = None):
+        super().__init__()
+        allowed = self.supports.causal if causal else self.supports.noncausal
+        if not allowed:
+            raise NotImplementedError(f"{self.name}: causal={causal} is not supported by this mechanism")
+        self.causal, self.scale = causal, scale
+
+    @property
+    def name(self) -> str:
+        """The registry name: the name of the file, with hyphens."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    def forward(
+        self,
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B G S D"],
+        v: Float[Tensor, "B G S E"],
+        *,
+        group: Int[Tensor, "#B T"] | None = None,
+        rotary: Rotary | None = None,
+    ) -> Float[Tensor, "B H T E"]:
+        """Attention of every query.
+
+        Args:
+            group: document of each token, for packed or padded batches: tokens see their own document only, negative
+                ids are padding, which nobody sees and whose output is 0. A document is a run of equal ids.
+            rotary: rotates queries and keys, for mechanisms with `supports.rotary`; the others take rotated q and k.
+        """
+        raise NotImplementedError
+
+    def extend(
+        self,
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B G T D"],
+        v: Float[Tensor, "B G T E"],
+        state: State | None = None,
+        *,
+        rotary: Rotary | None = None,
+    ) -> tuple[Float[Tensor, "B H T E"], State]:
+        """Attention of T further tokens after those in `state`: prefill in any chunking, then one token at a time.
+
+        The outputs are those of one forward over everything. `state` stays valid and unchanged.
+        """
+        raise NotImplementedError(f"{self.name}: no decode state; call forward on the whole sequence")
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The paper's formula, literally: dense, slow, float64 in the tests, sharing nothing with forward."""
+        raise NotImplementedError
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, *, group: Tensor | None = None, rotary: Rotary | None = None):
+        """Refuse what the mechanism or the shapes cannot honour.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit together.
+            NotImplementedError: the mechanism does not support what is asked for.
+        """
+        who = self.name
+        check_qkv(who, q, k, v)
+        if not self.supports.cross and q.shape[2] != k.shape[2]:
+            raise NotImplementedError(f"{who}: self-attention only, but q has {q.shape[2]} tokens and k {k.shape[2]}")
+        if not self.supports.grouped and q.shape[1] != k.shape[1]:
+            raise NotImplementedError(
+                f"{who}: needs as many key heads as query heads, got H={q.shape[1]} and G={k.shape[1]}; "
+                "repeat k and v along the heads"
+            )
+        if not self.supports.value_width and v.shape[3] != k.shape[3]:
+            raise NotImplementedError(f"{who}: needs E = D, got E={v.shape[3]} and D={k.shape[3]}")
+        if group is not None:
+            if not self.supports.packed:
+                raise NotImplementedError(f"{who}: cannot pack documents or mask padding; run sequences one by one")
+            if group.shape[-1] != q.shape[2] or group.dim() != 2 or group.shape[0] not in (1, q.shape[0]):
+                raise ValueError(
+                    f"{who}: group must be [B, T] = [{q.shape[0]}, {q.shape[2]}], got {list(group.shape)}"
+                )
+            if group.is_floating_point() or group.dtype == torch.bool:
+                raise TypeError(f"{who}: group holds integer document ids, got {group.dtype}")
+        if rotary is not None and not self.supports.rotary:
+            raise NotImplementedError(f"{who}: does not place rotations itself; rotate q and k before the call")
+
+
+def check_qkv(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError or TypeError unless q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{who}: {name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{who}: {name} must be [batch, heads, tokens, width], got shape {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{who}: {name} must be floating point, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{who}: q, k and v must share a dtype, got {q.dtype} for q and {x.dtype} for {name}")
+        if x.device != q.device:
+            raise ValueError(f"{who}: q, k and v must share a device, got {q.device} for q and {x.device} for {name}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{who}: q has batch {q.shape[0]}, {name} has {x.shape[0]}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(
+            f"{who}: k and v must agree in heads and rows, got k {list(k.shape)} and v {list(v.shape)}"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"{who}: q has width {q.shape[3]}, k has {k.shape[3]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{who}: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")

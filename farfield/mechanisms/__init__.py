@@ -1,0 +1,61 @@
+"""The registry: every module in this folder, and in the folders of $FARFIELD_MECHANISMS, is one mechanism.
+
+The file name is the registry name, with hyphens for underscores; nothing else has to be edited to add one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import pkgutil
+from functools import cache
+
+from farfield.mechanism import Mechanism
+
+# Folders of your own mechanisms, as PATH separates them
+__path__ += [folder for folder in os.environ.get("FARFIELD_MECHANISMS", "").split(os.pathsep) if folder]
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """All registry names, sorted. Imports nothing."""
+    found = (m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return tuple(sorted(name.replace("_", "-") for name in found))
+
+
+@cache
+def get(name: str) -> type[Mechanism]:
+    """The mechanism class of this registry name.
+
+    Raises:
+        ValueError: no such mechanism; the message suggests the nearest names.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise ValueError(f"no mechanism {name!r}{hint} All: {', '.join(names())}")
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    own = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, Mechanism) and c.__module__ == module.__name__
+        and not c.__name__.startswith("_")
+    ]
+    if len(own) != 1:
+        raise TypeError(f"{module.__file__}: a mechanism file defines one public Mechanism, found {len(own)}")
+    return own[0]
+
+
+def make(name: str, **options) -> Mechanism:
+    """The mechanism of this name, built with these options.
+
+    Raises:
+        ValueError: no such mechanism, or an option that it does not have; the message lists its options.
+    """
+    kind = get(name)
+    known = inspect.signature(kind).parameters
+    if unknown := [o for o in options if o not in known]:
+        raise ValueError(f"{name}: no option {', '.join(unknown)}; its options are {', '.join(known)}")
+    return kind(**options)

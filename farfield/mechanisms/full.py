@@ -1,0 +1,71 @@
+"""Full softmax attention: every query reads every token.
+
+    out[i] = sum over j of softmax_j(scale * q[i] . k[j]) v[j],    causal: j <= i
+
+T * S scores. The baseline of everything else, through PyTorch's scaled_dot_product_attention.
+Departs from the paper: nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from farfield.mechanism import Case, Mechanism, Paper, State, Supports
+from farfield.ops.attend import attend
+from farfield.select import static
+from farfield.types import Rows
+
+
+@dataclass(frozen=True)
+class Cache(State):
+    k: Tensor
+    v: Tensor
+
+    def crop(self, drop: int) -> "Cache":
+        if not 0 <= drop <= self.tokens:
+            raise ValueError(f"full: cannot drop {drop} of {self.tokens} tokens")
+        keep = self.tokens - drop
+        return Cache(keep, self.k[:, :, :keep], self.v[:, :, :keep])
+
+
+class Full(Mechanism):
+    paper = Paper(
+        title="Attention Is All You Need",
+        authors="Vaswani et al.",
+        year=2017,
+        arxiv="1706.03762",
+        code="github.com/tensorflow/tensor2tensor",
+    )
+    cases = (Case(), Case(options={"causal": False}, value_width=24))
+    supports = Supports(cross=True, packed=True)
+
+    def forward(self, q, k, v, *, group=None, rotary=None):
+        self.check(q, k, v, group=group, rotary=rotary)
+        if group is not None:
+            # a dense mask of documents is T x T; groups in attend are T
+            layout = static.full(tokens=q.shape[2], causal=self.causal, device=q.device)
+            return attend(q, Rows(k, v, group=group[:, None]), layout, scale=self.scale, group=group[:, None]).out
+        return _sdpa(q, k, v, is_causal=self.causal, scale=self.scale)
+
+    def extend(self, q, k, v, state=None, *, rotary=None):
+        self.check(q, k, v, rotary=rotary)
+        if state is not None:
+            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+        # aligned lower-right: the last query reads everything
+        mask = causal_lower_right(q.shape[2], k.shape[2])
+        return _sdpa(q, k, v, attn_mask=mask, scale=self.scale), Cache(k.shape[2], k, v)
+
+    def reference(self, q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        if self.causal:
+            i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+            scores = scores.masked_fill(j > i, float("-inf"))
+        return scores.softmax(-1) @ v
+
+
+def _sdpa(q, k, v, **options):
+    return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
