@@ -1,0 +1,1 @@
+"""What the tests stand on: numerical units, exact inputs, literal oracles and the contract of every mechanism."""
