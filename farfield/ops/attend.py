@@ -1,0 +1,264 @@
+"""attend: read the rows a layout names, under one softmax over all sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.library import custom_op
+
+from farfield.types import Layout, Partial, Rows
+
+
+class Plan(NamedTuple):
+    """One source's part of the op's `plan`: integers only, so that a custom op can carry it."""
+
+    q_block: int
+    k_block: int
+    causal: int
+    reach: int  # -1: no limit
+    sinks: int
+
+
+def attend(
+    q: Float[Tensor, "B H T D"],
+    rows: Rows | Sequence[tuple[Rows, Layout]],
+    layout: Layout | None = None,
+    *,
+    scale: float | None = None,
+    position: Int[Tensor, "*#batch T"] | None = None,
+    group: Int[Tensor, "*#batch T"] | None = None,
+) -> Partial:
+    """Softmax attention of each query over the rows that its block reads, one softmax over all sources.
+
+        out[i] = sum_r e^(s[i, r]) v[r] / sum_r e^(s[i, r]),    s[i, r] = scale * q[i] . k[r] + bias[r]
+
+    A row is visible to a query iff it is in the query block's list, it ends at or before the query's position (causal
+    layouts), it lies within the layout's reach, and the groups agree (where given). A row that two sources name is
+    counted twice. Differentiable in q and in the rows' k, v and bias through out and lse; layouts, positions and
+    groups carry no gradient. H is a multiple of G, and query head h reads key head h // (H / G). Scores and sums are float32 or
+    wider. On the CPU everything is deterministic. The backward recomputes the scores from lse: memory is linear in T
+    and S.
+
+    Args:
+        rows: what to read, with `layout`; or a sequence of (rows, layout) sources, all with one q_block.
+        scale: factor on q . k before the exponential. Default 1 / sqrt(D).
+        position: positions of the queries, [T] or [B|1, 1|H, T]. Default 0 .. T-1.
+        group: buckets or documents of the queries, [T] or [B|1, 1|H, T]; needed iff any source has groups.
+
+    Returns:
+        out in q's dtype, lse as natural log in float32 or wider. A query that reads nothing gives 0 and -inf.
+
+    Raises:
+        ValueError: shapes do not fit together, or a layout was built for another T, S or q_block.
+        TypeError: q, k and v are not floating point of one dtype, or positions or groups are not integers.
+
+    Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691) for the softmax in pieces and its backward from lse; the
+    joint softmax over near and far rows is Fast Multipole Attention's (arXiv:2310.11960).
+    """
+    sources = [(rows, layout)] if isinstance(rows, Rows) else list(rows)
+    _check(q, sources, position, group)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    none = q.new_empty(0)
+    out, lse = _forward(
+        q,
+        [r.k for r, _ in sources],
+        [r.v for r, _ in sources],
+        [none if r.bias is None else _per_head(r.bias).to(torch.promote_types(q.dtype, torch.float32)) for r, _ in sources],
+        [none if r.end is None else _per_head(r.end) for r, _ in sources],
+        [none if r.group is None else _per_head(r.group) for r, _ in sources],
+        none if position is None else _per_head(position),
+        none if group is None else _per_head(group),
+        [p.index for _, p in sources],
+        [p.count for _, p in sources],
+        [x for _, p in sources for x in Plan(p.q_block, p.k_block, p.causal, _limit(p.reach), p.sinks)],
+        scale,
+    )
+    return Partial(out, lse)
+
+
+# The schema is flat: an absent tensor is an empty one, because lists of optional tensors carry no gradient.
+
+
+@custom_op("farfield::attend", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    end: Sequence[Tensor],
+    row_group: Sequence[Tensor],
+    position: Tensor,
+    group: Tensor,
+    index: Sequence[Tensor],
+    count: Sequence[Tensor],
+    plan: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from farfield.cpu.attend import forward
+
+    return forward(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
+
+
+@_forward.register_fake
+def _(q, k, v, bias, end, row_group, position, group, index, count, plan, scale):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v[0].shape[-1]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@custom_op("farfield::attend_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    end: Sequence[Tensor],
+    row_group: Sequence[Tensor],
+    position: Tensor,
+    group: Tensor,
+    index: Sequence[Tensor],
+    count: Sequence[Tensor],
+    plan: Sequence[int],
+    scale: float,
+    bias_grad: bool,
+) -> list[Tensor]:
+    from farfield.cpu.attend import backward
+
+    plans = _plans(plan)
+    return backward(
+        d_out, d_lse, out, lse, q, k, v, bias, end, row_group, position, group, index, count, plans, scale, bias_grad
+    )
+
+
+@_backward.register_fake
+def _(d_out, d_lse, out, lse, q, k, v, bias, *rest):
+    return [x.new_empty(x.shape) for x in (q, *k, *v, *bias)]
+
+
+def _save(ctx, inputs, output):
+    q, k, v, bias, end, row_group, position, group, index, count, ctx.plan, ctx.scale = inputs
+    ctx.sources = len(k)
+    ctx.save_for_backward(*output, q, position, group, *k, *v, *bias, *end, *row_group, *index, *count)
+
+
+def _differentiate(ctx, d_out, d_lse):
+    # lse has a gradient of its own: merge() weighs partial results by it
+    out, lse, q, position, group, *rest = ctx.saved_tensors
+    n = ctx.sources
+    k, v, bias, end, row_group, index, count = (rest[i * n : (i + 1) * n] for i in range(7))
+    grads = _backward(
+        d_out, d_lse, out, lse, q, k, v, bias, end, row_group, position, group, index, count, ctx.plan, ctx.scale,
+        any(ctx.needs_input_grad[3]),
+    )  # fmt: skip
+    d_q, d_k, d_v, d_bias = grads[0], grads[1 : n + 1], grads[n + 1 : 2 * n + 1], grads[2 * n + 1 :]
+    nothing = [None] * n
+    return d_q, d_k, d_v, d_bias, nothing, nothing, None, None, nothing, nothing, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _plans(flat: Sequence[int]) -> list[Plan]:
+    size = len(Plan._fields)
+    return [Plan(*flat[i : i + size]) for i in range(0, len(flat), size)]
+
+
+def _limit(reach: int | None) -> int:
+    return -1 if reach is None else reach
+
+
+def _per_head(x: Tensor) -> Tensor:
+    """[S] or [B, H, S] as [B, H, S]."""
+    return x[None, None] if x.dim() == 1 else x
+
+
+def _check(q: Tensor, sources: list[tuple[Rows, Layout | None]], position: Tensor | None, group: Tensor | None) -> None:
+    if not sources:
+        raise ValueError("attend: needs at least one (rows, layout) source")
+    if not q.is_floating_point() or q.dim() != 4:
+        raise TypeError(f"attend: q must be floating point [B, H, T, D], got {q.dtype} {list(q.shape)}")
+    batch, heads, tokens, width = q.shape
+    for n, (rows, layout) in enumerate(sources):
+        if not isinstance(rows, Rows) or not isinstance(layout, Layout):
+            raise TypeError(
+                f"attend: source {n} must be (Rows, Layout), got ({type(rows).__name__}, {type(layout).__name__})"
+            )
+        _check_source(f"attend: source {n}", q, rows, layout)
+        if layout.q_block != sources[0][1].q_block:
+            raise ValueError(
+                f"attend: all layouts must share a q_block, got {sources[0][1].q_block} and {layout.q_block}"
+            )
+        if rows.v.shape[-1] != sources[0][0].v.shape[-1]:
+            raise ValueError(
+                f"attend: all sources must share a value width, got {sources[0][0].v.shape[-1]} and {rows.v.shape[-1]}"
+            )
+        if (rows.group is None) != (group is None) and rows.group is not None:
+            raise ValueError(f"attend: source {n} has row groups but the queries have none; pass group=")
+    if group is not None and all(rows.group is None for rows, _ in sources):
+        raise ValueError("attend: the queries have groups but no source has; set Rows.group")
+    for name, x in (("position", position), ("group", group)):
+        if x is not None:
+            _check_per_row("attend", name, x, batch, (1, heads), tokens, "T", integer=True)
+            if x.device != q.device:
+                raise ValueError(f"attend: {name} is on {x.device}, q on {q.device}")
+
+
+def _check_source(who: str, q: Tensor, rows: Rows, layout: Layout) -> None:
+    batch, heads, tokens, width = q.shape
+    k, v = rows.k, rows.v
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 4 or x.shape[0] != batch:
+            raise ValueError(f"{who}: {name} must be [B={batch}, G, S, width], got {list(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{who}: {name} is {x.dtype} but q is {q.dtype}; use one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{who}: {name} is on {x.device}, q on {q.device}")
+    if k.shape[1:3] != v.shape[1:3] or k.shape[3] != width:
+        raise ValueError(f"{who}: k {list(k.shape)} and v {list(v.shape)} do not fit q {list(q.shape)}")
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"{who}: {heads} query heads are not a multiple of {k.shape[1]} key heads")
+    if layout.tokens != tokens:
+        raise ValueError(
+            f"{who}: the layout was built for {layout.tokens} queries, but q has {tokens}. Build the layout for this T."
+        )
+    if layout.rows != k.shape[2]:
+        raise ValueError(
+            f"{who}: the layout was built for {layout.rows} rows, but there are {k.shape[2]}. "
+            "Build the layout for these rows."
+        )
+    if layout.index.shape[0] not in (1, batch) or layout.index.shape[1] not in (1, heads):
+        raise ValueError(
+            f"{who}: index must be [1|{batch}, 1|{heads}, N, P], got {list(layout.index.shape)}"
+        )
+    if layout.index.device != q.device:
+        raise ValueError(f"{who}: the layout is on {layout.index.device}, q on {q.device}; use layout.to(device)")
+    kv_heads = k.shape[1]
+    for name, x, allowed in (
+        ("end", rows.end, (1, kv_heads)),
+        ("group", rows.group, (1, kv_heads)),
+        ("bias", rows.bias, (1, kv_heads, heads)),
+    ):
+        if x is not None:
+            _check_per_row(who, name, x, batch, allowed, k.shape[2], "S", integer=name != "bias")
+            if x.device != q.device:
+                raise ValueError(f"{who}: {name} is on {x.device}, q on {q.device}")
+
+
+def _check_per_row(
+    who: str, name: str, x: Tensor, batch: int, heads: tuple[int, ...], rows: int, letter: str, *, integer: bool
+) -> None:
+    if integer == x.is_floating_point() or x.dtype == torch.bool:
+        raise TypeError(f"{who}: {name} must be {'integer' if integer else 'floating point'}, got {x.dtype}")
+    fits = x.shape[-1] == rows and (
+        x.dim() == 1 or (x.dim() == 3 and x.shape[0] in (1, batch) and x.shape[1] in heads)
+    )
+    if not fits:
+        allowed = " or ".join(f"[1|{batch}, {h}, {rows}]" for h in dict.fromkeys(heads))
+        raise ValueError(f"{who}: {name} must be [{letter}={rows}] or {allowed}, got {list(x.shape)}")

@@ -1,0 +1,19 @@
+"""select: which query block reads which rows. Every function returns Layouts."""
+
+from farfield.select.algebra import from_block_mask, from_dense, minus, to_block_mask, to_dense, transpose, union
+from farfield.select.static import Multipole, full, multipole, strided, window
+
+__all__ = [
+    "Multipole",
+    "from_block_mask",
+    "from_dense",
+    "full",
+    "minus",
+    "multipole",
+    "strided",
+    "to_block_mask",
+    "to_dense",
+    "transpose",
+    "union",
+    "window",
+]

@@ -1,0 +1,211 @@
+"""Layouts that depend on lengths only: full, window with sinks, strided, and FMA's multipole lists."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from farfield.types import Layout
+
+
+def full(
+    *,
+    tokens: int,
+    rows: int | None = None,
+    q_block: int = 64,
+    k_block: int = 64,
+    causal: bool = False,
+    device: torch.device | str | None = None,
+) -> Layout:
+    """Each query reads every row, or with `causal` every row up to its own."""
+    rows = tokens if rows is None else rows
+    _positive(tokens=tokens, rows=rows, q_block=q_block, k_block=k_block)
+    blocks, row_blocks = -(-tokens // q_block), -(-rows // k_block)
+    index = torch.arange(row_blocks, dtype=torch.int32, device=device).expand(1, 1, blocks, row_blocks)
+    count = torch.full((1, 1, blocks), row_blocks, dtype=torch.int32, device=device)
+    if causal and rows == tokens:
+        last = torch.arange(1, blocks + 1, dtype=torch.int32, device=device) * q_block - 1
+        count = (last // k_block + 1).clamp(max=row_blocks)[None, None]
+    return Layout(index, count, q_block, k_block, tokens, rows, causal)
+
+
+def window(
+    *,
+    tokens: int,
+    width: int,
+    sinks: int = 0,
+    block: int = 64,
+    causal: bool = True,
+    device: torch.device | str | None = None,
+) -> Layout:
+    """Each query reads the rows less than `width` tokens away, itself included, and the first `sinks` rows.
+
+    Exact to the token: the lists name blocks of `block`, and the layout's `reach` trims them.
+    """
+    _positive(tokens=tokens, width=width, block=block)
+    blocks = -(-tokens // block)
+    n = torch.arange(blocks, dtype=torch.int32, device=device)
+    first = ((n * block - width + 1).clamp(min=0)) // block
+    last = n if causal else (((n + 1) * block - 1 + width - 1) // block).clamp(max=blocks - 1)
+    slots = torch.arange(min(blocks, (1 if causal else 2) * (-(-(width - 1) // block)) + 1), device=device)
+    index = first[:, None] + slots
+    sink_slots = torch.arange(-(-min(sinks, tokens) // block), device=device).expand(blocks, -1)
+    listed = torch.cat([sink_slots, index], -1)
+    used = torch.cat([sink_slots < first[:, None], index <= last[:, None]], -1)
+    index, count = pack_lists(listed, used)
+    return Layout(index[None, None], count[None, None], block, block, tokens, tokens, causal, width, sinks)
+
+
+def strided(
+    *,
+    tokens: int,
+    stride: int,
+    local: int = 1,
+    block: int = 64,
+    causal: bool = True,
+    device: torch.device | str | None = None,
+) -> Layout:
+    """Each query block reads itself, the `local - 1` blocks before it, and every `stride`-th block before those.
+
+    The strided pattern of Sparse Transformers (Child et al. 2019, arXiv:1904.10509) in blocks; noncausal lists are
+    mirrored to the blocks after.
+    """
+    _positive(tokens=tokens, stride=stride, local=local, block=block)
+    blocks = -(-tokens // block)
+    n = torch.arange(blocks, device=device)[:, None]
+    steps = torch.arange(blocks // stride + 1, device=device)
+    near = torch.arange(local, device=device)
+    back = torch.cat([n - near, n - (local - 1 + (steps + 1) * stride)], 1)
+    # a distance of 0 belongs to the backward half
+    ahead = torch.cat([n + near[1:], n + (local - 1 + (steps + 1) * stride)], 1)
+    listed = back if causal else torch.cat([back, ahead], 1)
+    index, count = pack_lists(listed, (listed >= 0) & (listed < blocks))
+    return Layout(index[None, None], count[None, None], block, block, tokens, tokens, causal)
+
+
+class Multipole(NamedTuple):
+    """FMA's two layouts: the near field over the tokens and the far field over the pyramid of `summarize`."""
+
+    near: Layout
+    far: Layout
+
+
+def multipole(
+    *,
+    tokens: int,
+    block: int = 64,
+    near: int = 128,
+    rank: int = 16,
+    causal: bool = True,
+    device: torch.device | str | None = None,
+) -> Multipole:
+    """Near field exact, far field through ever coarser groups: each (query, token) pair is covered exactly once.
+
+    A query block reads its own block and the near / block blocks before it (and after it, noncausal) token by token;
+    level l of the far field, groups of block * 2^(l-1) tokens, supplies what the children of the parent's neighbours
+    add to its own neighbours. Queries read O(near + rank * log(tokens)) rows.
+
+    Args:
+        tokens: T = S.
+        block: tokens of a query block, of a near block and of a group of level 1.
+        near: exact tokens to each side at least; a multiple of `block`.
+        rank: rows of a group; the far layout's lists name groups of the pyramid `summarize(rows, block, rank)`.
+
+    Source: Fast Multipole Attention (Kang, Tran, De Sterck 2023, arXiv:2310.11960), the interaction lists;
+    near > block is ours.
+    """
+    _positive(tokens=tokens, block=block, near=near, rank=rank)
+    blocks = -(-tokens // block)
+    n = torch.arange(blocks, device=device)
+    first, start = [], 0
+    for level in range(depth(blocks)):
+        first.append(start)
+        start += -(-blocks // 2**level)
+    listed, used = far_lists(n, radii(near, block, len(first)), causal, blocks)
+    index, count = pack_lists(
+        torch.cat([x + at for x, at in zip(listed, first, strict=True)] or [n[:, None][:, :0]], -1),
+        torch.cat(used or [n[:, None][:, :0].bool()], -1),
+    )
+    # every group of a causal list is complete and past: nothing is left to hide
+    far = Layout(index[None, None], count[None, None], block, rank, tokens, start * rank, causal=False)
+    index, count = pack_lists(*near_lists(n, near // block, causal, blocks))
+    return Multipole(Layout(index[None, None], count[None, None], block, block, tokens, tokens, causal), far)
+
+
+def depth(blocks: int) -> int:
+    """Levels of a pyramid over so many blocks: the coarsest still has three groups, two of which are no neighbours."""
+    levels = 0
+    while -(-blocks // 2**levels) >= 3:
+        levels += 1
+    return levels
+
+
+def radii(near: int, block: int, levels: int) -> tuple[int, ...]:
+    """How many groups to each side are neighbours, level by level: near / block at the finest, halving to 1.
+
+    One more entry than `levels`. Twice the radius above is at least the radius below, which makes the lists a
+    partition.
+
+    Raises:
+        ValueError: `near` is not a positive multiple of `block`.
+    """
+    if near < block or near % block:
+        raise ValueError(f"multipole: near must be a positive multiple of block={block}, got {near}")
+    found = [near // block]
+    for _ in range(levels):
+        found.append(-(-found[-1] // 2))
+    return tuple(found)
+
+
+def near_lists(
+    n: Int[Tensor, "*batch N"], radius: int, causal: bool, blocks: int | Int[Tensor, "*batch N"]
+) -> tuple[Int[Tensor, "*batch N P"], Bool[Tensor, "*batch N P"]]:
+    """Blocks within `radius` of block n of a sequence of `blocks` blocks, and which of them exist."""
+    listed = n[..., None] + torch.arange(-radius, 1 if causal else radius + 1, device=n.device)
+    blocks = blocks[..., None] if isinstance(blocks, Tensor) else blocks
+    return listed, (listed >= 0) & (listed < blocks)
+
+
+def far_lists(
+    n: Int[Tensor, "*batch N"],
+    radius: tuple[int, ...],
+    causal: bool,
+    blocks: int | Int[Tensor, "*batch N"],
+) -> tuple[list[Int[Tensor, "*batch N P"]], list[Bool[Tensor, "*batch N P"]]]:
+    """For each level, the groups that block n of a sequence of `blocks` blocks reads, and which of them exist.
+
+    `radius` is `radii(...)`: the levels are one fewer.
+    """
+    listed, used = [], []
+    blocks = blocks[..., None] if isinstance(blocks, Tensor) else blocks
+    for level, (own, above) in enumerate(zip(radius[:-1], radius[1:], strict=True)):
+        group = (n >> level)[..., None]
+        parent = group >> 1
+        slots = torch.arange(2 * above - own + 1, device=n.device)
+        left = 2 * (parent - above) + slots
+        listed.append(left)
+        used.append((left >= 0) & (left < group - own))
+        if not causal:
+            right = group + own + 1 + slots
+            groups = (blocks + 2**level - 1) >> level
+            listed[-1] = torch.cat([left, right], -1)
+            used[-1] = torch.cat([used[-1], (right < groups) & (right <= 2 * (parent + above) + 1)], -1)
+    return listed, used
+
+
+def pack_lists(
+    listed: Int[Tensor, "*batch P"], used: Bool[Tensor, "*batch P"]
+) -> tuple[Int[Tensor, "*batch P"], Int[Tensor, "*batch"]]:
+    """The used entries of each list in ascending order, then zeros; and how many they are."""
+    unused = torch.iinfo(torch.int32).max
+    index = listed.masked_fill(~used, unused).to(torch.int32).sort(-1).values
+    return index.masked_fill(index == unused, 0), used.sum(-1, dtype=torch.int32)
+
+
+def _positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
