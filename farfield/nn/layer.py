@@ -1,0 +1,160 @@
+"""The attention layer: projections, a short convolution, q and k norms, rotary positions, and any mechanism."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from farfield import mechanisms
+from farfield.mechanism import Mechanism, Rotary, State
+from farfield.nn.conv import ShortConv
+from farfield.nn.rope import Rope
+
+SPARE = 32  # inputs kept beyond what the convolution reads, so that crop can take back this many tokens
+
+
+@dataclass(frozen=True)
+class LayerState(State):
+    """What an attention layer remembers: its mechanism's state and the last inputs of its convolution."""
+
+    inner: State
+    recent: Tensor | None  # [B, R, W]
+    reach: int  # inputs that the convolution reads behind the present one
+
+    def crop(self, drop: int) -> LayerState:
+        if not 0 <= drop <= self.tokens:
+            raise ValueError(f"Attention: cannot drop {drop} of {self.tokens} tokens")
+        keep, recent = self.tokens - drop, self.recent
+        if recent is not None:
+            left = recent.shape[1] - drop
+            if left < min(keep, self.reach):
+                raise ValueError(
+                    f"Attention: cannot drop {drop} tokens, the convolution keeps inputs for at most {SPARE}; "
+                    "keep the state from before the draft (states are never changed in place)"
+                )
+            recent = recent[:, :left]
+        return LayerState(keep, self.inner.crop(drop), recent, self.reach)
+
+
+class Attention(nn.Module):
+    """Multi-head attention on x [B, T, W] through any mechanism.
+
+    Args:
+        width: W, of the residual stream.
+        heads: H query heads.
+        kv_heads: G key/value heads, a divisor of H; default H.
+        head_width: D; default W / H.
+        mechanism: a registry name, or a Mechanism.
+        options: the named mechanism's options.
+        causal: tokens see themselves and what came before only.
+        conv: width of the depthwise convolution before the projections; 0 for none. Centred where not causal.
+        rope_share: share of D that carries rotary positions; 0 for none.
+        rope_base: see Rope.
+        qk_norm: q and k are brought to unit RMS per head, and q is multiplied by a learned gain per head, start 1.6.
+        rotate: who places the rotations. "mechanism": the mechanism does where it can (FMA rotates each summary to
+            its centre), else the layer. "layer": always the layer, before any pooling.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        mechanism: str | Mechanism = "fma",
+        options: Mapping[str, Any] | None = None,
+        causal: bool = True,
+        conv: int = 4,
+        rope_share: float = 0.5,
+        rope_base: float = 10_000.0,
+        qk_norm: bool = True,
+        rotate: str = "mechanism",
+    ):
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if heads % kv_heads:
+            raise ValueError(f"Attention: kv_heads must divide heads, got heads={heads} and kv_heads={kv_heads}")
+        if head_width is None and width % heads:
+            raise ValueError(f"Attention: width {width} is not a multiple of {heads} heads; give head_width")
+        if rotate not in ("mechanism", "layer"):
+            raise ValueError(f'Attention: rotate must be "mechanism" or "layer", got {rotate!r}')
+        self.width, self.heads, self.kv_heads = width, heads, kv_heads
+        self.head_width = head_width or width // heads
+        self.mechanism = _mechanism(mechanism, options or {}, causal, kv_heads, self.head_width)
+        self.conv = ShortConv(width, conv, causal=causal) if conv else None
+        self.rope = Rope(self.head_width, share=rope_share, base=rope_base) if rope_share else None
+        # separate matrices: an optimizer that orthogonalises updates should see q, k and v apart
+        self.q = nn.Linear(width, heads * self.head_width, bias=False)
+        self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
+        self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
+        self.out = nn.Linear(heads * self.head_width, width, bias=False)
+        self.gain = nn.Parameter(torch.full((heads,), 1.6)) if qk_norm else None
+        self.inside = rotate == "mechanism" and self.mechanism.supports.rotary
+
+    def forward(self, x: Float[Tensor, "B T W"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
+        """Attention of every token. `group` as in Mechanism.forward: the convolution keeps documents apart too."""
+        mixed = x if self.conv is None else self.conv(x, group)
+        q, k, v, rotary = self._project(mixed, 0)
+        return self._join(self.mechanism(q, k, v, group=group, rotary=rotary))
+
+    def extend(self, x: Float[Tensor, "B T W"], state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """Attention of T further tokens after those in `state`: the outputs of one forward over everything."""
+        tokens = state.tokens if state else 0
+        mixed, recent, reach = x, None, 0
+        if self.conv is not None:
+            recent = x[:, :0] if state is None or state.recent is None else state.recent
+            mixed, reach = self.conv.extend(x, recent), self.conv.before
+            # cloned, or the state would hold on to the whole chunk
+            recent = torch.cat([recent, x], 1)[:, -(reach + SPARE) :].clone()
+        q, k, v, rotary = self._project(mixed, tokens)
+        out, inner = self.mechanism.extend(q, k, v, state.inner if state else None, rotary=rotary)
+        return self._join(out), LayerState(tokens + x.shape[1], inner, recent, reach)
+
+    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Rotary | None]:
+        q, k, v = (rearrange(p(x), "b t (h d) -> b h t d", d=self.head_width) for p in (self.q, self.k, self.v))
+        if self.gain is not None:
+            q, k = _unit(q, self.gain[:, None, None]), _unit(k)
+        if self.rope is None or self.inside:
+            return q, k, v, self.rope
+        position = torch.arange(start, start + x.shape[1], device=x.device)
+        return self.rope(q, position), self.rope(k, position), v, None
+
+    def _join(self, out: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T W"]:
+        return self.out(rearrange(out, "b h t d -> b t (h d)"))
+
+
+def _unit(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """`x` at unit RMS times `gain`: float32 or wider inside, x's dtype out."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain).to(x.dtype)
+
+
+def _mechanism(
+    mechanism: str | Mechanism, options: Mapping[str, Any], causal: bool, kv_heads: int, width: int
+) -> Mechanism:
+    if isinstance(mechanism, Mechanism):
+        if options:
+            raise ValueError(
+                f"Attention: options {sorted(options)} need a mechanism's name, got a built {mechanism.name}"
+            )
+        if mechanism.causal != causal:
+            raise ValueError(
+                f"Attention: causal={causal}, but the {mechanism.name} given has causal={mechanism.causal}"
+            )
+        return mechanism
+    if options.get("causal", causal) != causal:
+        raise ValueError(f"Attention: causal={causal}, but the options say causal={options['causal']}")
+    build = partial(mechanisms.make, mechanism, **{**options, "causal": causal})
+    # learned pooling has parameters per key head: tell a mechanism that asks for the layer's shape
+    shape = {"heads": kv_heads, "width": width, "value_width": width}
+    asked = inspect.signature(mechanisms.get(mechanism)).parameters
+    return build(**{k: v for k, v in shape.items() if k not in options}) if shape.keys() <= asked.keys() else build()

@@ -1,0 +1,211 @@
+"""A decoder language model and a masked-language-model encoder over any mechanism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from farfield.mechanism import Mechanism, State
+from farfield.nn.block import Block
+from farfield.nn.config import ModelConfig
+from farfield.nn.layer import Attention, LayerState
+
+IGNORE = -100  # a target that does not count, as in F.cross_entropy
+LOGITS = 1 << 23  # logits alive at a time in `loss`
+
+
+@dataclass(frozen=True)
+class DecoderState(State):
+    """What a Decoder remembers: the state of each layer."""
+
+    layers: tuple[LayerState, ...]
+
+    def crop(self, drop: int) -> DecoderState:
+        return DecoderState(self.tokens - drop, tuple(layer.crop(drop) for layer in self.layers))
+
+
+class Transformer(nn.Module):
+    """What decoder and encoder share: embedding, blocks, final norm, output layer, loss."""
+
+    causal: bool
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(self._attention(), mlp_ratio=config.mlp_ratio, dropout=config.dropout)
+                                    for _ in range(config.layers))  # fmt: skip
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.head = None if config.tie else nn.Linear(config.width, config.vocab, bias=False)
+        self.reset_parameters()
+
+    def _attention(self) -> Attention:
+        c = self.config
+        return Attention(
+            c.width,
+            c.heads,
+            kv_heads=c.kv_heads,
+            mechanism=c.attention,
+            options=c.attention_options,
+            causal=self.causal,
+            conv=c.conv,
+            rope_share=c.rope_share,
+            rope_base=c.rope_base,
+            qk_norm=c.qk_norm,
+            rotate=c.rotate,
+        )
+
+    def reset_parameters(self) -> None:
+        """Matrices keep unit RMS; the two that write to the stream start smaller, so that depth does not add up.
+
+        Mechanisms, convolutions and norms keep the start that they gave themselves.
+        """
+        own = {m for mechanism in self.modules() if isinstance(mechanism, Mechanism) for m in mechanism.modules()}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and module not in own:
+                std = module.in_features**-0.5
+                if name.endswith((".out", ".down")):
+                    std *= (2 * self.config.layers) ** -0.5
+                nn.init.normal_(module.weight, std=std)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    @property
+    def output_weight(self) -> Float[Tensor, "V W"]:
+        """The output layer's matrix; the embedding's where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__}: tokens must be integers [batch, tokens], "
+                f"got {tokens.dtype} {list(tokens.shape)}"
+            )
+        # at unit RMS the blocks weigh against it from the first step, however small a tied embedding is
+        return F.rms_norm(self.embed(tokens), (self.config.width,), eps=1e-6)
+
+    def features(self, tokens: Int[Tensor, "B T"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
+        """The normed residual stream that the output layer reads."""
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x, group)
+        return self.norm(x)
+
+    def forward(self, tokens: Int[Tensor, "B T"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T V"]:
+        """Logits of every token. `group`: documents of a packed or padded batch, as in Mechanism.forward."""
+        return F.linear(self.features(tokens, group), self.output_weight)
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        group: Int[Tensor, "#B T"] | None = None,
+        *,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """Cross-entropy in nats; targets of -100 do not count.
+
+        The vocabulary's logits are made for a piece of the tokens at a time and made again in backward, so they
+        take no memory that grows with the length.
+
+        Args:
+            reduction: "mean" over the targets that count, or "none": [B, T], 0 where one does not count.
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"{type(self).__name__}: targets must have the shape of tokens, {list(tokens.shape)}, "
+                f"got {list(targets.shape)}"
+            )
+        x, flat = self.features(tokens, group).flatten(0, 1), targets.flatten()
+        piece = max(1, LOGITS // self.config.vocab)
+        if len(flat) <= piece:
+            nats = _cross_entropy(x, self.output_weight, flat)
+        else:
+            nats = torch.cat([
+                checkpoint(_cross_entropy, a, self.output_weight, b, use_reentrant=False, preserve_rng_state=False)
+                for a, b in zip(x.split(piece), flat.split(piece), strict=True)
+            ])  # fmt: skip
+        if reduction == "none":
+            return nats.view_as(targets)
+        return nats.sum() / (flat != IGNORE).sum().clamp(min=1)
+
+
+def _cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(x, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+
+
+class Decoder(Transformer):
+    """A causal language model: each token's logits are those of the next token."""
+
+    causal = True
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(replace(config, kind="decoder"))
+
+    def extend(
+        self, tokens: Int[Tensor, "B T"], state: DecoderState | None = None, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B T V"], DecoderState]:
+        """Logits of T further tokens after those in `state`: the logits of one forward over everything.
+
+        `state` stays valid and unchanged. With `last`, only the last token's logits are made: [B, 1, V].
+        """
+        if not tokens.shape[-1]:
+            raise ValueError("Decoder: extend needs at least one token")
+        x, layers = self._embed(tokens), []
+        for i, block in enumerate(self.blocks):
+            x, layer = block.extend(x, state.layers[i] if state else None)
+            layers.append(layer)
+        if last:
+            x = x[:, -1:]
+        seen = (state.tokens if state else 0) + tokens.shape[1]
+        return F.linear(self.norm(x), self.output_weight), DecoderState(seen, tuple(layers))
+
+
+class Encoder(Transformer):
+    """A masked language model: every token sees the whole document; logits are those of the token itself.
+
+    The last id of the vocabulary is the mask token, so bytes need vocab=257.
+    """
+
+    causal = False
+
+    def __init__(self, config: ModelConfig):
+        if config.vocab < 3:
+            raise ValueError(f"Encoder: vocab must be at least 3, the last id is the mask token; got {config.vocab}")
+        super().__init__(replace(config, kind="encoder"))
+
+    @property
+    def mask_token(self) -> int:
+        return self.config.vocab - 1
+
+    def corrupt(
+        self, tokens: Int[Tensor, "B T"], *, share: float = 0.15, generator: torch.Generator | None = None
+    ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """Hide a share of the tokens for training: 80 % of them become the mask token, 10 % another token, 10 % stay.
+
+        Drawn on the CPU, so that a seed means the same on every device.
+
+        Returns:
+            the corrupted tokens, and targets that are -100 wherever nothing was chosen.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"Encoder: share of hidden tokens must lie in 0..1, above 0, got {share}")
+        chosen, how = torch.rand(2, *tokens.shape, generator=generator).to(tokens.device)
+        other = torch.randint(self.mask_token, tokens.shape, generator=generator).to(tokens)
+        chosen = chosen < share
+        hidden = torch.where(how < 0.8, self.mask_token, torch.where(how < 0.9, other, tokens))
+        return torch.where(chosen, hidden, tokens), torch.where(chosen, tokens, IGNORE)
+
+
+def build(config: ModelConfig) -> Decoder | Encoder:
+    """The model that `config` describes, with fresh weights."""
+    return Decoder(config) if config.kind == "decoder" else Encoder(config)
