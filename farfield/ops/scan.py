@@ -68,7 +68,7 @@ def scan(
 
     dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), q.dtype
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    if H != k.shape[1]:
+    if k.shape[1] != H:
         k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
     state = q.new_zeros(B, H, D, E) if state is None else state.to(dtype)
     if T == 0:

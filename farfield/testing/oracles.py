@@ -63,20 +63,17 @@ def attend(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one softmax over all sources, from the dense mask."""
-    B, H, T, D = q.shape
-    scale = D**-0.5 if scale is None else scale
+    batch, heads = q.shape[:2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits, values = [], []
     for rows, layout in sources:
-        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (rows.k, rows.v))
-        mask = visible(
-            layout, batch=B, heads=H, position=position, group=group, end=rows.end, row_group=rows.group
-        )
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (rows.k, rows.v))
+        where = {"position": position, "group": group, "end": rows.end, "row_group": rows.group}
+        mask = visible(layout, batch=batch, heads=heads, **where)
         score = scale * (q @ k.mT)
         if rows.bias is not None:
-            bias = rows.bias
-            if bias.dim() == 3 and bias.shape[1] not in (1, H):
-                bias = bias.repeat_interleave(H // bias.shape[1], 1)
-            score = score + (bias[:, :, None, :] if bias.dim() == 3 else bias)
+            bias = rows.bias.reshape((1,) * (3 - rows.bias.dim()) + tuple(rows.bias.shape))
+            score = score + bias.repeat_interleave(heads // bias.shape[1], 1)[:, :, None]
         logits.append(score.masked_fill(~mask, float("-inf")))
         values.append(v)
     return _softmax(torch.cat(logits, -1), torch.cat(values, 2))
@@ -142,8 +139,21 @@ def fma(
     every run of equal ids is a sequence of its own, negative ids are padding.
     """
     if group is not None:
-        options = dict(block=block, near=near, rank=rank, causal=causal, sinks=sinks, queries=queries, bias=bias)
-        return by_document(lambda *x: fma(*x, scale=scale, **options), q, k, v, group)  # type: ignore[arg-type]
+
+        def alone(*x: Tensor) -> tuple[Tensor, Tensor]:
+            return fma(
+                *x,
+                block=block,
+                near=near,
+                rank=rank,
+                causal=causal,
+                sinks=sinks,
+                queries=queries,
+                bias=bias,
+                scale=scale,
+            )
+
+        return by_document(alone, q, k, v, group)
     T = q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -158,9 +168,7 @@ def fma(
             asks = q[:, :, i]
             if queries == "pooled":
                 own = i // width * width
-                asks = next(
-                    q[:, :, list(run)].mean(2) for run in _runs(own, width, T, rank) if i in run
-                )
+                asks = next(q[:, :, list(run)].mean(2) for run in _runs(own, width, T, rank) if i in run)
             for first in range(0, T, width):
                 if met[i, first] != level or (causal and first > i):
                     continue
