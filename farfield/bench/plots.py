@@ -1,0 +1,323 @@
+"""Figures: time and memory against n, loss curves, the layout picture. Inline SVG that follows the page, or PNG.
+
+Ink is the page's own text colour and the background is the page's, so that one SVG reads well in light and dark. The
+series colours keep a contrast of at least 3 to 1 on both, and differ in marker and dash as well as in hue.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farfield.bench.records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# stands for the page's text colour until the SVG is written
+INK = "#010203"
+
+# Okabe and Ito's hues, set to lightness that both backgrounds bear
+COLORS = {"fma": "#d55e00", "full": "#3a86c8", "sdpa": "#3a86c8", "window": "#1a9a70"}
+SPARE = ("#b0609b", "#8a7a1c", "#7a7f87", "#4f6bd8")
+MARKERS = {"fma": "o", "full": "s", "sdpa": "s", "window": "^"}
+DASHES: dict[str, Any] = {"fma": "-", "full": (0, (5, 2)), "sdpa": (0, (5, 2)), "window": (0, (1.5, 1.5))}
+
+STYLE: dict[str, Any] = {
+    "font.size": 9.5,
+    "font.family": "sans-serif",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "farfield",
+}
+
+
+def styled(**options: Any):
+    """The house style, as a context."""
+    import matplotlib
+
+    return matplotlib.rc_context({**STYLE, **options})
+
+
+def color(name: str, at: int = 0) -> str:
+    """The colour of a series: one name looks the same in every figure."""
+    return COLORS.get(name, SPARE[at % len(SPARE)])
+
+
+def look(name: str, at: int = 0) -> dict[str, Any]:
+    """Colour, marker and dash of a series."""
+    return {
+        "color": color(name, at),
+        "marker": MARKERS.get(name, "Dvpx"[at % 4]),
+        "linestyle": DASHES.get(name, (0, (4, 1.5, 1, 1.5))),
+    }
+
+
+def time_figure(records: Sequence[Record], *, names: Mapping[str, str] | None = None) -> Figure:
+    """Seconds against n on log axes, one panel per passes and dtype; bands are the 10 and 90 % quantiles."""
+    return _against_tokens(
+        records, "time of one call", lambda r: r.seconds, ("q10", "q90"), names or {}, _seconds_tick, ratios=True
+    )
+
+
+def memory_figure(records: Sequence[Record], *, names: Mapping[str, str] | None = None) -> Figure:
+    """Peak extra bytes against n on log axes, one panel per passes and dtype."""
+    return _against_tokens(
+        records, "peak extra memory", lambda r: float(r.memory or "nan"), None, names or {}, _bytes_tick, ratios=False
+    )
+
+
+def _against_tokens(records, label, value, band, names, tick, *, ratios: bool) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    panels = list(dict.fromkeys((r.dtype, r.passes) for r in records))
+    if not panels:
+        raise ValueError("plots: no records to draw")
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    with styled():
+        figure = Figure(figsize=(4.1 * columns, 3.1 * lines), layout="constrained")
+        axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        ticks = sorted({r.tokens for r in records})
+        for ax, (dtype, passes) in zip(axes, panels, strict=False):
+            here = [r for r in records if (r.dtype, r.passes) == (dtype, passes)]
+            contenders = list(dict.fromkeys(r.contender for r in here))
+            for at, name in enumerate(contenders):
+                points = sorted((r.tokens, r) for r in here if r.contender == name and value(r) == value(r))
+                if not points:
+                    continue
+                xs, ys = [n for n, _ in points], [value(r) for _, r in points]
+                style = look(name, at)
+                if band and all(r.times for _, r in points):
+                    low, high = ([r.times[q] for _, r in points] for q in band)
+                    ax.fill_between(xs, low, high, color=style["color"], alpha=0.18, linewidth=0)
+                ax.plot(xs, ys, label=names.get(name, name), **style)
+                if ratios:
+                    _write_ratio(ax, points)
+            ax.set(xscale="log", yscale="log", title=f"{passes.replace('+', ' + ')}, {dtype}")
+            ax.xaxis.set_major_locator(FixedLocator(ticks))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens_tick(n)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
+            ax.grid(True)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        for ax in axes[max(0, len(panels) - columns) : len(panels)]:
+            ax.set_xlabel("n, tokens")
+        for ax in axes[: len(panels) : columns]:
+            ax.set_ylabel(label)
+        axes[0].legend(loc="upper left")
+    return figure
+
+
+def _write_ratio(ax: Axes, points: list[tuple[int, Record]]) -> None:
+    """The ratio at the longest length, beside its point."""
+    n, last = points[-1]
+    if last.ratio:
+        ax.annotate(
+            f"{last.ratio:.1f}x",
+            (n, last.seconds),
+            textcoords="offset points",
+            xytext=(-2, -12),
+            ha="right",
+            fontsize=9,
+        )
+
+
+def loss_figure(
+    curves: Mapping[str, Sequence[tuple[float, float]]], *, points: Mapping[str, tuple[float, float]] | None = None
+) -> Figure:
+    """Bits per byte against bytes trained on.
+
+    Args:
+        curves: (bytes, bits per byte of the training text) of each model; drawn as running means.
+        points: the held-out result of each model at the end.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    with styled():
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        ax = figure.subplots()
+        for at, (name, curve) in enumerate(curves.items()):
+            style = look(name, at)
+            smooth = running_mean([y for _, y in curve])
+            ax.plot([x for x, _ in curve], smooth, label=name, color=style["color"], linestyle=style["linestyle"])
+            if points and name in points:
+                ax.plot(*points[name], color=style["color"], marker=style["marker"], markersize=7, linestyle="none")
+        lows = [y for curve in curves.values() for _, y in curve]
+        if lows:
+            # the first steps of a fresh model would squeeze everything else
+            ax.set_ylim(top=min(max(lows), 8.2))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count_tick(x)))
+        ax.set(xlabel="bytes trained on", ylabel="bits per byte")
+        ax.grid(True)
+        ax.legend(loc="upper right")
+    return figure
+
+
+def running_mean(values: Sequence[float], share: float = 0.04) -> list[float]:
+    """Mean of the last `share` of the curve, at least one value, at every point."""
+    width = max(1, round(share * len(values)))
+    return [
+        sum(values[max(0, i + 1 - width) : i + 1]) / len(values[max(0, i + 1 - width) : i + 1])
+        for i in range(len(values))
+    ]
+
+
+def layout_figure(*, tokens: int = 1024, block: int = 64, near: int = 128, rank: int = 4) -> Figure:
+    """Who reads what in causal FMA: queries down, tokens across; every box is one row that a query block reads.
+
+    The near field is drawn token block by token block. Each far row covers the tokens whose mean it is.
+    """
+    import torch
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from farfield.select import multipole
+
+    plan = multipole(tokens=tokens, block=block, near=near, rank=rank, causal=True)
+    boxes: dict[int, list[tuple[int, int, int]]] = {0: []}  # level -> (query, first token, tokens)
+    for n in range(plan.near.index.shape[2]):
+        for m in plan.near.index[0, 0, n, : int(plan.near.count[0, 0, n])].tolist():
+            boxes[0].append((n * block, m * block, block))
+    # the far layout names groups of a pyramid whose level l has ceil(blocks / 2^(l-1)) of them
+    blocks = -(-tokens // block)
+    starts = torch.tensor([0, *(-(-blocks // 2**level) for level in range(30))]).cumsum(0)
+    for n in range(plan.far.index.shape[2]):
+        for m in plan.far.index[0, 0, n, : int(plan.far.count[0, 0, n])].tolist():
+            level = int((starts <= m).sum())
+            width = block * 2 ** (level - 1)
+            for part in range(rank):
+                first = (m - int(starts[level - 1])) * width + part * width // rank
+                boxes.setdefault(level, []).append((n * block, first, width // rank))
+    shades = (COLORS["fma"], "#1a9a70", "#3a86c8", "#b0609b", "#8a7a1c", "#7a7f87")
+    with styled():
+        figure = Figure(figsize=(5.6, 5.0), layout="constrained")
+        ax = figure.subplots()
+        for level, rectangles in sorted(boxes.items()):
+            corners = []
+            for y, x, width in rectangles:
+                high = block
+                if level == 0 and x == y:
+                    # the diagonal block: a query reads no later token
+                    corners.append([(x, y), (x, y + high), (x + width, y + high)])
+                else:
+                    corners.append([(x, y), (x + width, y), (x + width, y + high), (x, y + high)])
+            shade = shades[level % len(shades)]
+            ax.add_collection(
+                PolyCollection(
+                    corners, facecolors=shade, edgecolors=INK, linewidths=0.3, alpha=0.85 if level == 0 else 0.6
+                )
+            )
+        handles = [
+            Patch(
+                facecolor=shades[level % len(shades)],
+                alpha=0.85 if level == 0 else 0.6,
+                label="near: tokens as they are" if level == 0
+                else f"level {level}: {block * 2 ** (level - 1) // rank} tokens a row",
+            )
+            for level in sorted(boxes)
+        ]  # fmt: skip
+        ax.legend(handles=handles, loc="upper right")
+        ax.set(xlim=(0, tokens), ylim=(tokens, 0), aspect="equal", xlabel="token read", ylabel="query")
+        step = max(block, tokens // 4)
+        ax.set_xticks(range(0, tokens + 1, step))
+        ax.set_yticks(range(0, tokens + 1, step))
+    return figure
+
+
+def svg(figure: Figure, label: str) -> str:
+    """The figure as inline SVG for a page: no fixed size, no outside reference, the page's ink and font.
+
+    Args:
+        label: what a reader who does not see it is told.
+    """
+    buffer = StringIO()
+    with styled():
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.S)
+    head, _, body = text.partition(">")
+    box = re.search(r'viewBox="([^"]*)"', head)
+    # groups carry ids that other figures carry too, and nothing refers to them
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    prefix = f"{re.sub('[^a-z]+', '-', label.lower()).strip('-')[:24]}-"
+    body = re.sub(r'\bid="', f'id="{prefix}', body)
+    body = body.replace("url(#", f"url(#{prefix}").replace('xlink:href="#', f'href="#{prefix}')
+    body = re.sub(r"font: ([^;\"']*?)([\d.]+px)[^;\"]*", r"font: \1\2 system-ui, sans-serif", body)
+    body = body.replace(INK, "currentColor")
+    size = box.group(1).split() if box else ["0", "0", "1", "1"]
+    return (
+        f'<svg viewBox="{" ".join(size)}" role="img" aria-label="{escape(label)}" '
+        f'style="width:100%;max-width:{float(size[2]) * 1.45:.0f}px;height:auto;stroke-linejoin:round">'
+        f"<title>{escape(label)}</title>{body}"
+    )
+
+
+def save(figure: Figure, path: Path | str) -> Path:
+    """Write the figure under its suffix's format (.png, .svg, .pdf), ink dark on white."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    with styled():
+        figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=200, facecolor="white")
+    partial.replace(path)
+    return path
+
+
+def _tokens_tick(n: float) -> str:
+    return f"{n / 1024:g}k" if n >= 1024 and n % 1024 == 0 else f"{n:g}"
+
+
+def _count_tick(x: float) -> str:
+    return f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}"
+
+
+def _seconds_tick(y: float) -> str:
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if y >= factor * 0.999:
+            return f"{y / factor:g} {unit}"
+    return f"{y:g} s"
+
+
+def _bytes_tick(y: float) -> str:
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if y >= factor * 0.999:
+            return f"{y / factor:g} {unit}"
+    return f"{y:g} B"
