@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -521,14 +521,15 @@ def rotate(x: Tensor, position: Tensor) -> Tensor:
 @contextmanager
 def poisoned_memory():
     """Uninitialised memory is full of NaN (integers: the largest)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    switch: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switch.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        switch.fill_uninitialized_memory = before[1]
 
 
 def _class(kind: Kind) -> type[Mechanism]:
@@ -550,9 +551,7 @@ def _resized(case: Case, **sizes: int) -> Case:
     return replace(case, options=options, **sizes)
 
 
-def _run(
-    f: Callable[..., Tensor], x: list[Tensor] | tuple[Tensor, ...], parameters: Mechanism | None = None
-) -> dict[str, Tensor]:
+def _run(f: Callable[..., Tensor], x: Sequence[Tensor], parameters: Mechanism | None = None) -> dict[str, Tensor]:
     """out and the gradients of everything that has one, for an output gradient drawn from a fixed seed."""
     owner = parameters if parameters is not None else getattr(f, "__self__", f)
     leaves = {"dq": x[0], "dk": x[1], "dv": x[2]}
@@ -586,7 +585,7 @@ def _compare(kind: Kind, case: Case, dtype: torch.dtype, tokens: int | None = No
     _same(got, exact, T, f"T={T}, {dtype}")
 
 
-def _by_document(f: Callable[..., Tensor], x: tuple[Tensor, Tensor, Tensor], group: Tensor) -> dict[str, Tensor]:
+def _by_document(f: Callable[..., Tensor], x: Sequence[Tensor], group: Tensor) -> dict[str, Tensor]:
     """f on each run of equal ids by itself, 0 at negative ids, and the gradients."""
 
     def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -612,8 +611,8 @@ def _extend(
     mech.to(x[0].dtype)
     outs = []
     with torch.no_grad():
-        for piece in zip(*(t[:, :, : sum(pieces)].split(pieces, 2) for t in x), strict=True):
-            out, state = mech.extend(*piece, state, **options)
+        for q, k, v in zip(*(t[:, :, : sum(pieces)].split(pieces, 2) for t in x), strict=True):
+            out, state = mech.extend(q, k, v, state, **options)
             outs.append(out)
     assert state is not None
     return torch.cat(outs, 2), state

@@ -31,8 +31,9 @@ def visible(
     T, S = layout.tokens, layout.rows
     position = torch.arange(T) if position is None else position
     end = torch.arange(S) if end is None else end
-    shared = _per_head(batch, heads)
-    position, end, group, row_group = shared(position), shared(end), shared(group), shared(row_group)
+    positions, ends = _per_head(position, batch, heads), _per_head(end, batch, heads)
+    groups = None if group is None or row_group is None else _per_head(group, batch, heads)
+    row_groups = None if group is None or row_group is None else _per_head(row_group, batch, heads)
     lists = layout.index.expand(batch, heads, -1, -1).tolist()
     counts = layout.count.expand(batch, heads, -1).tolist()
     mask = torch.zeros(batch, heads, T, S, dtype=torch.bool)
@@ -43,12 +44,12 @@ def visible(
                 for r in range(S):
                     if r // layout.k_block not in named:
                         continue
-                    at, until = position[b][h][i], end[b][h][r]
+                    at, until = positions[b][h][i], ends[b][h][r]
                     if layout.causal and until > at:
                         continue
                     if layout.reach is not None and abs(at - until) >= layout.reach and r >= layout.sinks:
                         continue
-                    if group is not None and row_group is not None and group[b][h][i] != row_group[b][h][r]:
+                    if groups and row_groups and groups[b][h][i] != row_groups[b][h][r]:
                         continue
                     mask[b, h, i, r] = True
     return mask
@@ -64,13 +65,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one softmax over all sources, from the dense mask."""
     batch, heads = q.shape[:2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = _scale(q, scale)
     logits, values = [], []
     for rows, layout in sources:
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (rows.k, rows.v))
         where = {"position": position, "group": group, "end": rows.end, "row_group": rows.group}
         mask = visible(layout, batch=batch, heads=heads, **where)
-        score = scale * (q @ k.mT)
+        score = factor * (q @ k.mT)
         if rows.bias is not None:
             bias = rows.bias.reshape((1,) * (3 - rows.bias.dim()) + tuple(rows.bias.shape))
             score = score + bias.repeat_interleave(heads // bias.shape[1], 1)[:, :, None]
@@ -84,7 +85,7 @@ def full(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of plain softmax attention, optionally under a further mask `seen` [T, S] or [B, H, T, S]."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = _scale(q, scale) * (q @ k.mT)
     if causal:
         i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
         logits = logits.masked_fill(j > i, float("-inf"))
@@ -155,13 +156,13 @@ def fma(
 
         return by_document(alone, q, k, v, group)
     T = q.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = _scale(q, scale)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     met = levels(T, block=block, near=near)
     outs, lses = [], []
     for i in range(T):
         exact = [j for j in range(T) if met[i, j] == 0 or j < sinks]
-        logits = [scale * (k[:, :, [j for j in exact if j <= i or not causal]] @ q[:, :, i, :, None])[..., 0]]
+        logits = [factor * (k[:, :, [j for j in exact if j <= i or not causal]] @ q[:, :, i, :, None])[..., 0]]
         values = [v[:, :, [j for j in exact if j <= i or not causal]]]
         for level in range(1, int(met.max()) + 1):
             width = block * 2 ** (level - 1)
@@ -177,7 +178,7 @@ def fma(
                     if not tokens:
                         continue
                     key, value = k[:, :, tokens].mean(2), v[:, :, tokens].mean(2)
-                    score = scale * (asks * key).sum(-1, keepdim=True)
+                    score = factor * (asks * key).sum(-1, keepdim=True)
                     logits.append(score + torch.tensor(len(tokens), dtype=q.dtype).log() if bias else score)
                     values.append(value[:, :, None])
         out, lse = _softmax(torch.cat(logits, -1)[:, :, None], torch.cat(values, 2))
@@ -235,11 +236,10 @@ def _runs(first: int, width: int, tokens: int, rank: int) -> list[range]:
     return [range(r.start, min(r.stop, tokens)) for r in segments(first, first + width, rank) if r.start < tokens]
 
 
-def _per_head(batch: int, heads: int) -> Callable[[Tensor | None], list | None]:
-    def shared(x: Tensor | None) -> list | None:
-        if x is None:
-            return None
-        x = x.reshape((1,) * (3 - x.dim()) + tuple(x.shape))
-        return x.repeat_interleave(heads // x.shape[1], 1).expand(batch, -1, -1).tolist()
+def _per_head(x: Tensor, batch: int, heads: int) -> list[list[list[int]]]:
+    x = x.reshape((1,) * (3 - x.dim()) + tuple(x.shape))
+    return x.repeat_interleave(heads // x.shape[1], 1).expand(batch, -1, -1).tolist()
 
-    return shared
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
