@@ -60,7 +60,7 @@ def check(
     sampled = sorted({min(tokens - 1, int(share * tokens)) for share in SAMPLED})
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     own = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    exact = torch.cat([literal(*wide, i, block=block, near=near, rank=rank) for i in sampled], 2)
+    exact = torch.cat([literal(wide[0], wide[1], wide[2], i, block=block, near=near, rank=rank) for i in sampled], 2)
     if passes == "forward":
         with torch.no_grad():
             errors = {"out": error_units(mechanism(*own)[:, :, sampled], exact, terms=tokens)}

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def _cpu(call: Callable[[], object]) -> Usage:
         highest = _status("VmHWM")
         del result
     # nothing public lists the allocations in order
-    events = watch.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    events: Any = watch.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     sizes = sorted(((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda x: x[0])
     held = peak = 0
     for _, size in sizes:

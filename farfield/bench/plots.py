@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from farfield.bench.records import Record
 
@@ -63,7 +63,7 @@ def styled(**options: Any):
     """The house style, as a context."""
     import matplotlib
 
-    return matplotlib.rc_context({**STYLE, **options})
+    return matplotlib.rc_context(cast(Any, {**STYLE, **options}))
 
 
 def color(name: str, at: int = 0) -> str:

@@ -306,9 +306,7 @@ def _point(
         known = past.get((other, dtype, which))
         expected = known[1] * (tokens / known[0]) ** 2 if known else 0.0
         if expected > max_baseline:
-            why = (
-                f"expected to take {expected:.0f} s (from n={known[0]}), more than {max_baseline:g} s" if known else ""
-            )
+            why = f"expected to take {expected:.0f} s, more than the {max_baseline:g} s allowed"
             records[other] = replace(records[other], status="skipped", reason=why)
             continue
         try:
