@@ -187,10 +187,8 @@ def loss_figure(
 def running_mean(values: Sequence[float], share: float = 0.04) -> list[float]:
     """Mean of the last `share` of the curve, at least one value, at every point."""
     width = max(1, round(share * len(values)))
-    return [
-        sum(values[max(0, i + 1 - width) : i + 1]) / len(values[max(0, i + 1 - width) : i + 1])
-        for i in range(len(values))
-    ]
+    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def layout_figure(*, tokens: int = 1024, block: int = 64, near: int = 128, rank: int = 4) -> Figure:

@@ -211,7 +211,7 @@ def compare(
 
 def _samples(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     if device.type == "cuda":
-        from triton.testing import do_bench
+        from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
 
         return [ms / 1e3 for ms in do_bench(call, warmup=25, rep=100, return_mode="all")]
     taken = []
@@ -464,7 +464,9 @@ def _sdpa(inputs: tuple[Tensor, ...], causal: bool, backend: str | None) -> Work
     grouped = q.shape[1] != k.shape[1]
     chosen = getattr(SDPBackend, backend) if backend else None
     if chosen is None:
-        number = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, enable_gqa=grouped)
+        number = torch._fused_sdp_choice(  # pyright: ignore[reportPrivateImportUsage]
+            q, k, v, None, 0.0, causal, enable_gqa=grouped
+        )
         name = SDPBackend(number).name
     else:
         name = chosen.name
