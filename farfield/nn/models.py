@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -162,7 +162,7 @@ class Decoder(Transformer):
             raise ValueError("Decoder: extend needs at least one token")
         x, layers = self._embed(tokens), []
         for i, block in enumerate(self.blocks):
-            x, layer = block.extend(x, state.layers[i] if state else None)
+            x, layer = cast(Block, block).extend(x, state.layers[i] if state else None)
             layers.append(layer)
         if last:
             x = x[:, -1:]

@@ -30,8 +30,8 @@ class Rope(nn.Module):
         if base <= 1:
             raise ValueError(f"Rope: base must be above 1, got {base}")
         self.width, self.base = width, base
-        self.half = int(width * share) // 2
-        if share and not self.half:
+        self.pairs = int(width * share) // 2
+        if share and not self.pairs:
             raise ValueError(
                 f"Rope: a share of {share} of width {width} holds no pair of channels; use 0 or a larger share"
             )
@@ -40,21 +40,21 @@ class Rope(nn.Module):
         """`x` rotated to `position`, [T] or [B, T], which may be fractional. Float32 or wider inside, x's dtype out."""
         if x.shape[-1] != self.width:
             raise ValueError(f"Rope: built for width {self.width}, got {x.shape[-1]}")
-        if not self.half:
+        if not self.pairs:
             return x
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         cos, sin = self._angles(position, wide.dtype)
-        a, b, rest = wide.split([self.half, self.half, self.width - 2 * self.half], -1)
+        a, b, rest = wide.split([self.pairs, self.pairs, self.width - 2 * self.pairs], -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).to(x.dtype)
 
     def _angles(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # float32 angles are off by 0.06 rad at a million tokens: reduce to one turn in float64 where there is one
         exact = torch.float32 if position.device.type == "mps" else torch.float64
-        speed = self.base ** (-torch.arange(self.half, device=position.device, dtype=exact) / self.half)
+        speed = self.base ** (-torch.arange(self.pairs, device=position.device, dtype=exact) / self.pairs)
         angle = (position.to(exact)[..., None] * speed).remainder(2 * math.pi).to(dtype)
         if position.dim() == 2:
             angle = angle[:, None]
         return angle.cos(), angle.sin()
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, rotated={2 * self.half}, base={self.base:g}"
+        return f"width={self.width}, rotated={2 * self.pairs}, base={self.base:g}"

@@ -1,0 +1,213 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farfield.nn import Decoder, Encoder, ModelConfig, build
+from farfield.train import checkpoint
+from farfield.train.config import FREE, TrainConfig, autocast, pick_device
+from farfield.train.data import Data, open_data
+from farfield.train.evaluate import evaluate
+from farfield.train.optim import Optimizers, rate
+from farfield.train.report import Bar, Log
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind.
+
+    Args:
+        model: with its last weights.
+        data: what it was trained and measured on.
+        history: the entries of log.jsonl: {"step", "loss", "lr", "tokens_per_second", "seconds"} and
+            {"step", "bits_per_byte", "early", "late"}.
+        checkpoint: folder of the last checkpoint.
+        step: steps taken, of `steps`.
+        interrupted: stopped by Ctrl-C or SIGTERM before the end; `resume=True` goes on.
+    """
+
+    model: Decoder | Encoder
+    data: Data
+    history: list[dict[str, Any]]
+    checkpoint: Path
+    step: int
+    steps: int
+    interrupted: bool
+
+
+def train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> TrainResult:
+    """Train a model on text; log, evaluate and save as it goes.
+
+    A run that is cut at any step and resumed ends with the same weights as one that is not, bit for bit on a CPU.
+    Ctrl-C and SIGTERM let the step finish, save and return; a second Ctrl-C stops at once.
+
+    Args:
+        resume: go on from the newest checkpoint in `config.out`.
+        progress: show a progress bar.
+        on_step: called with the number of steps taken, after each.
+
+    Raises:
+        FileNotFoundError, ValueError: no such text, too little of it, configs that do not fit together or do not fit
+            the checkpoint, or a loss that is no longer finite.
+        OSError: a checkpoint cannot be written; earlier ones are intact.
+    """
+    run, device = Path(config.out), pick_device(config.device)
+    data = open_data(
+        config.text,
+        tokens=config.tokens,
+        valid=config.valid,
+        held_out=config.held_out,
+        tokenizer=config.tokenizer,
+        cache=config.cache,
+    )
+    _check_vocab(model_config, data)
+    torch.manual_seed(config.seed)
+    model = build(model_config).to(device)
+    optimizers = Optimizers(model, config)
+    step = _resume(run, model, optimizers, config, data) if resume else _start(run)
+    loss_of = torch.compile(model.loss) if config.compile else model.loss
+    per_step = config.batch * config.accumulate
+    losses: list[torch.Tensor] = []
+    saved: Path | None = None
+
+    def loss_on(sample: int) -> torch.Tensor:
+        inputs, targets = data.train.batch(config.seed, sample, config.batch)
+        if isinstance(model, Encoder):
+            draw = torch.Generator().manual_seed((config.seed << 32) + sample)
+            inputs, targets = model.corrupt(inputs, share=config.mask_share, generator=draw)
+        with autocast(device, config.dtype):
+            return loss_of(inputs.to(device), targets.to(device))
+
+    def due(every: int) -> bool:
+        return step == config.steps or (every > 0 and step % every == 0)
+
+    def save() -> Path:
+        return checkpoint.save(run, step, model, optimizers, config, digest=data.digest, codec=data.codec)
+
+    log = Log(run, step)
+    with Bar(config.steps, step, per_step * config.tokens, show=progress) as bar, Interrupt() as interrupt:
+        while step < config.steps and not interrupt.asked:
+            started, factor = time.perf_counter(), rate(step, config)
+            optimizers.scale(factor)
+            for i in range(config.accumulate):
+                loss = loss_on(step * per_step + i * config.batch) / config.accumulate
+                loss.backward()
+                losses.append(loss.detach())
+            if config.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizers.step()
+            step += 1
+
+            saving = interrupt.asked or due(config.save_every)
+            logging = saving or due(config.log_every)
+            # waits for the device, so it counts as training time
+            mean = float(torch.stack(losses).sum()) * config.accumulate / len(losses) if logging else 0.0
+            bar.busy += time.perf_counter() - started
+            if logging:
+                _check_finite(mean, step, run)
+                losses.clear()
+                bar.update(step, loss=mean)
+                log.write(step=step, loss=mean, lr=factor * config.rates[0], tokens_per_second=bar.speed(step),
+                          seconds=bar.seconds)  # fmt: skip
+            if due(config.eval_every):
+                found = evaluate(model, data.valid, windows=config.eval_windows, dtype=config.dtype,
+                                 mask_share=config.mask_share)  # fmt: skip
+                bar.update(step, bits=found.bits_per_byte)
+                log.write(step=step, bits_per_byte=found.bits_per_byte, early=found.early, late=found.late)
+            if saving:
+                saved = save()
+            bar.update(step)
+            if on_step is not None:
+                on_step(step)
+        if step < config.steps:
+            saved = save()
+            bar.say(
+                f"Stopped at step {step} of {config.steps}, saved in {saved}. To go on: the same command with --resume."
+            )
+    saved = saved or checkpoint.read(run).path
+    return TrainResult(model, data, log.history, saved, step, config.steps, step < config.steps)
+
+
+def _start(run: Path) -> int:
+    if found := checkpoint.steps(run):
+        raise ValueError(
+            f"{run} already holds a run, up to {found[-1].name}: resume it (resume=True), or choose another folder"
+        )
+    return 0
+
+
+def _resume(run: Path, model: Decoder | Encoder, optimizers: Optimizers, config: TrainConfig, data: Data) -> int:
+    found = checkpoint.read(run)
+    pairs = [(found.model.to_dict(), model.config.to_dict()), (found.train.to_dict(), config.to_dict())]
+    pairs = [tuple(json.loads(json.dumps(config)) for config in pair) for pair in pairs]  # JSON knows no tuples
+    changed = [
+        f"{name} was {old[name]!r} and is now {new[name]!r}"
+        for old, new in pairs
+        for name in new
+        if old[name] != new[name] and name not in (*FREE, "text", "valid", "tokenizer")
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume {found.path}: {'; '.join(changed)}. Keep the run's values, or start a new run."
+        )
+    if found.digest != data.digest:
+        raise ValueError(f"cannot resume {found.path}: the text has changed since. Restore it, or start a new run.")
+    if found.step > config.steps:
+        raise ValueError(f"cannot resume {found.path}: it has taken {found.step} steps, steps={config.steps}")
+    checkpoint.restore(found, model, optimizers)
+    return found.step
+
+
+def _check_vocab(config: ModelConfig, data: Data) -> None:
+    need = data.codec.vocab + (config.kind == "encoder")
+    if config.vocab < need:
+        why = " and the mask token" if config.kind == "encoder" else ""
+        raise ValueError(f"ModelConfig: vocab={config.vocab}, but the text's tokens{why} need vocab={need}")
+
+
+def _check_finite(loss: float, step: int, run: Path) -> None:
+    if not math.isfinite(loss):
+        last = checkpoint.steps(run)
+        where = f"the last checkpoint is {last[-1]}" if last else "nothing was saved"
+        raise ValueError(
+            f"the loss is {loss} at step {step}; {where}. Lower lr, lengthen warmup, or use dtype=float32."
+        )
+
+
+class Interrupt:
+    """Within it, the first Ctrl-C or SIGTERM only sets `asked`; the second Ctrl-C interrupts as ever."""
+
+    def __init__(self):
+        self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])

@@ -1,0 +1,117 @@
+"""Muon for the matrices of the blocks, AdamW for the rest, and what the learning rate does over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from farfield.mechanism import Mechanism
+from farfield.nn.models import Transformer
+from farfield.train.config import TrainConfig
+
+
+def split_parameters(model: Transformer) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Matrices of the blocks' linear layers, and everything else, by name.
+
+    Everything else: embedding, output layer, norms, gains, convolutions, and whatever a mechanism learns.
+    """
+    within = {m for mechanism in model.modules() if isinstance(mechanism, Mechanism) for m in mechanism.modules()}
+    linear = (m for m in model.blocks.modules() if isinstance(m, nn.Linear) and m not in within)
+    matrices = {id(m.weight) for m in linear}
+    named = dict(model.named_parameters())
+    return (
+        {name: p for name, p in named.items() if id(p) in matrices},
+        {name: p for name, p in named.items() if id(p) not in matrices},
+    )
+
+
+def rate(step: int, config: TrainConfig) -> float:
+    """What the learning rates are multiplied by at `step`, counted from 0."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    left = (config.steps - step) / config.steps
+    match config.schedule:
+        case "linear":
+            return min(warm, left / config.decay)
+        case "cosine":
+            return min(warm, 0.5 - 0.5 * math.cos(math.pi * left))
+        case _:
+            return warm
+
+
+class Optimizers:
+    """One or two optimizers that step as one. Their state is kept by parameter name.
+
+    Muon updates are orthogonalised momentum, scaled by sqrt(max(1, rows / columns)): a learning rate is then a share
+    of a matrix's spectral norm, whatever its shape.
+    """
+
+    def __init__(self, model: Transformer, config: TrainConfig):
+        matrices, rest = split_parameters(model)
+        lr, rest_lr = config.rates
+        decay = config.weight_decay
+        if config.optimizer == "muon":
+            muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=decay, momentum=0.95, nesterov=True)
+            adamw = torch.optim.AdamW(rest.values(), lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.95))
+            self.inner: list[torch.optim.Optimizer] = [muon, adamw]
+        else:
+            groups = [
+                {"params": list(matrices.values()), "lr": lr, "weight_decay": decay},
+                {"params": list(rest.values()), "lr": rest_lr, "weight_decay": 0.0},
+            ]
+            self.inner = [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        for group in self._groups():
+            group["full_lr"] = group["lr"]
+
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self.inner for group in optimizer.param_groups]
+
+    def scale(self, factor: float) -> None:
+        """Set every learning rate to `factor` of its full value."""
+        for group in self._groups():
+            group["lr"] = factor * group["full_lr"]
+
+    def step(self) -> None:
+        for optimizer in self.inner:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state: "parameter name:kind" -> tensor."""
+        return {
+            f"{self.names[p]}:{kind}": x
+            for optimizer in self.inner
+            for p, kinds in optimizer.state.items()
+            for kind, x in kinds.items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from the state that `tensors` gave.
+
+        Raises:
+            ValueError: the state is of another model or optimizer.
+        """
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, x in tensors.items():
+            parameter, _, kind = name.rpartition(":")
+            states.setdefault(parameter, {})[kind] = x
+        if extra := states.keys() - set(self.names.values()):
+            raise ValueError(
+                f"optimizer state of parameters that the model does not have: {', '.join(sorted(extra)[:3])}"
+            )
+        for optimizer in self.inner:
+            expected = (
+                {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            )
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                state = states.get(self.names[p], {})
+                if state and state.keys() != expected:
+                    raise ValueError(f"optimizer state of {self.names[p]} is of another optimizer: {sorted(state)}")
+                if any(x.shape != p.shape for kind, x in state.items() if kind != "step"):
+                    raise ValueError(f"optimizer state of {self.names[p]} has another shape than the parameter")
+                if state:
+                    # "step" stays on the CPU, where AdamW counts
+                    optimizer.state[p] = {k: x.clone() if k == "step" else x.to(p) for k, x in state.items()}
