@@ -12,6 +12,7 @@ mechanism declares that it does not support what the check asks for:
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +41,9 @@ def cases(names: tuple[str, ...] | None = None) -> list[tuple[str, Case]]:
 
 def why_not(check: Check, kind: Kind, case: Case) -> str | None:
     """Which declared lack makes this check meaningless for the mechanism; None if it must pass."""
-    supports, causal = _class(kind).supports, _class(kind)(**case.options).causal
-    lacks = {"is causal": not causal, "is noncausal": causal}
+    mech = _class(kind)(**case.options)
+    # options may take away what the class supports
+    supports, lacks = mech.supports, {"is causal": not mech.causal, "is noncausal": mech.causal}
     for need in check.needs:  # type: ignore[attr-defined]
         if lacks.get(need):
             return f"the case {need.replace('is', 'is not', 1)}"
@@ -78,7 +80,8 @@ def check_declares_itself(kind: Kind, case: Case) -> None:
 @_contract()
 def check_refuses_what_it_does_not_support(kind: Kind, case: Case) -> None:
     """Everything declared unsupported raises NotImplementedError with words in it."""
-    cls, supports, mech = _class(kind), _class(kind).supports, build(kind, case)
+    cls, mech = _class(kind), build(kind, case)
+    supports = mech.supports
     q, k, v = draw(case, torch.float32)
     if not supports.causal:
         _refused(lambda: cls(**{**case.options, "causal": True}))
@@ -347,8 +350,10 @@ def check_traces(kind: Kind, case: Case, backend: str = "aot_eager") -> None:
     mech = build(kind, case)
     torch._dynamo.reset()
     compiled = torch.compile(mech, fullgraph=True, backend=backend)
-    exact = _run(_float64(mech).reference, draw(case))
-    _same(_run(compiled, draw(case, torch.float32), parameters=mech), exact, case.tokens, "compiled")
+    # long enough for two levels of anything made of blocks: tracing time grows with the levels
+    tokens = min(case.tokens, 4 * case.block + 3)
+    exact = _run(_float64(mech).reference, draw(case, tokens=tokens))
+    _same(_run(compiled, draw(case, torch.float32, tokens=tokens), parameters=mech), exact, tokens, "compiled")
 
 
 # its state
@@ -433,6 +438,9 @@ def check_state_api(kind: Kind, case: Case) -> None:
 @_contract("decode", "is causal")
 def check_state_crop(kind: Kind, case: Case) -> None:
     """Cropping g tokens gives the state from before them; a state that cannot says so."""
+    # bounded states go back as far as they were told to
+    if "rewind" in inspect.signature(_class(kind)).parameters:
+        case = replace(case, options={**case.options, "rewind": 4})
     mech = build(kind, case)
     x = [t.detach() for t in draw(case, torch.float32)]
     exact = _float64(mech).reference(*draw(case)).detach()
@@ -546,8 +554,7 @@ def _cast(x: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
 
 def _resized(case: Case, **sizes: int) -> Case:
     """The case with other head counts or widths, in its options as well where they name them."""
-    named = {"heads": "kv_heads", "width": "width", "value_width": "value_width"}
-    options = {o: sizes.get(named[o], x) if o in named else x for o, x in case.options.items()}
+    options = {name: sizes.get(name, x) for name, x in case.options.items()}
     return replace(case, options=options, **sizes)
 
 
@@ -574,7 +581,11 @@ def _same(got: Mapping[str, Tensor], exact: Mapping[str, Tensor], terms: int, wh
     missing = [name for name in exact if name not in got]
     assert not missing, f"{what}: no {', '.join(missing)}"
     for name in exact:
-        assert_within(got[name], exact[name], terms=terms, name=f"{what}: {name}")
+        mine, right = got[name], exact[name]
+        if name in ("dq", "dk") and not right.any():
+            # what cancels to nothing, as with a single token, has no size of its own: that of dv is what cancels
+            mine, right = (torch.cat([x.flatten(), y["dv"].flatten()]) for x, y in ((mine, got), (right, exact)))
+        assert_within(mine, right, terms=terms, name=f"{what}: {name}")
 
 
 def _compare(kind: Kind, case: Case, dtype: torch.dtype, tokens: int | None = None) -> None:

@@ -18,7 +18,7 @@ def assert_within(got: Tensor, exact: Tensor, *, terms: int, units: float = 3.0,
         got: result under test, any floating dtype.
         exact: the reference, computed in float64.
         terms: length of the longest sum behind one element, usually the number of keys.
-        units: allowed rms error, in units.
+        units: allowed rms error, in units. Rows are allowed 10 / 3 of it.
         name: what the message calls the result.
 
     Raises:
@@ -48,12 +48,13 @@ def assert_within(got: Tensor, exact: Tensor, *, terms: int, units: float = 3.0,
     if got.dtype == torch.float32 and got.dim() and got.numel():
         rows = error.square().mean(-1).sqrt()
         sizes = exact.where(finite, 0.0).square().mean(-1).sqrt()
-        allowed = 10 * unit * (sizes / size).clamp(min=1.0) if size else torch.zeros_like(sizes)
+        allowed = 10 / 3 * units * unit * (sizes / size).clamp(min=1.0) if size else torch.zeros_like(sizes)
         bad = rows > allowed
         worst = int((rows - allowed).argmax())
         assert not bad.any(), (
             f"{name}: row {_place(worst, rows.shape)} is off by "
-            f"{_ratio(10 * rows.flatten()[worst], allowed.flatten()[worst]):.1f} units, 10 allowed; "
+            f"{_ratio(10 / 3 * units * rows.flatten()[worst], allowed.flatten()[worst]):.1f} units, "
+            f"{10 / 3 * units:.3g} allowed; "
             f"{int(bad.sum())} of {rows.numel()} rows are off by more"
         )
 
