@@ -26,7 +26,7 @@ help:
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: $(VENV)/.run-time
-	$(BIN)/python -m farfield.cli demo $(ARGS)
+	$(BIN)/python -m farfield demo $(ARGS)
 
 # no compiled code of an earlier run; one thread a process, since the processes share the cores
 test: export TORCHINDUCTOR_FORCE_DISABLE_CACHES = 1

@@ -1,0 +1,3 @@
+from farfield.cli import main
+
+main()

@@ -1,0 +1,89 @@
+"""bench: time a mechanism against its baseline and record every point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farfield.cli.options import examples, numbers, parse, unset
+
+EXAMPLES = examples(
+    "farfield bench --list",
+    "farfield bench fma --device cpu",
+    "farfield bench fma --tokens 4096,16384 --dtype float32 --passes forward --option rank=16",
+    "farfield bench window --tokens 1k,2k,4k --no-record",
+)
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the command to `app`."""
+    app.command("bench", rich_help_panel=panel, epilog=EXAMPLES)(bench)
+
+
+def bench(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A benchmark or a mechanism.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Print the names of the benchmarks and stop.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "cpu",
+    tokens: Annotated[str | None, unset("the benchmark's", "Sequence lengths; 4k is 4096.", metavar="N,N,...")] = None,
+    dtype: Annotated[list[str] | None, unset("float32 and bfloat16", "May be repeated.", metavar="DTYPE")] = None,
+    passes: Annotated[
+        list[str] | None,
+        unset("both", "forward or forward+backward; may be repeated.", metavar="PASSES"),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the benchmark.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one point, all contenders.")] = 5.0,
+    longest: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Skip a baseline whose single call is expected to take longer."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where records and plots go.")] = Path("results"),
+    record: Annotated[bool, typer.Option("--record/--no-record", help="Append to the records and redraw.")] = True,
+) -> None:
+    """Time a benchmark against its baseline: check, time interleaved, read memory, record, draw."""
+    import math
+
+    from rich.console import Console
+
+    from farfield.bench import plots, records, runner, tables
+    from farfield.train.config import pick_device
+
+    console = Console(highlight=False)
+    if list_:
+        for each in runner.names():
+            console.print(f"[cyan]{each}[/]  {runner.get(each).about}")
+        return
+    if name is None:
+        raise ValueError(f"bench: name a benchmark; there are {', '.join(runner.names())}")
+    device = str(pick_device(device))
+    grid = parse(option)
+    if tokens is not None:
+        grid["tokens"] = numbers(tokens, "--tokens")
+    with console.status("") as status:
+        made = runner.run(
+            name,
+            device=device,
+            dtypes=tuple(dtype or ("float32", "bfloat16")),
+            passes=tuple(passes or runner.PASSES),
+            seconds=seconds,
+            max_baseline_seconds=math.inf if longest is None else longest,
+            out=out if record else None,
+            progress=status.update,
+            **grid,
+        )
+    console.print(tables.table(made, f"{name}, {records.machine_name(device)}"))
+    for note in tables.notes(made):
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
+    for (who, which, kind), slope in runner.memory_slopes(made).items():
+        console.print(f"memory of {who}, {which} {kind}: grows as n^{slope:.2f}", style="dim")
+    if record:
+        path = records.results_path(name, out, device)
+        console.print(f"records  {path}", soft_wrap=True)
+        everything = records.latest(records.load(path))
+        for what, figure in (("time", plots.time_figure(everything)), ("memory", plots.memory_figure(everything))):
+            console.print(f"{what:<8} {plots.save(figure, path.with_name(f'{path.stem}-{what}.svg'))}", soft_wrap=True)
+    if any(r.status == "failed" and r.contender == r.bench for r in made):
+        raise typer.Exit(1)
