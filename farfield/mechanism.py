@@ -200,9 +200,7 @@ class Mechanism(nn.Module):
             if not self.supports.packed:
                 raise NotImplementedError(f"{who}: cannot pack documents or mask padding; run sequences one by one")
             if group.shape[-1] != q.shape[2] or group.dim() != 2 or group.shape[0] not in (1, q.shape[0]):
-                raise ValueError(
-                    f"{who}: group must be [B, T] = [{q.shape[0]}, {q.shape[2]}], got {list(group.shape)}"
-                )
+                raise ValueError(f"{who}: group must be [B, T] = [{q.shape[0]}, {q.shape[2]}], got {list(group.shape)}")
             if group.is_floating_point() or group.dtype == torch.bool:
                 raise TypeError(f"{who}: group holds integer document ids, got {group.dtype}")
         if rotary is not None and not self.supports.rotary:
@@ -225,9 +223,7 @@ def check_qkv(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.shape[0] != q.shape[0]:
             raise ValueError(f"{who}: q has batch {q.shape[0]}, {name} has {x.shape[0]}")
     if k.shape[1:3] != v.shape[1:3]:
-        raise ValueError(
-            f"{who}: k and v must agree in heads and rows, got k {list(k.shape)} and v {list(v.shape)}"
-        )
+        raise ValueError(f"{who}: k and v must agree in heads and rows, got k {list(k.shape)} and v {list(v.shape)}")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"{who}: q has width {q.shape[3]}, k has {k.shape[3]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:

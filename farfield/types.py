@@ -68,9 +68,9 @@ class Layout:
 
     Query block n holds the queries n * q_block .. (n + 1) * q_block - 1, row block m the rows m * k_block ..
     (m + 1) * k_block - 1; a last block may be short. `index[b, h, n, :count[b, h, n]]` are the row blocks that query
-    block n reads, ascending and without repeats; entries past `count` are never used. A first dimension of 1 is shared by all
-    batches, a second of 1 by all heads. `k_block = 1` names single rows. Together with the rows' `end` and `group`
-    and the queries' positions and groups this is the dense mask, query by query:
+    block n reads, ascending and without repeats; entries past `count` are never used. A first dimension of 1 is shared
+    by all batches, a second of 1 by all heads. `k_block = 1` names single rows. Together with the rows' `end` and
+    `group` and the queries' positions and groups this is the dense mask, query by query:
 
         for i in range(tokens):
             n = i // q_block

@@ -82,8 +82,8 @@ def backward(
     With p = exp(s - lse):  dv = p' dout,  ds = p (dout v' - delta),  delta = sum(dout out) - dlse.
     """
     call = _Call(q, k, v, bias, end, row_group, position, group, index, count, plans)
-    delta = (d_out * out).sum(-1, dtype=call.dtype) - d_lse
-    # a query that read nothing gets weights exp(-inf - inf) = 0
+    delta = (d_out.to(call.dtype) * out).sum(-1) - d_lse
+    # a query that read nothing, and one that only fills up a block, gets weights exp(s - inf) = 0
     shift = lse.masked_fill(lse == float("-inf"), float("inf"))
     queries, d_outs, deltas, shifts = (call.by_unit(x) for x in (q, d_out, delta[..., None], shift[..., None]))
     d_q = call.empty_by_unit(q.shape[-1])
@@ -91,8 +91,7 @@ def backward(
     d_bias = [call.zeros_by_row(s) if bias_grad and b.numel() else None for s, b in enumerate(bias)]
     for step in call.steps():
         q_tile, d_tile = step.tile(queries) * scale, step.tile(d_outs)
-        # padding queries have shift 0 and d_out 0: they add nothing
-        delta_tile, shift_tile = step.tile(deltas), step.tile(shifts)
+        delta_tile, shift_tile = step.tile(deltas), step.tile(shifts, fill=float("inf"))
         d_q_tile = torch.zeros_like(q_tile)
         for piece in step.pieces():
             weights = piece.hide(torch.bmm(q_tile, piece.k.mT)).sub_(shift_tile).exp_()
@@ -132,9 +131,7 @@ class _Call:
         self.q_block = min(plans[0].q_block, max(self.tokens, 1))
         self.blocks = index[0].shape[2]
         self.plans, self.rows = plans, [x.shape[2] for x in k]
-        self.k, self.v = (
-            [_to_blocks(x, p.k_block) for x, p in zip(xs, plans, strict=True)] for xs in (k, v)
-        )
+        self.k, self.v = ([_to_blocks(x, p.k_block) for x, p in zip(xs, plans, strict=True)] for xs in (k, v))
         self.base = [self._first_block(x, p.k_block) for x, p in zip(k, plans, strict=True)]
         self.index, self.count = ([self._per_unit(x) for x in xs] for xs in (index, count))
         self.longest = [x.amax(0).tolist() if x.numel() else [0] * self.blocks for x in self.count]
@@ -170,18 +167,18 @@ class _Call:
     def zeros_by_row(self, source: int) -> Tensor:
         """One number for each row block entry of each unit: where bias gradients are added up."""
         row_blocks = -(-self.rows[source] // self.plans[source].k_block)
-        return torch.zeros(
-            self.units * row_blocks, self.plans[source].k_block, dtype=self.dtype, device=self.device
-        )
+        return torch.zeros(self.units * row_blocks, self.plans[source].k_block, dtype=self.dtype, device=self.device)
 
     def from_blocks(self, grad: Tensor, like: Tensor) -> Tensor:
         """[B * G * M, k_block, X] as [B, G, S, X]."""
         batch, heads, rows, width = like.shape
+        if not grad.numel():
+            return torch.zeros_like(like)
         return grad.view(batch, heads, -1, width)[:, :, :rows].to(like.dtype).contiguous()
 
     def from_rows(self, grad: Tensor | None, bias: Tensor) -> Tensor:
         """The bias gradient summed to the shape of the bias."""
-        if grad is None:
+        if grad is None or not grad.numel():
             return bias.new_zeros(bias.shape)
         grad = grad.view(self.batch, self.unit_heads, -1)[:, :, : bias.shape[-1]]
         heads = bias.shape[1]
@@ -214,11 +211,11 @@ class _Step:
         self.queries = slice(first, min(first + size, call.tokens))
         self.padding = size - (self.queries.stop - self.queries.start)
 
-    def tile(self, x: Tensor) -> Tensor:
-        """[units, stack, T, X] cut to [tiles, stack * q_block, X], the end of a short last block filled with 0."""
+    def tile(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[units, stack, T, X] cut to [tiles, stack * q_block, X], the end of a short last block filled up."""
         x = x[self.units, :, self.queries].to(self.call.dtype)
         if self.padding:
-            x = torch.nn.functional.pad(x, (0, 0, 0, self.padding))
+            x = torch.nn.functional.pad(x, (0, 0, 0, self.padding), value=fill)
         units, blocks = self.shape
         x = x.reshape(units, self.call.stack, blocks, self.call.q_block, x.shape[-1])
         return x.transpose(1, 2).reshape(units * blocks, self.call.stack * self.call.q_block, x.shape[-1])
@@ -261,11 +258,10 @@ class _Piece:
         call = step.call
         self.step, self.source, self.plan = step, source, call.plans[source]
         units = step.units if call.index[source].shape[0] > 1 else slice(None)
-        # [1 or units, blocks, picks]
-        self.index = call.index[source][units, step.blocks, picks].long()
-        self.listed = torch.arange(picks.start, picks.stop, device=call.device) < (
-            call.count[source][units, step.blocks, None]
-        )
+        # [1 or units, blocks, picks]; what stands behind the end of a list may be anything
+        count = call.count[source][units, step.blocks, None]
+        self.listed = torch.arange(picks.start, picks.stop, device=call.device) < count
+        self.index = call.index[source][units, step.blocks, picks].long().masked_fill(~self.listed, 0)
         self.flat = (call.base[source][step.units, None, None] + self.index).expand(*step.shape, -1).flatten()
         self.rows = self.index.shape[-1] * self.plan.k_block
         tiles = step.shape[0] * step.shape[1]

@@ -40,7 +40,9 @@ def get(name: str) -> type[Mechanism]:
     own = [
         c
         for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, Mechanism) and c.__module__ == module.__name__
+        if inspect.isclass(c)
+        and issubclass(c, Mechanism)
+        and c.__module__ == module.__name__
         and not c.__name__.startswith("_")
     ]
     if len(own) != 1:

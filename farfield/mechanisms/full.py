@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports
 from farfield.ops.attend import attend
+from farfield.packing import blank, documents
 from farfield.select import static
 from farfield.types import Rows
 
@@ -46,8 +47,13 @@ class Full(Mechanism):
         self.check(q, k, v, group=group, rotary=rotary)
         if group is not None:
             # a dense mask of documents is T x T; groups in attend are T
+            document = documents(group)
+            q, k, v = (blank(x, document) for x in (q, k, v))
             layout = static.full(tokens=q.shape[2], causal=self.causal, device=q.device)
-            return attend(q, Rows(k, v, group=group[:, None]), layout, scale=self.scale, group=group[:, None]).out
+            rows = Rows(k, v, group=document[:, None])
+            # padding sees nothing
+            asking = document.masked_fill(document < 0, -2)[:, None]
+            return attend(q, rows, layout, scale=self.scale, group=asking).out
         return _sdpa(q, k, v, is_causal=self.causal, scale=self.scale)
 
     def extend(self, q, k, v, state=None, *, rotary=None):

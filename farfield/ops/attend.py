@@ -39,9 +39,9 @@ def attend(
     A row is visible to a query iff it is in the query block's list, it ends at or before the query's position (causal
     layouts), it lies within the layout's reach, and the groups agree (where given). A row that two sources name is
     counted twice. Differentiable in q and in the rows' k, v and bias through out and lse; layouts, positions and
-    groups carry no gradient. H is a multiple of G, and query head h reads key head h // (H / G). Scores and sums are float32 or
-    wider. On the CPU everything is deterministic. The backward recomputes the scores from lse: memory is linear in T
-    and S.
+    groups carry no gradient. H is a multiple of G, and query head h reads key head h // (H / G). Scores and sums are
+    float32 or wider. On the CPU everything is deterministic. The backward recomputes the scores from lse: memory is
+    linear in T and S.
 
     Args:
         rows: what to read, with `layout`; or a sequence of (rows, layout) sources, all with one q_block.
@@ -67,7 +67,10 @@ def attend(
         q,
         [r.k for r, _ in sources],
         [r.v for r, _ in sources],
-        [none if r.bias is None else _per_head(r.bias).to(torch.promote_types(q.dtype, torch.float32)) for r, _ in sources],
+        [
+            none if r.bias is None else _per_head(r.bias).to(torch.promote_types(q.dtype, torch.float32))
+            for r, _ in sources
+        ],
         [none if r.end is None else _per_head(r.end) for r, _ in sources],
         [none if r.group is None else _per_head(r.group) for r, _ in sources],
         none if position is None else _per_head(position),
@@ -184,7 +187,7 @@ def _check(q: Tensor, sources: list[tuple[Rows, Layout | None]], position: Tenso
         raise ValueError("attend: needs at least one (rows, layout) source")
     if not q.is_floating_point() or q.dim() != 4:
         raise TypeError(f"attend: q must be floating point [B, H, T, D], got {q.dtype} {list(q.shape)}")
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens, _ = q.shape
     for n, (rows, layout) in enumerate(sources):
         if not isinstance(rows, Rows) or not isinstance(layout, Layout):
             raise TypeError(
@@ -234,9 +237,7 @@ def _check_source(who: str, q: Tensor, rows: Rows, layout: Layout) -> None:
             "Build the layout for these rows."
         )
     if layout.index.shape[0] not in (1, batch) or layout.index.shape[1] not in (1, heads):
-        raise ValueError(
-            f"{who}: index must be [1|{batch}, 1|{heads}, N, P], got {list(layout.index.shape)}"
-        )
+        raise ValueError(f"{who}: index must be [1|{batch}, 1|{heads}, N, P], got {list(layout.index.shape)}")
     if layout.index.device != q.device:
         raise ValueError(f"{who}: the layout is on {layout.index.device}, q on {q.device}; use layout.to(device)")
     kv_heads = k.shape[1]
@@ -256,9 +257,7 @@ def _check_per_row(
 ) -> None:
     if integer == x.is_floating_point() or x.dtype == torch.bool:
         raise TypeError(f"{who}: {name} must be {'integer' if integer else 'floating point'}, got {x.dtype}")
-    fits = x.shape[-1] == rows and (
-        x.dim() == 1 or (x.dim() == 3 and x.shape[0] in (1, batch) and x.shape[1] in heads)
-    )
+    fits = x.shape[-1] == rows and (x.dim() == 1 or (x.dim() == 3 and x.shape[0] in (1, batch) and x.shape[1] in heads))
     if not fits:
         allowed = " or ".join(f"[1|{batch}, {h}, {rows}]" for h in dict.fromkeys(heads))
         raise ValueError(f"{who}: {name} must be [{letter}={rows}] or {allowed}, got {list(x.shape)}")

@@ -78,9 +78,7 @@ def to_dense(layout: Layout) -> Bool[Tensor, "#B #H T S"]:
     return mask
 
 
-def from_dense(
-    mask: Bool[Tensor, "#B #H T S"], *, q_block: int, k_block: int, causal: bool = False
-) -> Layout:
+def from_dense(mask: Bool[Tensor, "#B #H T S"], *, q_block: int, k_block: int, causal: bool = False) -> Layout:
     """The smallest layout that reads every True of a T x S mask: whole blocks. For tests and small experiments."""
     b, h, tokens, rows = mask.shape
     blocks, row_blocks = -(-tokens // q_block), -(-rows // k_block)

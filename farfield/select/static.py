@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,27 +37,35 @@ def window(
     *,
     tokens: int,
     width: int,
+    rows: int | None = None,
     sinks: int = 0,
     block: int = 64,
     causal: bool = True,
     device: torch.device | str | None = None,
 ) -> Layout:
-    """Each query reads the rows less than `width` tokens away, itself included, and the first `sinks` rows.
+    """Each query reads the rows less than `width` positions away, itself included, and the first `sinks` rows.
 
     Exact to the token: the lists name blocks of `block`, and the layout's `reach` trims them.
+
+    Args:
+        rows: S >= tokens; the last query stands at the last row. Default `tokens`.
     """
+    rows = tokens if rows is None else rows
     _positive(tokens=tokens, width=width, block=block)
-    blocks = -(-tokens // block)
-    n = torch.arange(blocks, dtype=torch.int32, device=device)
-    first = ((n * block - width + 1).clamp(min=0)) // block
-    last = n if causal else (((n + 1) * block - 1 + width - 1) // block).clamp(max=blocks - 1)
-    slots = torch.arange(min(blocks, (1 if causal else 2) * (-(-(width - 1) // block)) + 1), device=device)
-    index = first[:, None] + slots
-    sink_slots = torch.arange(-(-min(sinks, tokens) // block), device=device).expand(blocks, -1)
-    listed = torch.cat([sink_slots, index], -1)
-    used = torch.cat([sink_slots < first[:, None], index <= last[:, None]], -1)
-    index, count = pack_lists(listed, used)
-    return Layout(index[None, None], count[None, None], block, block, tokens, tokens, causal, width, sinks)
+    if rows < tokens:
+        raise ValueError(f"window: every query needs its own row, got {tokens} queries and {rows} rows")
+    blocks, row_blocks = -(-tokens // block), -(-rows // block)
+    n = torch.arange(blocks, device=device) * block + rows - tokens  # the row of a block's first query
+    first = (n - width + 1).clamp(min=0) // block
+    last = ((n + block - 1 + (0 if causal else width - 1)) // block).clamp(max=row_blocks - 1)
+    slots = torch.arange(min(row_blocks, ((1 if causal else 2) * (width - 1) + block - 1) // block + 2), device=device)
+    sink_slots = torch.arange(-(-min(sinks, rows) // block), device=device).expand(blocks, -1)
+    near = first[:, None] + slots
+    index, count = pack_lists(
+        torch.cat([sink_slots, near], -1),
+        torch.cat([sink_slots < first[:, None], near <= last[:, None]], -1),
+    )
+    return Layout(index[None, None], count[None, None], block, block, tokens, rows, causal, width, sinks)
 
 
 def strided(
@@ -181,7 +190,7 @@ def far_lists(
     """
     listed, used = [], []
     blocks = blocks[..., None] if isinstance(blocks, Tensor) else blocks
-    for level, (own, above) in enumerate(zip(radius[:-1], radius[1:], strict=True)):
+    for level, (own, above) in enumerate(pairwise(radius)):
         group = (n >> level)[..., None]
         parent = group >> 1
         slots = torch.arange(2 * above - own + 1, device=n.device)

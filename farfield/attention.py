@@ -1,0 +1,61 @@
+"""attention: any mechanism behind the signature of PyTorch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from farfield import mechanisms
+from farfield.mechanism import Mechanism
+
+
+def attention(
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B G S D"],
+    value: Float[Tensor, "B G S E"],
+    mechanism: str | Mechanism = "fma",
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "B H T E"]:
+    """scaled_dot_product_attention with another mechanism: same names, same defaults, and what cannot be honoured is
+    refused.
+
+    Args:
+        mechanism: a registry name, built with its defaults, or a Mechanism of your own making.
+        attn_mask: only "full" takes one, as PyTorch does. Padding and documents are `group` of a mechanism's forward.
+        dropout_p: only "full" takes one.
+        is_causal: aligned upper-left, as in PyTorch.
+        enable_gqa: must be set where key and value have fewer heads, as in PyTorch.
+
+    Raises:
+        ValueError: shapes do not fit, the name is unknown, or a Mechanism was built for other `is_causal` or `scale`.
+        NotImplementedError: the mechanism cannot honour an argument.
+    """
+    name = mechanism if isinstance(mechanism, str) else mechanism.name
+    if query.dim() == 4 and key.dim() == 4 and query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(f"attention: {query.shape[1]} query heads and {key.shape[1]} key heads need enable_gqa=True")
+    if name == "full" and (attn_mask is not None or dropout_p):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if attn_mask is not None:
+        raise NotImplementedError(
+            f"attention: {name} cannot honour attn_mask; documents and padding go in as "
+            f"farfield.mechanisms.make({name!r})(q, k, v, group=...)"
+        )
+    if dropout_p:
+        raise NotImplementedError(f"attention: {name} has no dropout, got dropout_p={dropout_p}")
+    if isinstance(mechanism, str):
+        mechanism = mechanisms.make(mechanism, causal=is_causal, scale=scale)
+    if mechanism.causal != is_causal:
+        raise ValueError(
+            f"attention: is_causal={is_causal}, but this {name} was built with causal={mechanism.causal}; "
+            "make them agree"
+        )
+    if scale is not None and mechanism.scale != scale:
+        raise ValueError(f"attention: scale={scale}, but this {name} was built with scale={mechanism.scale}")
+    return mechanism(query, key, value)

@@ -1,0 +1,564 @@
+"""Fast Multipole Attention: near tokens exactly, far tokens through ever coarser summaries, one softmax over all.
+
+    near(i)  = tokens of i's block and of the near / m blocks to each side (causal: before it), one by one
+    far(i)   = groups of width m 2^(l-1), l = 1, 2, ..., p rows each: the children of the parent's neighbours that
+               are no neighbours themselves, so that every token is covered exactly once
+    s[i, r]  = scale * q[i] . k[r] + log(tokens that r stands for)
+    out[i]   = sum over near(i) and far(i) of softmax(s[i])[r] v[r]
+
+O(n log n): a causal query reads near + m / 2 tokens and 1.5 p log2(n / m) summaries or so. With `queries="pooled"`
+(noncausal) the far field is read by summaries of the queries too, and the whole is O(n). Causal decoding keeps
+near + m tokens and at most 4 p summaries a level: O(log n).
+
+Departs from the paper:
+- The default pooling is the mean of segments and builds each level from the one below; "conv" is the paper's grouped
+  convolution, one filter a level, here starting as the mean. The multiplicity bias, an option there, is always on.
+- Slots outside the sequence are left out; in the published code they take softmax mass as zero keys.
+- Any length; the near field may be wider than a block; sinks, packed documents and rotary positions are ours. Keys
+  are pooled before they are rotated, and a summary is rotated to its centre: pooling rotated keys blurs them.
+- Pooled queries: the paper states the O(n) cost only. Here the mean query of a sub-block reads the level, and its
+  result is handed down to the sub-blocks below. Causal pooled queries are refused: a pooled query holds tokens later
+  than the first it would answer for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports
+from farfield.ops.attend import attend
+from farfield.ops.merge import merge
+from farfield.packing import Packing
+from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii
+from farfield.summarize import (
+    ConvPool,
+    FilterPool,
+    Groups,
+    MeanPool,
+    Pool,
+    SoftmaxPool,
+    check_rank,
+    span_of_rows,
+    summarize,
+    to_blocks,
+)
+from farfield.types import Layout, Partial, Rows
+
+POOLS = ("mean", "learned", "conv", "softmax", "softmax-whole")
+
+
+@dataclass(frozen=True)
+class Level:
+    """The summaries of one level that a later query can still read: groups `first`, first + 1, ..."""
+
+    first: int
+    k: Tensor  # [B, G, N * p, D]
+    v: Tensor
+    bias: Tensor | None  # [B, 1, N * p]; None: all groups are alike
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What the pool needs to go on after so many blocks."""
+
+    blocks: int
+    pending: tuple[Groups | None, ...]
+
+
+@dataclass(frozen=True)
+class FMAState(State):
+    """At most near + m tokens, one by one, and at most 4 p rows a level; more by what `rewind` asks for."""
+
+    block: int
+    near: int
+    rank: int
+    first: int  # the block that `k` and `v` start with
+    k: Tensor  # [B, G, tokens - first * block, D], not rotated
+    v: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+    levels: tuple[Level, ...]
+    grown: tuple[Grown, ...]  # oldest first, without gaps
+
+    @property
+    def rows(self) -> int:
+        """Rows of k held, of any kind; as many of v."""
+        waiting = sum(len(x) for grown in self.grown for x in grown.pending if x is not None)
+        return self.k.shape[2] + self.sink_k.shape[2] + sum(x.k.shape[2] for x in self.levels) + waiting * self.rank
+
+    def crop(self, drop: int) -> FMAState:
+        """The state before the last `drop` tokens.
+
+        Raises:
+            ValueError: tokens that the earlier state needs are summarized and gone; `rewind` says how far one can go.
+        """
+        keep = self.tokens - drop
+        if drop < 0 or keep < 0:
+            raise ValueError(f"fma: cannot drop {drop} of {self.tokens} tokens")
+        blocks = _summarized(keep, self.block, self.near)
+        if blocks < self.grown[0].blocks:
+            oldest = self.grown[0].blocks + self.near // self.block
+            raise ValueError(
+                f"fma: cannot drop {drop} tokens, at most {self.tokens - oldest * self.block - 1}: what came before is "
+                f"summarized. Build the mechanism with rewind={drop} or more."
+            )
+        rows = keep - self.first * self.block
+        levels = []
+        for height, level in enumerate(self.levels):
+            left = max((blocks >> height) - level.first, 0) * self.rank
+            cut = (None if x is None else x[:, :, :left] for x in (level.k, level.v, level.bias))
+            levels.append(Level(level.first, *cut))
+        return replace(
+            self,
+            tokens=keep,
+            k=self.k[:, :, :rows],
+            v=self.v[:, :, :rows],
+            sink_k=self.sink_k[:, :, :keep],
+            sink_v=self.sink_v[:, :, :keep],
+            levels=tuple(levels),
+            grown=tuple(g for g in self.grown if g.blocks <= blocks),
+        )
+
+
+class FMA(Mechanism):
+    """Fast Multipole Attention.
+
+    Args:
+        block: m, tokens of a query block and of the finest group.
+        near: tokens read one by one to each side at least; a multiple of `block`. The paper has near = block.
+        rank: p, rows of a group; divides `block`.
+        pool: "mean"; "learned" (FilterPool: child -> parent filters); "conv" (ConvPool: the paper's); "softmax" and
+            "softmax-whole" (SoftmaxPool over segments or over whole groups); or a Pool.
+        sinks: the first tokens of each document are read one by one by every later query; at most `block`.
+        queries: "kept", or "pooled" for the O(n) form (noncausal).
+        rewind: tokens that `state.crop` can go back across summaries; the state grows by as many tokens.
+        kv_heads, width, value_width, levels: G, D, E and the number of levels, for pools with parameters:
+            learned (kv_heads), softmax (kv_heads, width), conv (width, value_width, levels).
+    """
+
+    paper = Paper(
+        title="Fast Multipole Attention: A Scalable Multilevel Attention Mechanism for Text and Images",
+        authors="Kang, Tran, De Sterck",
+        year=2023,
+        arxiv="2310.11960",
+        code="github.com/yanmingk/FMA",
+    )
+    cases = (
+        Case(options={"block": 8, "near": 16, "rank": 4}, tokens=197, block=8),
+        Case(options={"block": 16, "near": 16, "rank": 2, "sinks": 3}, tokens=150),
+        Case(options={"block": 4, "near": 8, "rank": 2, "causal": False, "sinks": 2}, tokens=101, block=4),
+        Case(options={"block": 8, "near": 8, "rank": 4, "causal": False, "queries": "pooled"}, tokens=131, block=8),
+    )
+    supports = Supports(packed=True, rotary=True)
+
+    def __init__(
+        self,
+        *,
+        block: int = 64,
+        near: int = 128,
+        rank: int = 16,
+        pool: str | Pool = "mean",
+        sinks: int = 0,
+        queries: str = "kept",
+        rewind: int = 0,
+        causal: bool = True,
+        scale: float | None = None,
+        kv_heads: int | None = None,
+        width: int | None = None,
+        value_width: int | None = None,
+        levels: int | None = None,
+    ):
+        super().__init__(causal=causal, scale=scale)
+        check_rank(block, rank)
+        radii(near, block, 0)
+        if not 0 <= sinks <= block:
+            raise ValueError(f"fma: sinks must lie in 0 .. block={block}, got {sinks}")
+        if queries not in ("kept", "pooled"):
+            raise ValueError(f"fma: queries must be 'kept' or 'pooled', got {queries!r}")
+        if queries == "pooled" and causal:
+            raise NotImplementedError(
+                "fma: a pooled query holds tokens later than the first it answers for, which would leak the future; "
+                "use queries='kept' for causal attention"
+            )
+        if rewind < 0:
+            raise ValueError(f"fma: rewind must not be negative, got {rewind}")
+        self.block, self.near, self.rank, self.sinks = block, near, rank, sinks
+        self.queries, self.rewind = queries, rewind
+        if queries == "pooled":
+            self.supports = replace(self.supports, packed=False)
+        self.pool = (
+            pool if isinstance(pool, Pool) else _make_pool(pool, block, rank, kv_heads, width, value_width, levels)
+        )
+
+    def forward(self, q, k, v, *, group=None, rotary=None):
+        self.check(q, k, v, group=group, rotary=rotary)
+        if not q.shape[0] * q.shape[2]:
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        if group is not None:
+            return self._packed(q, k, v, Packing(group, self.block), rotary)
+        if self.causal:
+            return self._causal(q, k, v, None, rotary)[0]
+        return self._noncausal(q, k, v, rotary)
+
+    def extend(self, q, k, v, state=None, *, rotary=None):
+        self.check(q, k, v, rotary=rotary)
+        if not self.causal:
+            raise NotImplementedError("fma: only causal attention can be extended; use forward")
+        if state is None:
+            nothing = k[:, :, :0], v[:, :, :0]
+            state = FMAState(0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),))
+        if not q.shape[0] * q.shape[2]:
+            return q.new_zeros(*q.shape[:3], v.shape[3]), state
+        out, now = self._causal(q, k, v, state, rotary)
+        return out, self._forget(now)
+
+    def _causal(self, q, k, v, state: FMAState | None, rotary) -> tuple[Tensor, FMAState]:
+        """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
+        m, radius = self.block, self.near // self.block
+        seen, tokens, first = 0, q.shape[2], 0
+        if state is not None:
+            seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
+            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+        sinks = [x[:, :, : self.sinks] for x in (k, v)]
+        if state is not None and seen >= self.sinks:
+            sinks = state.sink_k, state.sink_v
+        levels, grown = self._grow(k, v, state, tokens)
+
+        # a query block reads one list: further blocks must start where the tree's do
+        here, last = seen // m, (tokens - 1) // m
+        lead = seen - here * m if last > here else 0
+        if rotary is not None:
+            q = rotary(q, torch.arange(seen, tokens, device=q.device))
+        q = torch.nn.functional.pad(q, (0, 0, lead, 0)) if lead else q
+        q_block = m if last > here else q.shape[2]
+        n = torch.arange(here, last + 1, device=q.device)
+        at = torch.arange(first * m, tokens, device=q.device)
+        listed, used = near_lists(n, radius, True, last + 1)
+        near = _layout(pack_lists(listed - first, used), q, k, q_block, m, causal=True)
+        sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
+        far, starts = self._far_rows(levels, sinks, k, v, rotary)
+        if len(far):
+            sources.append((far, _layout(self._far_lists(n, starts, last + 1), q, far.k, q_block, self.rank)))
+        position = torch.arange(seen - lead, tokens, device=q.device) if seen else None
+        out = attend(q, sources, scale=self.scale, position=position).out[:, :, lead:]
+        return out, FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
+
+    def _grow(self, k, v, state: FMAState | None, tokens: int) -> tuple[list[Level], list[Grown]]:
+        """The levels and the pool's memory once every block that the last query no longer reads is summarized."""
+        levels, grown, first = [], [Grown(0, ())], 0
+        if state is not None:
+            levels, grown, first = list(state.levels), list(state.grown), state.first
+        back = _summarized(tokens - self.rewind, self.block, self.near)
+        # block by block only where `crop` may want to stop in between
+        for stop in range(back, _summarized(tokens, self.block, self.near) + 1):
+            done = grown[-1].blocks
+            if stop <= done:
+                continue
+            here = slice((done - first) * self.block, (stop - first) * self.block)
+            blocks_k, blocks_v = (to_blocks(x[:, :, here], self.block, stop - done) for x in (k, v))
+            count = None
+            if self.sinks:
+                at = torch.arange(done * self.block, stop * self.block, device=k.device)
+                count = (at >= self.sinks).to(blocks_k.dtype).view(1, 1, stop - done, self.block)
+                count = count.expand(k.shape[0], -1, -1, -1)
+            pending = grown[-1].pending
+            new, pending = self.pool.grow(blocks_k, blocks_v, count, rank=self.rank, first=done, pending=pending)
+            grown.append(Grown(stop, tuple(pending)))
+            for height, groups in enumerate(new):
+                level = self._level(groups, height, done >> height, k, v)
+                levels[height : height + 1] = [level if height == len(levels) else _append(levels[height], level)]
+        return levels, grown
+
+    def _forget(self, state: FMAState) -> FMAState:
+        """The state without what neither a later query nor `crop` within `rewind` can need."""
+        back = max(state.tokens - self.rewind, 1)
+        first, last = _summarized(back, self.block, self.near), (back - 1) // self.block
+        radius = radii(self.near, self.block, len(state.levels))
+        levels = []
+        for height, level in enumerate(state.levels):
+            oldest = max(2 * ((last >> (height + 1)) - radius[height + 1]), level.first)
+            # groups that are not there yet cannot be forgotten
+            oldest = min(oldest, level.first + level.k.shape[2] // self.rank)
+            rows = (oldest - level.first) * self.rank
+            levels.append(Level(oldest, *(_after(x, rows) for x in (level.k, level.v, level.bias))))
+        tokens = (first - state.first) * self.block
+        return replace(
+            state,
+            first=first,
+            k=_after(state.k, tokens),
+            v=_after(state.v, tokens),
+            sink_k=_after(state.sink_k, 0),
+            sink_v=_after(state.sink_v, 0),
+            levels=tuple(levels),
+            grown=tuple(g for g in state.grown if g.blocks >= first),
+        )
+
+    def _noncausal(self, q, k, v, rotary):
+        m, tokens = self.block, q.shape[2]
+        blocks = -(-tokens // m)
+        at = torch.arange(tokens, device=q.device)
+        n = torch.arange(blocks, device=q.device)
+        present = at >= self.sinks if self.sinks else None
+        levels = self._pyramid(k, v, None if present is None else present[None])
+        far, starts = self._far_rows(levels, [x[:, :, : self.sinks] for x in (k, v)], k, v, rotary)
+        near = pack_lists(*near_lists(n, self.near // m, False, blocks))
+        turned, keys = (x if rotary is None else rotary(x, at) for x in (q, k))
+        sources = [(Rows(keys, v), _layout(near, q, k, m, m))]
+        if self.queries == "kept":
+            if len(far):
+                sources.append((far, _layout(self._far_lists(n, starts, blocks), q, far.k, m, self.rank)))
+            return attend(turned, sources, scale=self.scale).out
+        if self.sinks:
+            lists = self._far_lists(n, starts, blocks, levels=False)
+            sources.append((far, _layout(lists, q, far.k, m, self.rank)))
+        near = attend(turned, sources, scale=self.scale)
+        handed_down = self._pooled_queries(q, far, starts, blocks, rotary)
+        return near.out if handed_down is None else merge(near, handed_down).out
+
+    def _pooled_queries(self, q, far: Rows, starts: Sequence[int], blocks: int, rotary) -> Partial | None:
+        """The far field read by mean queries of the rows' own sub-blocks, handed down to the tokens."""
+        tokens, m, p = q.shape[2], self.block, self.rank
+        if not starts:
+            return None
+        pooled = summarize(Rows(q, q), block=m, rank=p)
+        result = None
+        radius = radii(self.near, m, len(starts))
+        for height in reversed(range(len(starts))):
+            groups = -(-blocks // 2**height)
+            n = torch.arange(groups, device=q.device)
+            # the lists of a level, read by its own groups: their block lists at that level's scale
+            listed, used = far_lists(n, radius[height : height + 2], False, groups)
+            index, count = pack_lists(listed[0] + starts[height], used[0])
+            rows = slice(pooled.offsets[height], pooled.offsets[height] + groups * p)
+            q_l = pooled.k[:, :, rows]
+            if rotary is not None:
+                q_l = rotary(q_l, self._centres(n, height))
+            here = attend(q_l, far, _layout((index, count), q_l, far.k, p, p), scale=self.scale)
+            result = here if result is None else merge(here, _hand_down(result, 2, groups * p))
+        return _hand_down(result, m // p, tokens)
+
+    def _packed(self, q, k, v, packing: Packing, rotary):
+        m = self.block
+        q, k, v = (packing.fill(x) for x in (q, k, v))
+        at = torch.arange(packing.tokens, device=q.device)
+        within = at - packing.start.repeat_interleave(m, 1) * m
+        levels = self._pyramid(k, v, packing.present & (within >= self.sinks))
+        # the sinks of document d are rows d * sinks ... of theirs
+        documents = int(packing.document.max()) + 1
+        first = torch.zeros(q.shape[0], documents + 1, dtype=torch.long, device=q.device)
+        first.scatter_(
+            1, packing.document.expand(q.shape[0], -1) % (documents + 1), packing.start.expand(q.shape[0], -1)
+        )
+        sink_at = first[:, :documents, None] * m + torch.arange(self.sinks, device=q.device)
+        sink_at = sink_at.flatten(1).clamp(max=packing.tokens - 1)
+        sinks = [x.gather(2, sink_at[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3])) for x in (k, v)]
+        far, starts = self._far_rows(levels, sinks, k, v, rotary, sink_at)
+        if rotary is not None:
+            q, k = rotary(q, at), rotary(k, at)
+        listed, used = near_lists(packing.block_of, self.near // m, self.causal, packing.blocks)
+        near = _layout(pack_lists(listed + packing.start[..., None], used), q, k, m, m, causal=self.causal)
+        bias = packing.present.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None]
+        sources = [(Rows(k, v, bias=bias), near)]
+        if len(far):
+            lists = self._far_lists(packing.block_of, starts, packing.blocks, packing.start, packing.document)
+            sources.append((far, _layout(lists, q, far.k, m, self.rank)))
+        return packing.restore(attend(q, sources, scale=self.scale).out)
+
+    def _pyramid(self, k, v, present: Tensor | None) -> list[Level]:
+        """All levels over all tokens; `present` [B|1, S] leaves tokens out."""
+        m, tokens = self.block, k.shape[2]
+        blocks = -(-tokens // m)
+        levels = depth(blocks)
+        if not levels:
+            return []
+        padded = -(-blocks // 2 ** (levels - 1)) * 2 ** (levels - 1)
+        if present is None and padded * m > tokens:
+            present = torch.ones(1, tokens, dtype=torch.bool, device=k.device)
+        count = None
+        if present is not None:
+            count = to_blocks(present[:, None, :, None].to(k.dtype), m, padded)[..., 0]
+        blocks_k, blocks_v = (to_blocks(x, m, padded) for x in (k, v))
+        groups = self.pool.grow(blocks_k, blocks_v, count, rank=self.rank, first=0, pending=())[0]
+        groups = [g.cut(0, -(-blocks // 2**height)) for height, g in enumerate(groups[:levels])]
+        return [self._level(g, height, 0, k, v) for height, g in enumerate(groups)]
+
+    def _level(self, groups: Groups, height: int, first: int, k: Tensor, v: Tensor) -> Level:
+        rows = (x.flatten(2, 3).to(like.dtype) for x, like in ((groups.k, k), (groups.v, v)))
+        return Level(first, *rows, None if groups.count is None else groups.count.log().flatten(2))
+
+    def _far_rows(
+        self,
+        levels: Sequence[Level],
+        sinks: Sequence[Tensor],
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary | None,
+        sink_at: Tensor | None = None,
+    ) -> tuple[Rows, list[int]]:
+        """Sinks and all levels in one buffer of groups of p rows, and what to add to a group's number to find it."""
+        p, wide = self.rank, torch.promote_types(k.dtype, torch.float32)
+        sink_k, sink_v = sinks
+        if rotary is not None and sink_k.shape[2]:
+            sink_k = rotary(sink_k, torch.arange(sink_k.shape[2], device=k.device) if sink_at is None else sink_at)
+        # the sinks of a document fill whole groups
+        short = -self.sinks % p
+        keys, values = ([_fill_groups(x, self.sinks, short)] if self.sinks else [] for x in (sink_k, sink_v))
+        weights = []
+        if self.sinks:
+            bias = k.new_zeros(self.sinks + short, dtype=wide)
+            bias[self.sinks :] = float("-inf")
+            weights.append(bias.repeat(keys[0].shape[2] // (self.sinks + short))[None, None])
+        starts, at = [], sum(x.shape[2] for x in keys) // p
+        for height, level in enumerate(levels):
+            groups = level.k.shape[2] // p
+            starts.append(at - level.first)
+            at += groups
+            n = torch.arange(level.first, level.first + groups, device=k.device)
+            keys.append(level.k if rotary is None else rotary(level.k, self._centres(n, height)))
+            values.append(level.v)
+            known = level.bias
+            if known is None:
+                known = k.new_full((1, 1, groups * p), math.log((self.block << height) / p), dtype=wide)
+            weights.append(known)
+        if not keys:
+            return Rows(k[:, :, :0], v[:, :, :0]), starts
+        batch = max(w.shape[0] for w in weights)
+        bias = torch.cat([w.expand(batch, -1, -1) for w in weights], -1)
+        return Rows(torch.cat(keys, 2), torch.cat(values, 2), bias=bias.to(wide)), starts
+
+    def _far_lists(
+        self,
+        n: Tensor,
+        starts: Sequence[int],
+        blocks: int | Tensor,
+        start: Tensor | None = None,
+        document: int | Tensor = 0,
+        *,
+        levels: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Lists over the buffer of `_far_rows`: block n of a document of `blocks` blocks, the first at `start`."""
+        radius = radii(self.near, self.block, len(starts))
+        last = (int(blocks.max()) if isinstance(blocks, Tensor) else blocks) - 1
+        if (last >> len(starts)) > radius[-1]:
+            raise ValueError(
+                f"fma: {last + 1} blocks of {self.block} tokens need more than the pool's {len(starts)} levels; "
+                "build it with more"
+            )
+        listed, used = far_lists(n, radius, self.causal, blocks) if levels else ([], [])
+        if isinstance(start, Tensor):
+            listed = [x + (start >> height)[..., None] for height, x in enumerate(listed)]
+        listed = [x + at for x, at in zip(listed, starts, strict=False)]
+        groups = -(-self.sinks // self.rank)
+        if groups:
+            # blocks that do not read the document's first block as neighbours
+            own = torch.arange(groups, device=n.device).expand(*n.shape, -1)
+            own = own + (document * groups if isinstance(document, int) else document[..., None] * groups)
+            listed.insert(0, own)
+            used.insert(0, (n > self.near // self.block)[..., None].expand_as(own))
+        if not listed:
+            nothing = torch.empty(*n.shape, 0, dtype=torch.long, device=n.device)
+            return pack_lists(nothing, nothing.bool())
+        return pack_lists(torch.cat(listed, -1), torch.cat(used, -1))
+
+    def _centres(self, group: Tensor, height: int) -> Tensor:
+        """Positions of the rows of these groups of level l, which may lie between tokens."""
+        first, end = span_of_rows(group, height, self.block, self.rank, self.pool.whole)
+        return (first + end - 1).double() / 2
+
+    def reference(self, q, k, v):
+        if not isinstance(self.pool, MeanPool) or isinstance(self.pool, FilterPool):
+            raise NotImplementedError("fma: the reference is written for mean pooling")
+        tokens, m, p = q.shape[2], self.block, self.rank
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        i = torch.arange(tokens)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        distance, radius = (i[:, None] // m - i // m).abs(), self.near // m
+        seen = (distance <= radius) | (i < self.sinks)
+        if self.causal:
+            seen &= i <= i[:, None]
+        logits, values = [(q @ k.mT * scale).masked_fill(~seen, float("-inf"))], [v]
+        width = m
+        while (tokens - 1) // width > radius:
+            above = -(-radius // 2)
+            for start in range(0, tokens, width // p):
+                members = torch.arange(max(start, self.sinks), min(start + width // p, tokens))
+                if not len(members):
+                    continue
+                own, group = i // width, start // width
+                seen = ((own - group).abs() > radius) & ((own // 2 - group // 2).abs() <= above)
+                if self.causal:
+                    seen &= group < own
+                asking = q
+                if self.queries == "pooled":
+                    parts = [q[:, :, s : s + width // p] for s in range(0, tokens, width // p)]
+                    asking = torch.cat([x.mean(2, keepdim=True).expand_as(x) for x in parts], 2)
+                score = asking @ k[:, :, members].mean(2)[..., None] * scale + math.log(len(members))
+                logits.append(score.masked_fill(~seen[:, None], float("-inf")))
+                values.append(v[:, :, members].mean(2, keepdim=True))
+            width, radius = 2 * width, above
+        return torch.cat(logits, -1).softmax(-1) @ torch.cat(values, 2)
+
+    def layouts(self, tokens: int) -> dict[str, Layout]:
+        """The near and the far layout of a sequence, for pictures."""
+        plan = multipole(tokens=tokens, block=self.block, near=self.near, rank=self.rank, causal=self.causal)
+        return {"near": plan.near, "far": plan.far}
+
+
+def _make_pool(
+    name: str, block: int, rank: int, heads: int | None, width: int | None, value_width: int | None, levels: int | None
+) -> Pool:
+    value_width = width if value_width is None else value_width
+    given = {"kv_heads": heads, "width": width, "levels": levels}
+    needs = {"learned": ("kv_heads",), "softmax": ("kv_heads", "width"), "softmax-whole": ("kv_heads", "width")}
+    needs["conv"] = ("width", "levels")
+    if name not in POOLS:
+        raise ValueError(f"fma: pool must be one of {', '.join(POOLS)} or a Pool, got {name!r}")
+    if missing := [x for x in needs.get(name, ()) if given[x] is None]:
+        raise ValueError(f"fma: pool={name!r} has parameters and needs {' and '.join(missing)}")
+    if name == "learned":
+        return FilterPool(heads, rank)
+    if name == "conv":
+        return ConvPool(rank, width, value_width, block, levels)
+    if name.startswith("softmax"):
+        return SoftmaxPool(heads, rank, width, whole=name == "softmax-whole")
+    return MeanPool()
+
+
+def _summarized(tokens: int, block: int, near: int) -> int:
+    """How many blocks no query from the last of `tokens` tokens on reads one by one."""
+    return max((tokens - 1) // block - near // block, 0)
+
+
+def _layout(
+    lists: tuple[Tensor, Tensor], q: Tensor, rows: Tensor, q_block: int, k_block: int, causal: bool = False
+) -> Layout:
+    """Lists [N, P] for everyone or [B, N, P] by batch. Far lists name complete past groups: nothing is left to hide."""
+    index, count = (x[:, None] if lists[0].dim() == 3 else x[None, None] for x in lists)
+    return Layout(index, count, q_block, k_block, q.shape[2], rows.shape[2], causal)
+
+
+def _append(old: Level, new: Level) -> Level:
+    bias = None if old.bias is None or new.bias is None else torch.cat([old.bias, new.bias], 2)
+    return Level(old.first, torch.cat([old.k, new.k], 2), torch.cat([old.v, new.v], 2), bias)
+
+
+def _after(x: Tensor | None, rows: int) -> Tensor | None:
+    """What follows the first rows, without keeping their memory alive."""
+    return None if x is None else x[:, :, rows:].clone(memory_format=torch.contiguous_format)
+
+
+def _fill_groups(x: Tensor, sinks: int, short: int) -> Tensor:
+    """The sinks of each document, filled up by rows of 0. Of a document that is too short nobody reads them."""
+    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % sinks))
+    return torch.nn.functional.pad(x.unflatten(2, (-1, sinks)), (0, 0, 0, short)).flatten(2, 3)
+
+
+def _hand_down(partial: Partial, times: int, rows: int) -> Partial:
+    """Each row's result for the `times` rows below it."""
+    out, lse = (x.repeat_interleave(times, 2)[:, :, :rows] for x in (partial.out, partial.lse))
+    return Partial(out, lse)

@@ -1,0 +1,368 @@
+"""summarize: rows into ever coarser rows. One pyramid, all levels back to back in one buffer.
+
+A group of level l is block * 2^(l-1) tokens and becomes `rank` rows; its two children are groups of level l-1. A pool
+says how: tree pools make level 1 from tokens and every other level from its children, so that all levels together
+cost O(n); the convolution of the paper makes every level from the tokens, O(n log n).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from farfield.select.static import depth
+from farfield.types import Rows
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Consecutive groups of one level.
+
+    Args:
+        k, v: `rank` rows a group.
+        count: how many tokens each row stands for; None: the same for all, group width / rank.
+        memo: what the pool needs to make parents of these, beside the rows.
+    """
+
+    k: Float[Tensor, "B G N p D"]
+    v: Float[Tensor, "B G N p E"]
+    count: Float[Tensor, "#B 1 N p"] | None = None
+    memo: Float[Tensor, "B G N p"] | None = None
+
+    def __len__(self) -> int:
+        return self.k.shape[2]
+
+    def cut(self, start: int | None = None, stop: int | None = None) -> Groups:
+        return Groups(*(None if x is None else x[:, :, start:stop] for x in self._fields()))
+
+    def join(self, other: Groups) -> Groups:
+        both = zip(self._fields(), other._fields(), strict=True)
+        return Groups(*(None if a is None or b is None else torch.cat([a, b], 2) for a, b in both))
+
+    def _fields(self) -> tuple[Tensor | None, ...]:
+        return self.k, self.v, self.count, self.memo
+
+
+class Pool(nn.Module):
+    """Makes groups of `rank` rows: level 1 from blocks of tokens, every further level from pairs of groups."""
+
+    whole = False  # a row stands for its whole group, not for its own segment of it
+
+    def leaf(self, k: Tensor, v: Tensor, count: Tensor | None, rank: int) -> Groups:
+        """Level 1 from blocks of tokens: k [B, G, N, m, D], v [B, G, N, m, E], count [B|1, 1, N, m] of 0 and 1."""
+        raise NotImplementedError
+
+    def parent(self, pairs: Groups) -> Groups:
+        """The next level from groups 0 and 1, 2 and 3, ... (an even number)."""
+        raise NotImplementedError
+
+    def grow(
+        self, k: Tensor, v: Tensor, count: Tensor | None, *, rank: int, first: int, pending: Sequence[Groups | None]
+    ) -> tuple[list[Groups], list[Groups | None]]:
+        """All groups that further blocks of tokens complete, level by level.
+
+        Args:
+            k, v, count: the new blocks, as for `leaf`, in float32 or wider.
+            first: how many blocks there were before.
+            pending: what an earlier call returned: per level, what waits for more tokens.
+
+        Returns:
+            The new groups of each level and what is pending after them.
+        """
+        pending, levels, waiting = list(pending), [], []
+        new = self.leaf(k, v, count, rank)
+        while len(new) or len(levels) < len(pending):
+            levels.append(new)
+            old = pending[len(levels) - 1] if len(levels) <= len(pending) else None
+            children = new if old is None else old.join(new)
+            even = len(children) // 2 * 2
+            waiting.append(children.cut(even) if even < len(children) else None)
+            new = self.parent(children.cut(0, even))
+        return levels, waiting
+
+
+class MeanPool(Pool):
+    """Each row is the mean of its own segment of the group, width / rank tokens. No parameters."""
+
+    def leaf(self, k, v, count, rank):
+        if count is None:
+            k, v = (reduce(x, "b g n (p t) d -> b g n p d", "mean", p=rank) for x in (k, v))
+            return Groups(k, v)
+        share, total = _shares(rearrange(count, "b g n (p t) -> b g n p t", p=rank))
+        k, v = (
+            torch.einsum("bgnpt,bhnptd->bhnpd", share, rearrange(x, "b g n (p t) d -> b g n p t d", p=rank))
+            for x in (k, v)
+        )
+        return Groups(k, v, total)
+
+    def parent(self, pairs):
+        rank = pairs.k.shape[3]
+        if pairs.count is None:
+            k, v = (reduce(_segments(x), "b g n (p t) d -> b g n p d", "mean", p=rank) for x in (pairs.k, pairs.v))
+            return Groups(k, v)
+        return self.leaf(_segments(pairs.k), _segments(pairs.v), _segments(pairs.count[..., None])[..., 0], rank)
+
+
+class FilterPool(MeanPool):
+    """Learned child -> parent filters: 2p rows become p, the same filter on all levels, one for each key head.
+
+    The weights of a parent row sum to 1, so constants pass; they start as the mean of its own two children:
+
+        filter = mean + gate * (softmax(logits) - mean)
+
+    Level 1 is the mean of segments. K and V have filters of their own.
+
+    Args:
+        heads: G.
+        rank: p.
+    """
+
+    def __init__(self, heads: int, rank: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.randn(2, heads, rank, 2 * rank) / math.sqrt(2 * rank))
+        self.gate = nn.Parameter(torch.zeros(2, heads, rank, 1))
+
+    def parent(self, pairs):
+        rank = pairs.k.shape[3]
+        mean = torch.eye(rank, device=self.gate.device).repeat_interleave(2, 1) / 2
+        filters = mean + self.gate * (self.logits.softmax(-1) - mean)
+        filters = filters.to(pairs.k.dtype)[:, None, :, None]  # [2, 1, G, 1, p, 2p]
+        count = None
+        if pairs.count is not None:
+            children = rearrange(pairs.count, "b g (n t) p -> b g n (t p)", t=2)
+            count = reduce(children, "b g n (p t) -> b g n p", "sum", p=rank)
+            # absent tokens weigh nothing; what is there keeps the sum of 1
+            filters, _ = _shares(filters * (children > 0)[None, :, :, :, None])
+        k, v = (
+            torch.einsum("bgnpc,bgncd->bgnpd", f.expand(x.shape[0], x.shape[1], x.shape[2] // 2, -1, -1), _segments(x))
+            for f, x in zip(filters, (pairs.k, pairs.v), strict=True)
+        )
+        return Groups(k, v, count)
+
+
+class SoftmaxPool(Pool):
+    """Softmax pooling by p learned queries for each key head: row s weighs its tokens by exp(query[s] . k / sqrt(D)).
+
+    Args:
+        heads: G.
+        rank: p.
+        width: D.
+        whole: every row looks over the whole group; otherwise over its own segment, which keeps the order of the
+            tokens. Segment queries start at 0, the mean; whole-group queries start at random, or all would stay alike.
+
+    Over the whole group a parent's row is the merge of its two children's, by their log-sum-exp: every level equals
+    pooling from the tokens. Over segments a parent's row is the softmax over its two children's rows.
+    """
+
+    def __init__(self, heads: int, rank: int, width: int, *, whole: bool = False):
+        super().__init__()
+        self.whole = whole
+        self.query = nn.Parameter(torch.randn(heads, rank, width) if whole else torch.zeros(heads, rank, width))
+
+    def leaf(self, k, v, count, rank):
+        query = self.query.to(k.dtype) / math.sqrt(k.shape[-1])
+        known = None if count is None else count.log()
+        if self.whole:
+            logits = torch.einsum("gpd,bgntd->bgnpt", query, k)
+            logits = logits if known is None else logits + known[..., None, :]
+            weights = _softmax(logits)
+            k, v = (torch.einsum("bgnpt,bgntd->bgnpd", weights, x) for x in (k, v))
+            share = None if count is None else (count.sum(-1, keepdim=True) / rank).expand(*count.shape[:3], rank)
+            return Groups(k, v, share, logits.logsumexp(-1))
+        k, v = (rearrange(x, "b g n (p t) d -> b g n p t d", p=rank) for x in (k, v))
+        logits = torch.einsum("gpd,bgnptd->bgnpt", query, k)
+        if count is not None:
+            count = rearrange(count, "b g n (p t) -> b g n p t", p=rank)
+            logits = logits + count.log()
+        weights = _softmax(logits)
+        k, v = (torch.einsum("bgnpt,bgnptd->bgnpd", weights, x) for x in (k, v))
+        return Groups(k, v, None if count is None else count.sum(-1))
+
+    def parent(self, pairs):
+        if not self.whole:
+            count = None if pairs.count is None else _segments(pairs.count[..., None])[..., 0]
+            return self.leaf(_segments(pairs.k), _segments(pairs.v), count, pairs.k.shape[3])
+        assert pairs.memo is not None
+        lse = rearrange(pairs.memo, "b g (n t) p -> b g n t p", t=2)
+        weights = _softmax(lse, dim=3)
+        k, v = (
+            torch.einsum("bgntp,bgntpd->bgnpd", weights, rearrange(x, "b g (n t) p d -> b g n t p d", t=2))
+            for x in (pairs.k, pairs.v)
+        )
+        count = None if pairs.count is None else reduce(pairs.count, "b g (n t) p -> b g n p", "sum", t=2)
+        return Groups(k, v, count, lse.logsumexp(3))
+
+
+class ConvPool(Pool):
+    """The paper's grouped convolution: for each level its own filter over all tokens of a group, for K and for V.
+
+        row[s, c] = bias[s, c] + sum_t weight[s, t, c] * token[t, c]
+
+    One filter set for all heads. Starts as the mean of segments. Parameters grow linearly with the longest sequence.
+
+    Args:
+        rank: p.
+        width, value_width: D and E.
+        block: m.
+        levels: how many levels there are filters for.
+    """
+
+    def __init__(self, rank: int, width: int, value_width: int, block: int, levels: int):
+        super().__init__()
+        means = [
+            torch.eye(rank).repeat_interleave(n, 1)[..., None] / n
+            for n in ((block << height) // rank for height in range(levels))
+        ]
+        self.k_weight = nn.ParameterList(nn.Parameter(mean.repeat(1, 1, width)) for mean in means)
+        self.v_weight = nn.ParameterList(nn.Parameter(mean.repeat(1, 1, value_width)) for mean in means)
+        self.k_bias = nn.Parameter(torch.zeros(levels, rank, width))
+        self.v_bias = nn.Parameter(torch.zeros(levels, rank, value_width))
+
+    def grow(self, k, v, count, *, rank, first, pending):
+        levels, waiting = [], []
+        if count is not None:
+            k, v = k * count[..., None], v * count[..., None]
+        for level in range(len(self.k_bias)):
+            sums = Groups(
+                self._sums(k, self.k_weight[level], level, first),
+                self._sums(v, self.v_weight[level], level, first),
+                None if count is None else self._counts(count, level, first),
+            )
+            # a group that is only begun is kept as its running sum, without the bias
+            if pending and (begun := pending[level]) is not None:
+                head = sums.cut(0, 1)
+                total = None if begun.count is None or head.count is None else begun.count + head.count
+                sums = Groups(begun.k + head.k, begun.v + head.v, total).join(sums.cut(1))
+            done = (first + k.shape[2] >> level) - (first >> level)
+            whole, rest = sums.cut(0, done), sums.cut(done)
+            k_bias, v_bias = self.k_bias[level].to(k.dtype), self.v_bias[level].to(k.dtype)
+            levels.append(Groups(whole.k + k_bias, whole.v + v_bias, whole.count))
+            waiting.append(rest if len(rest) else None)
+        return levels, waiting
+
+    def _sums(self, x: Tensor, weight: Tensor, level: int, first: int) -> Tensor:
+        """Filtered sums over the groups that the new blocks touch; the first and the last may be parts."""
+        span = 1 << level
+        x = nn.functional.pad(x, (0, 0, 0, 0, first % span, -(first + x.shape[2]) % span))
+        return torch.einsum(
+            "ptd,bgntd->bgnpd", weight.to(x.dtype), rearrange(x, "b g (n s) t d -> b g n (s t) d", s=span)
+        )
+
+    def _counts(self, count: Tensor, level: int, first: int) -> Tensor:
+        """Tokens per row of the same groups."""
+        span = 1 << level
+        count = nn.functional.pad(count, (0, 0, first % span, -(first + count.shape[2]) % span))
+        count = rearrange(count, "b g (n s) t -> b g n (s t)", s=span)
+        return reduce(count, "b g n (p t) -> b g n p", "sum", p=self.k_bias.shape[1])
+
+
+def summarize(rows: Rows, *, block: int = 64, rank: int = 16, pool: Pool | None = None) -> Rows:
+    """The pyramid over `rows` that the far layout of `select.multipole` reads: coarser and coarser, down to two groups.
+
+    Level l has ceil(S / (block * 2^(l-1))) groups of `rank` rows, in order; the last group of a level may be partial
+    and is pooled over what is there. Rows carry the log of their token count as bias, so that a summary of c tokens
+    with equal logits weighs as c; a row that stands for no token is hidden. Differentiable.
+
+    Args:
+        rows: tokens; their bias, groups and ends are not read.
+        block: tokens of a group of level 1; a multiple of `rank`.
+        rank: rows of a group.
+        pool: how rows are made; default MeanPool().
+
+    Returns:
+        Rows with `end` (last token of each row), `bias` and the levels' `offsets`; in the dtype of `rows`.
+
+    Raises:
+        ValueError: `rank` does not divide `block`.
+
+    Source: Fast Multipole Attention (arXiv:2310.11960); filters from child to parent, softmax pooling and the
+    hierarchy of means are ours.
+    """
+    check_rank(block, rank)
+    tokens = len(rows)
+    blocks = -(-tokens // block)
+    levels = depth(blocks)
+    # so many blocks that every level is made of whole groups
+    padded = -(-blocks // 2 ** (levels - 1)) * 2 ** (levels - 1) if levels else 0
+    k, v = (to_blocks(x, block, padded) for x in (rows.k, rows.v))
+    present = None
+    if padded * block != tokens:
+        present = (torch.arange(padded * block, device=k.device) < tokens).to(k.dtype).view(1, 1, padded, block)
+    found = (pool or MeanPool()).grow(k, v, present, rank=rank, first=0, pending=())[0][:levels]
+    if len(found) < levels:
+        raise ValueError(
+            f"summarize: {tokens} tokens make {levels} levels, but the pool has {len(found)}; give it more"
+        )
+    found = [groups.cut(0, -(-blocks // 2**height)) for height, groups in enumerate(found)]
+    if not found:
+        return Rows(rows.k[:, :, :0], rows.v[:, :, :0])
+    k, v = (torch.cat([x.flatten(2, 3) for x in xs], 2) for xs in ([g.k for g in found], [g.v for g in found]))
+    whole = pool is not None and pool.whole
+    bias, end, offsets = [], [], [0]
+    for height, groups in enumerate(found):
+        n = torch.arange(len(groups), device=k.device)
+        each = math.log((block << height) / rank)
+        count = groups.count
+        bias.append(k.new_full((1, 1, len(n) * rank), each) if count is None else count.log().flatten(2))
+        end.append(span_of_rows(n, height, block, rank, whole)[1] - 1)
+        offsets.append(offsets[-1] + len(n) * rank)
+    return Rows(
+        k.to(rows.k.dtype),
+        v.to(rows.v.dtype),
+        end=torch.cat(end).clamp(max=tokens - 1),
+        bias=torch.cat(bias, -1),
+        offsets=tuple(offsets[:-1]),
+    )
+
+
+def to_blocks(x: Float[Tensor, "B G S D"], block: int, blocks: int) -> Float[Tensor, "B G N m D"]:
+    """The first `blocks` blocks of tokens, filled up with 0 where there are none, in float32 or wider."""
+    x = x[:, :, : blocks * block].to(torch.promote_types(x.dtype, torch.float32))
+    if short := blocks * block - x.shape[2]:
+        x = nn.functional.pad(x, (0, 0, 0, short))
+    return x.unflatten(2, (blocks, block))
+
+
+def span_of_rows(
+    group: Int[Tensor, "*batch N"], level: int, block: int, rank: int, whole: bool
+) -> tuple[Int[Tensor, "*batch R"], Int[Tensor, "*batch R"]]:
+    """First token and one past the last token of each row of these groups; `level` counts from 0."""
+    width = block << level
+    if whole:
+        start = (group * width)[..., None].expand(*group.shape, rank).flatten(-2)
+        return start, start + width
+    segment = width // rank
+    start = (group[..., None] * width + torch.arange(rank, device=group.device) * segment).flatten(-2)
+    return start, start + segment
+
+
+def check_rank(block: int, rank: int) -> None:
+    """Raise ValueError unless a group of `block` tokens splits into `rank` rows."""
+    if block < 1 or rank < 1 or block % rank:
+        raise ValueError(
+            f"rank must divide block, so that every row stands for as many tokens; got block={block}, rank={rank}"
+        )
+
+
+def _segments(x: Float[Tensor, "B G N2 p D"]) -> Float[Tensor, "B G N p2 D"]:
+    """The rows of groups 2n and 2n + 1 behind each other."""
+    return rearrange(x, "b g (n t) p d -> b g n (t p) d", t=2)
+
+
+def _shares(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights divided by their sum over the last dimension, 0 where there is nothing to divide; and the sum."""
+    total = weights.sum(-1)
+    empty = total == 0
+    return weights / total.masked_fill(empty, 1.0)[..., None], total
+
+
+def _softmax(logits: Tensor, dim: int = -1) -> Tensor:
+    """Softmax that gives 0 where every logit is -inf."""
+    dead = (logits == float("-inf")).all(dim, keepdim=True)
+    return logits.masked_fill(dead, 0.0).softmax(dim).masked_fill(dead, 0.0)
