@@ -214,13 +214,14 @@ def draw(mechanism: Mechanism, tokens: int, path: Path) -> None:
         NotImplementedError: the mechanism has no `layouts`.
         ValueError: matplotlib does not write this kind of file.
     """
-    if not hasattr(mechanism, "layouts"):
+    offered = getattr(mechanism, "layouts", None)
+    if offered is None:
         raise NotImplementedError(f"{mechanism.name}: offers no layout picture (its class has no method `layouts`)")
     from matplotlib.figure import Figure
 
     from farfield.bench.plots import save
 
-    layouts = mechanism.layouts(tokens)
+    layouts = offered(tokens)
     figure = Figure(figsize=(4.5 * len(layouts), 4.5), layout="constrained")
     for n, (title, layout) in enumerate(layouts.items(), start=1):
         layout.plot(figure.add_subplot(1, len(layouts), n)).set_title(title)

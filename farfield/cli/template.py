@@ -49,7 +49,7 @@ class Example(Mechanism):
         layout = self._layout(q.shape[2], k.shape[2], before=0, device=q.device)
         return attend(q, Rows(k, v), layout, scale=self.scale).out
 
-    def extend(self, q, k, v, state=None, *, rotary=None):
+    def extend(self, q, k, v, state: Recent | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
         start = 0 if state is None else state.tokens
         if state is not None:

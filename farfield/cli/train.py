@@ -130,9 +130,9 @@ def configs(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
 
     of_train = {f.name for f in fields(TrainConfig)}
     of_model = {f.name for f in fields(ModelConfig)}
-    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in given.items() if k in of_train}
+    recipe: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in given.items() if k in of_train}
     recipe |= {k: tuple(v) for k, v in recipe.items() if isinstance(v, list)}
-    shape = {k: v for k, v in given.items() if k in of_model}
+    shape: dict[str, Any] = {k: v for k, v in given.items() if k in of_model}
     shape |= known(ModelConfig, parse(given.get("model"), "--model"))
     if options := parse(given.get("option")):
         shape["attention_options"] = options
