@@ -348,14 +348,14 @@ class Run:
         prompt = _prompt(data, s.prompt)
         self.stage("Sample", f"{s.sample} bytes from the fma model's state, after {len(prompt):,} of held-out text\n")
         shown = codec.decode(prompt)[-160:]
-        self.console.print(f"... {shown}", end="", style="dim", markup=False, soft_wrap=True)
+        self.console.print(f"... {tables.visible(shown)}", end="", style="dim", markup=False, soft_wrap=True)
         text, began = "", time.perf_counter()
         tokens = generate(
             model, prompt, new_tokens=s.sample, temperature=s.temperature, top_p=s.top_p, seed=s.seed, chunk=256
         )
         for piece in stream_text(codec, tokens):
             text += piece
-            self.console.print(piece, end="", markup=False, soft_wrap=True)
+            self.console.print(tables.visible(piece), end="", markup=False, soft_wrap=True)
         took = time.perf_counter() - began
         self.console.print()
         self.found["sample"] = {

@@ -63,14 +63,14 @@ def check(
     exact = torch.cat([literal(wide[0], wide[1], wide[2], i, block=block, near=near, rank=rank) for i in sampled], 2)
     if passes == "forward":
         with torch.no_grad():
-            errors = {"out": error_units(mechanism(*own)[:, :, sampled], exact, terms=tokens)}
+            errors = {"out": error_units(mechanism(*own)[:, :, sampled], exact, terms=near + block)}
     else:
         out = mechanism(*own)
         given = torch.zeros_like(out)
         given[:, :, sampled] = 1.0
         expected = torch.autograd.grad(exact.sum(), wide)
         pairs = zip(("dq", "dk", "dv"), torch.autograd.grad(out, own, given), expected, strict=True)
-        errors = {name: error_units(got, right, terms=tokens) for name, got, right in pairs}
+        errors = {name: error_units(got, right, terms=near + block) for name, got, right in pairs}
     for name, units in errors.items():
         assert units <= 3.0, f"{name} is off by {units:.1f} units at n={tokens}, 3 allowed"
     return {"queries": len(sampled), "units": {name: round(units, 3) for name, units in errors.items()}}

@@ -220,10 +220,8 @@ def _sample(sample: Mapping[str, Any] | None) -> str:
         f"prompt of held-out text (grey): {sample['new_tokens']:,} bytes at temperature {sample['temperature']:g}, "
         f"{sample['speed']:,.0f} a second."
     )
-    return (
-        f"<h2>A sample</h2>\n<p>{escape(about)}</p>\n"
-        f'<pre><span class="given">{escape(sample["prompt"])}</span>{escape(sample["text"])}</pre>'
-    )
+    given, made = (escape(tables.visible(sample[part])) for part in ("prompt", "text"))
+    return f'<h2>A sample</h2>\n<p>{escape(about)}</p>\n<pre><span class="given">{given}</span>{made}</pre>'
 
 
 def _repeat(run: Mapping[str, Any], env: Mapping[str, Any]) -> str:

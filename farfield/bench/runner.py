@@ -214,11 +214,16 @@ def _samples(call: Callable[[], object], device: torch.device, repeats: int) -> 
         from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
 
         return [ms / 1e3 for ms in do_bench(call, warmup=25, rep=100, return_mode="all")]
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
+    taken, collecting = [], gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    finally:
+        if collecting:
+            gc.enable()
     return taken
 
 
@@ -352,7 +357,8 @@ def _point(
         if who in case.against and timing.rounds:
             past[who, dtype, which] = (tokens, statistics.median(timing.samples))
     del works, own, d_out, timings
-    gc.collect()
+    # a failed call leaves its tensors in a cycle with its traceback
+    gc.collect(1)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return [replace(r, env=env) for r in records.values()]
@@ -500,10 +506,15 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return sum((a - mean_a) * (b - mean_b) for a, b in points) / spread if spread else float("nan")
 
 
-def memory_slopes(records: Sequence[Record]) -> dict[tuple[str, str, str], float]:
-    """Exponent of peak memory in n for each (contender, passes, dtype) measured at two lengths or more."""
+def memory_slopes(records: Sequence[Record], longest: int = 4) -> dict[tuple[str, str, str], float]:
+    """Exponent of peak memory in n for each (contender, passes, dtype) measured at two lengths or more.
+
+    Fitted to the `longest` longest ones: short calls are dominated by buffers of a fixed size, which would flatter it.
+    """
     lines: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
     for r in records:
         if r.memory:
             lines.setdefault((r.contender, r.passes, r.dtype), []).append((r.tokens, r.memory))
-    return {key: slope(*zip(*points, strict=True)) for key, points in lines.items() if len(points) > 1}
+    return {
+        key: slope(*zip(*sorted(points)[-longest:], strict=True)) for key, points in lines.items() if len(points) > 1
+    }

@@ -48,18 +48,24 @@ def rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
 
 
 def table(records: Sequence[Record], title: str = "") -> Table:
-    """The same for the terminal."""
+    """The same for a terminal of 80 columns."""
     from rich.table import Table
     from rich.text import Text
 
+    lines = rows(records)
+    # one baseline for all is said once, over its columns
+    bases = {row[6] for row in lines if row[6]}
+    base = bases.pop() if len(bases) == 1 else ""
     made = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for heading in HEADINGS:
-        left = heading in ("dtype", "passes", "baseline")
-        made.add_column(heading, justify="left" if left else "right", no_wrap=heading not in ("time", "its time"))
-    for row in rows(records):
-        faster = row[-1] and float(row[-1].rstrip("x")) >= 1
-        last = Text(row[-1], style="green" if faster else "yellow")
-        made.add_row(*(Text(x) for x in row[:-1]), last)
+    made.add_column("dtype")
+    made.add_column("passes")
+    for heading in ("n", "time", "memory", *(() if base else ("baseline",)), base or "its time", "memory", "ratio"):
+        made.add_column(heading, justify="right", no_wrap=True)
+    for dtype, passes, n, time, _, memory, name, its_time, its_memory, ratio in lines:
+        passes = passes.replace("forward", "fwd").replace("backward", "bwd")
+        faster = bool(ratio) and float(ratio.rstrip("x")) >= 1
+        last = Text(ratio, style="green" if faster else "yellow")
+        made.add_row(dtype, passes, n, time, memory, *(() if base else (name,)), its_time, its_memory, last)
     return made
 
 
@@ -89,6 +95,11 @@ def size(x: float | None) -> str:
             break
         x, unit = x / 1024, larger
     return f"{x:.0f} {unit}" if x >= 100 or unit == "B" else f"{x:.1f} {unit}"
+
+
+def visible(text: str) -> str:
+    """Text as a reader may see it: control characters, which could steer a terminal, become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _time(r: Record) -> str:
