@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from farfield.mechanism import Mechanism, Rotary, State
 from farfield.nn.conv import ShortConv
 from farfield.nn.rope import Rope
 
-SPARE = 32  # inputs kept beyond what the convolution reads, so that crop can take back this many tokens
+SPARE = 32  # inputs kept beyond what the convolution reads, at least, so that crop can take back as many tokens
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,9 @@ class LayerState(State):
         if recent is not None:
             left = recent.shape[1] - drop
             if left < min(keep, self.reach):
+                spare = recent.shape[1] - self.reach
                 raise ValueError(
-                    f"Attention: cannot drop {drop} tokens, the convolution keeps inputs for at most {SPARE}; "
+                    f"Attention: cannot drop {drop} tokens, the convolution's inputs are kept for {spare} only; "
                     "keep the state from before the draft (states are never changed in place)"
                 )
             recent = recent[:, :left]
@@ -98,13 +98,16 @@ class Attention(nn.Module):
         self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.out = nn.Linear(heads * self.head_width, width, bias=False)
         self.gain = nn.Parameter(torch.full((heads,), 1.6)) if qk_norm else None
+        self.spare = max(SPARE, getattr(self.mechanism, "rewind", 0))
         self.inside = rotate == "mechanism" and self.mechanism.supports.rotary
 
     def forward(self, x: Float[Tensor, "B T W"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
         """Attention of every token. `group` as in Mechanism.forward: the convolution keeps documents apart too."""
         mixed = x if self.conv is None else self.conv(x, group)
         q, k, v, rotary = self._project(mixed, 0)
-        return self._join(self.mechanism(q, k, v, group=group, rotary=rotary))
+        with _plain(x):
+            out = self.mechanism(q, k, v, group=group, rotary=rotary)
+        return self._join(out)
 
     def extend(self, x: Float[Tensor, "B T W"], state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """Attention of T further tokens after those in `state`: the outputs of one forward over everything."""
@@ -114,9 +117,10 @@ class Attention(nn.Module):
             recent = x[:, :0] if state is None or state.recent is None else state.recent
             mixed, reach = self.conv.extend(x, recent), self.conv.before
             # cloned, or the state would hold on to the whole chunk
-            recent = torch.cat([recent, x], 1)[:, -(reach + SPARE) :].clone()
+            recent = torch.cat([recent, x], 1)[:, -(reach + self.spare) :].clone()
         q, k, v, rotary = self._project(mixed, tokens)
-        out, inner = self.mechanism.extend(q, k, v, state.inner if state else None, rotary=rotary)
+        with _plain(x):
+            out, inner = self.mechanism.extend(q, k, v, state.inner if state else None, rotary=rotary)
         return self._join(out), LayerState(tokens + x.shape[1], inner, recent, reach)
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Rotary | None]:
@@ -130,6 +134,11 @@ class Attention(nn.Module):
 
     def _join(self, out: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T W"]:
         return self.out(rearrange(out, "b h t d -> b t (h d)"))
+
+
+def _plain(x: Tensor):
+    """No autocast: a mechanism chooses its own precision, and scores that select must not be rounded under it."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _unit(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -153,8 +162,9 @@ def _mechanism(
         return mechanism
     if options.get("causal", causal) != causal:
         raise ValueError(f"Attention: causal={causal}, but the options say causal={options['causal']}")
-    build = partial(mechanisms.make, mechanism, **{**options, "causal": causal})
-    # learned pooling has parameters per key head: tell a mechanism that asks for the layer's shape
-    shape = {"heads": kv_heads, "width": width, "value_width": width}
-    asked = inspect.signature(mechanisms.get(mechanism)).parameters
-    return build(**{k: v for k, v in shape.items() if k not in options}) if shape.keys() <= asked.keys() else build()
+    options = {**options, "causal": causal}
+    # learned pooling has parameters per key head: a mechanism that asks for the layer's shape is told it
+    shape = {"kv_heads": kv_heads, "width": width, "value_width": width}
+    if shape.keys() <= inspect.signature(mechanisms.get(mechanism)).parameters.keys():
+        options = shape | options
+    return mechanisms.make(mechanism, **options)

@@ -54,6 +54,7 @@ def generate(
     if new_tokens < 0 or chunk < 1:
         raise ValueError(f"generate: need new_tokens >= 0 and chunk >= 1, got {new_tokens} and {chunk}")
     check_sampling(temperature, top_k, top_p)
+    autocast(model.embed.weight.device, dtype)  # an unknown dtype is refused now, not at the first token
     draw = torch.Generator()
     draw.seed() if seed is None else draw.manual_seed(seed)
     return _generate(model, ids, new_tokens, (temperature, top_k, top_p), draw, chunk, stop, dtype)
