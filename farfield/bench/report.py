@@ -99,8 +99,8 @@ def _head(run: Mapping[str, Any], speed: Sequence[Record]) -> str:
         own = [r for r in speed if r.contender == r.bench and r.passes == passes and r.ratio]
         if own:
             far = max(own, key=lambda r: (r.tokens, r.dtype == "float32"))
-            what = f"{passes.replace('+', ' + ')} of {far.contender} at n = {far.tokens:,} against {far.against}"
-            cards.append((_times(far.ratio or 0), f"{what}, {far.dtype}"))
+            what = f"the speed of {far.against}: {passes.replace('+', ' + ')} of {far.contender}"
+            cards.append((_times(far.ratio or 0), f"{what} at n = {far.tokens:,}, {far.dtype}"))
     models = {k: m for k, m in (run.get("models") or {}).items() if m.get("overall") is not None}
     if "fma" in models:
         others = ", ".join(f"{name} {m['overall']:.3f}" for name, m in models.items() if name != "fma")
@@ -144,8 +144,7 @@ def _quality(run: Mapping[str, Any]) -> str:
             f"library ({text.get('train_bytes', 0):,} bytes): the same initial weights and data in the same order, "
             f"{trained['bytes']:,} bytes in {trained['steps']:,} steps of {trained['batch']} x {trained['tokens']:,}. "
             f"Held out: {text.get('valid_files', 0)} files of {len(text.get('modules', []))} modules, "
-            f"{held.get('bytes', 0):,} bytes of which were scored. A run of minutes ranks nothing for good; it shows "
-            "that all three learn.</p>"
+            f"{held.get('bytes', 0):,} bytes of which were scored. A run of minutes ranks nothing for good.</p>"
         )
     curves = {name: m["curve"] for name, m in models.items() if m.get("curve")}
     if curves:
@@ -180,7 +179,25 @@ def _quality(run: Mapping[str, Any]) -> str:
         cells.append(f"<td>{m['speed']:,.0f}</td>" if m.get("speed") else "<td></td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     parts.append(_table("Bits per byte, lower is better, by position in the window", headings, body))
+    parts.append(_repeats({name: m["by_repeat"] for name, m in models.items() if m.get("by_repeat")}))
     return "\n".join(parts)
+
+
+def _repeats(found: Mapping[str, Sequence[Sequence[Any]]]) -> str:
+    """Bits per byte by the distance to where the last bytes before stood last: what a far field is for."""
+    if not found:
+        return ""
+    buckets = [(name, share) for name, _, share in next(iter(found.values())) if share]
+    headings = ["attention", *(f"{name} ({share:.0%})" for name, share in buckets)]
+    body = []
+    for name, rows in found.items():
+        values = {bucket: bits for bucket, bits, _ in rows}
+        cells = "".join(f"<td>{'' if (x := values.get(b)) is None else f'{x:.3f}'}</td>" for b, _ in buckets)
+        body.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+    caption = (
+        "Bits per byte by how many bytes back the last 12 bytes stood before, with each bucket's share of the text"
+    )
+    return _table(caption, headings, body)
 
 
 def _speed(run: Mapping[str, Any], speed: Sequence[Record]) -> str:
