@@ -13,8 +13,8 @@ from farfield.bench import records, report, runner
 from farfield.bench.demo import Run, Settings, demo, standard_library
 
 TINY = {
-    "minutes": 0.05, "tokens": 256, "width": 16, "layers": 1, "heads": 1, "steps": 6, "scored": 2, "lengths": (128, 256),
-    "prompt": 120, "sample": 30,
+    "minutes": 0.05, "tokens": 256, "width": 16, "layers": 1, "heads": 1, "steps": 6, "scored": 2,
+    "lengths": (128, 256), "prompt": 120, "sample": 30,
 }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_page_of_records_alone(made, tmp_path):
     (tmp_path / "speed.jsonl").write_text((made[0] / "speed.jsonl").read_text())
     page = Reader(report.render(tmp_path).read_text())
     assert page.headings[1:] == ["Time and memory", "To repeat it"]
-    with pytest.raises(FileNotFoundError, match="neither demo.json nor speed.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"neither demo\.json nor speed\.jsonl"):
         report.render(tmp_path / "text")
 
 
