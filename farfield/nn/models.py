@@ -153,7 +153,7 @@ class Decoder(Transformer):
 
     def extend(
         self, tokens: Int[Tensor, "B T"], state: DecoderState | None = None, *, last: bool = False
-    ) -> tuple[Float[Tensor, "B T V"], DecoderState]:
+    ) -> tuple[Float[Tensor, "B L V"], DecoderState]:
         """Logits of T further tokens after those in `state`: the logits of one forward over everything.
 
         `state` stays valid and unchanged. With `last`, only the last token's logits are made: [B, 1, V].

@@ -6,13 +6,14 @@ import codecs
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 PIECE = 1 << 20  # bytes encoded at a time
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What text and tokens need of each other."""
 
@@ -23,7 +24,7 @@ class Codec(Protocol):
         """Token ids of `text`."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Text of `ids`; what is no UTF-8 becomes U+FFFD."""
         ...
 
@@ -36,6 +37,7 @@ class Codec(Protocol):
         ...
 
 
+@runtime_checkable
 class TextStream(Protocol):
     """Ids one by one into text that is whole at every moment."""
 
@@ -57,7 +59,7 @@ class Bytes:
     def encode(self, text: str | bytes) -> np.ndarray:
         return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         return bytes(ids).decode(errors="replace")
 
     def pieces(self, stream) -> Iterator[tuple[np.ndarray, None]]:
@@ -90,7 +92,7 @@ class Tokenizer:
         text = text if isinstance(text, str) else text.decode(errors="replace")
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.uint32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def pieces(self, stream) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,11 +52,11 @@ class TrainConfig:
         keep: checkpoints kept.
     """
 
-    text: tuple[str, ...] = ()
-    valid: tuple[str, ...] | None = None
+    text: str | Path | Sequence[str | Path] = ()
+    valid: str | Path | Sequence[str | Path] | None = None
     held_out: float = 0.05
-    tokenizer: str | None = None
-    cache: str | None = None
+    tokenizer: str | Path | None = None
+    cache: str | Path | None = None
     tokens: int = 2048
     batch: int = 8
     accumulate: int = 1
@@ -74,7 +74,7 @@ class TrainConfig:
     compile: bool = False
     seed: int = 0
     device: str = "auto"
-    out: str = "runs/farfield"
+    out: str | Path = "runs/farfield"
     log_every: int = 10
     eval_every: int = 250
     eval_windows: int = 16

@@ -47,8 +47,8 @@ class Split:
         """How many windows fit one after another."""
         return (len(self.ids) - 1) // self.tokens
 
-    def window(self, number: int) -> tuple[Int[Tensor, " n+1"], Int[Tensor, " n+1"]]:
-        """Ids and bytes of window `number`, in the order of the text; the last id is a target only."""
+    def window(self, number: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"]]:
+        """Ids and bytes of window `number`, in the order of the text: n + 1 of them, the last is a target only."""
         at = slice(number * self.tokens, (number + 1) * self.tokens + 1)
         ids = torch.from_numpy(self.ids[at].astype(np.int64))
         sizes = torch.ones_like(ids) if self.sizes is None else torch.from_numpy(self.sizes[at].astype(np.int64))

@@ -128,7 +128,7 @@ def evaluate(
     )
 
 
-def token_bits(model: Decoder, ids: Int[Tensor, "B n+1"], *, dtype: str = "float32") -> Float[Tensor, "B n"]:
+def token_bits(model: Decoder, ids: Int[Tensor, "B S"], *, dtype: str = "float32") -> Float[Tensor, "B S-1"]:
     """Bits that each token after the first costs, given all before it; float64 on the CPU."""
     device = model.embed.weight.device
     ids = ids.to(device)
@@ -275,5 +275,5 @@ def _batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield items[i : i + size]
 
 
-def _ratio(a: float, b: float) -> float:
+def _ratio(a: Any, b: Any) -> float:
     return float(a) / float(b) if b else float("nan")
