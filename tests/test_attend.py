@@ -401,6 +401,13 @@ def test_compiles_whole():
         assert_within(got[name], exact[name], terms=p.terms, name=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    """Sums stay in float32, and float32 stays float32, wherever the call stands."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        problem().check(dtype)
+
+
 class Largest(TorchDispatchMode):
     """The most elements any tensor made under it has."""
 

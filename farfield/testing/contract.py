@@ -328,6 +328,20 @@ def check_decode_over_nan_memory(kind: Kind, case: Case) -> None:
 
 
 @_contract()
+def check_autocast(kind: Kind, case: Case) -> None:
+    """Under autocast, bfloat16 inputs give what they give without, forward and backward."""
+    mech = build(kind, case)
+    exact = _run(_float64(mech).reference, draw(case))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = _run(mech, draw(case, torch.bfloat16))
+    _same(got, exact, case.tokens, "autocast")
+    if mech.supports.decode and mech.causal:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, _ = _extend(mech, [t.detach() for t in draw(case, torch.bfloat16)], [case.tokens - 3, 1, 2])
+        assert_within(out, exact["out"], terms=case.tokens, name="autocast: extend")
+
+
+@_contract()
 def check_save_and_load(kind: Kind, case: Case) -> None:
     """A second mechanism with the first one's state_dict gives the same bits."""
     mech, other = build(kind, case), build(kind, case, seed=1)
