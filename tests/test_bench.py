@@ -452,3 +452,8 @@ def test_seconds(seconds, text):
 
 def test_a_sample_cannot_steer_the_terminal():
     assert tables.visible("a\x1b[2Jb\n\tc\x00é") == "a\ufffd[2Jb\n\tc\ufffdé"
+
+
+@pytest.mark.parametrize(("ratio", "text"), [(0.0048, "0.0048x"), (0.987, "0.99x"), (18.34, "18.3x"), (123.4, "123x")])
+def test_ratios(ratio, text):
+    assert tables.times(ratio) == text

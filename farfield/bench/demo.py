@@ -8,14 +8,12 @@ every stage is in the run folder before the next one starts.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import shutil
-import statistics
 import sysconfig
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +38,7 @@ SKIPPED = {
 }  # fmt: skip
 
 # Shares of the whole time: one baseline call at most, held-out evaluation, what is kept back for sample and page
-ONE_CALL, SCORING, RESERVE = 0.12, 0.07, 0.06
+ONE_CALL, SCORING, RESERVE = 0.1, 0.07, 0.08
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,10 @@ def demo(
     run.say_results()
     run.console.print(f"\nReport: [bold]{page}[/]", soft_wrap=True)
     return page
+
+
+class _Enough(Exception):
+    """Ends a trial."""
 
 
 class Run:
@@ -313,25 +315,27 @@ class Run:
         return model, config
 
     def _step_seconds(self, name: str) -> float:
-        """Median duration of a training step; the first ones also set things up."""
+        """Duration of a training step: the mean of two, after a first one that also sets things up."""
         from farfield.train import train
 
         moments: list[float] = []
-        model, config = self._configs(name, 5)
+
+        def note(step: int) -> None:
+            moments.append(time.perf_counter())
+            if step == 3:
+                raise _Enough
+
         trial = self.folder / f".trial-{name}"
+        model, config = self._configs(name, 1000)
         try:
-            result = train(
-                model,
-                replace(config, out=str(trial)),
-                progress=False,
-                on_step=lambda _: moments.append(time.perf_counter()),
-            )
+            result = train(model, replace(config, out=str(trial), log_every=0), progress=False, on_step=note)
+            if result.interrupted:
+                raise KeyboardInterrupt
+        except _Enough:
+            pass
         finally:
             shutil.rmtree(trial, ignore_errors=True)
-        if result.interrupted:
-            raise KeyboardInterrupt
-        # the last step also evaluates and saves
-        return statistics.median(b - a for a, b in itertools.pairwise(moments[:-1]))
+        return (moments[2] - moments[0]) / 2
 
     # ----------------------------------------------------------------------------------------------------- 4 sample
 
@@ -346,14 +350,26 @@ class Run:
         _, config = self._configs("fma", 1)
         data: Data = open_data(config.text, tokens=s.tokens, valid=config.valid, cache=config.cache)
         prompt = _prompt(data, s.prompt)
-        self.stage("Sample", f"{s.sample} bytes from the fma model's state, after {len(prompt):,} of held-out text\n")
+        self.stage(
+            "Sample", f"up to {s.sample} bytes from the fma model's state, after {len(prompt):,} of held-out text\n"
+        )
         shown = codec.decode(prompt)[-160:]
         self.console.print(f"... {tables.visible(shown)}", end="", style="dim", markup=False, soft_wrap=True)
-        text, began = "", time.perf_counter()
+        text, made, began = "", 0, time.perf_counter()
+        latest = began + max(0.75 * self.budget * RESERVE, self.left - 0.25 * self.budget * RESERVE)
+
+        def in_time(tokens: Iterator[int]) -> Iterator[int]:
+            nonlocal made
+            for token in tokens:
+                made += 1
+                yield token
+                if time.perf_counter() > latest:
+                    return
+
         tokens = generate(
             model, prompt, new_tokens=s.sample, temperature=s.temperature, top_p=s.top_p, seed=s.seed, chunk=256
         )
-        for piece in stream_text(codec, tokens):
+        for piece in stream_text(codec, in_time(tokens)):
             text += piece
             self.console.print(tables.visible(piece), end="", markup=False, soft_wrap=True)
         took = time.perf_counter() - began
@@ -362,10 +378,10 @@ class Run:
             "prompt": codec.decode(prompt)[-600:],
             "text": text,
             "prompt_tokens": len(prompt),
-            "new_tokens": s.sample,
+            "new_tokens": made,
             "temperature": s.temperature,
             "top_p": s.top_p,
-            "speed": s.sample / took,
+            "speed": made / took,
             "state_bytes": _state_bytes(model, prompt),
         }
         self.done("sample")

@@ -100,7 +100,7 @@ def _head(run: Mapping[str, Any], speed: Sequence[Record]) -> str:
         if own:
             far = max(own, key=lambda r: (r.tokens, r.dtype == "float32"))
             what = f"the speed of {far.against}: {passes.replace('+', ' + ')} of {far.contender}"
-            cards.append((_times(far.ratio or 0), f"{what} at n = {far.tokens:,}, {far.dtype}"))
+            cards.append((tables.times(far.ratio or 0), f"{what} at n = {far.tokens:,}, {far.dtype}"))
     models = {k: m for k, m in (run.get("models") or {}).items() if m.get("overall") is not None}
     if "fma" in models:
         others = ", ".join(f"{name} {m['overall']:.3f}" for name, m in models.items() if name != "fma")
@@ -279,10 +279,6 @@ def _table(caption: str, headings: Sequence[str], body: Sequence[str]) -> str:
 
 def _title(name: str, options: Mapping[str, Any] | None) -> str:
     return f"{name} ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else name
-
-
-def _times(x: float) -> str:
-    return f"{x:.0f}x" if x >= 20 else f"{x:.1f}x"
 
 
 def _machine(about: Mapping[str, Any]) -> str:

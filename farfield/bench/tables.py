@@ -41,7 +41,7 @@ def rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
                 f"{base.contender} {base.backend.removesuffix('_attention')}".strip() if base else "",
                 _time(base) if base else "",
                 size(base.memory) if base else "",
-                f"{own.ratio:.2f}x" if own.ratio else "",
+                times(own.ratio) if own.ratio else "",
             )
         )
     return made
@@ -55,6 +55,8 @@ def table(records: Sequence[Record], title: str = "") -> Table:
     lines = rows(records)
     # one baseline for all is said once, over its columns
     bases = {row[6] for row in lines if row[6]}
+    # without its back-end where it did not run
+    bases = {name for name in bases if not any(other.startswith(f"{name} ") for other in bases)}
     base = bases.pop() if len(bases) == 1 else ""
     made = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
     made.add_column("dtype")
@@ -74,6 +76,11 @@ def notes(records: Sequence[Record]) -> list[str]:
     return [
         f"{r.contender} {r.passes} {r.dtype} n={r.tokens:,} {r.status}: {r.reason}" for r in records if r.status != "ok"
     ]
+
+
+def times(ratio: float) -> str:
+    """Two decimals, fewer of what is large: 0.005x, 1.25x, 18.3x, 120x."""
+    return f"{ratio:.2g}x" if ratio < 0.1 else f"{ratio:.{0 if ratio >= 100 else 1 if ratio >= 10 else 2}f}x"
 
 
 def seconds(x: float) -> str:
