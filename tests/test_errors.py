@@ -1,0 +1,335 @@
+"""Every refusal: the kind of error, and a message that says who, what was expected, what was given."""
+
+import pytest
+import torch
+
+import farfield as ff
+from farfield.select import static
+from farfield.testing.inputs import normal
+from farfield.types import Layout, Partial, Rows
+
+B, H, G, T, S, D, E = 2, 4, 2, 12, 10, 6, 5
+
+
+def q(*shape, dtype=torch.float32):
+    return normal(*(shape or (B, H, T, D)), dtype=dtype)
+
+
+def rows(**parts):
+    return Rows(**{"k": q(B, G, S, D), "v": q(B, G, S, E)} | parts)
+
+
+def plan(**sizes):
+    return static.full(**{"tokens": T, "rows": S, "q_block": 4, "k_block": 4} | sizes)
+
+
+def attend(**changes):
+    options = {"q": q(), "rows": rows(), "layout": plan()} | changes
+    return ff.attend(options.pop("q"), options.pop("rows"), options.pop("layout"), **options)
+
+
+def lists(*shape):
+    return Layout(torch.zeros(*shape, 3, 1, dtype=torch.int32), torch.ones(*shape, 3, dtype=torch.int32), 4, 4, T, S)
+
+
+I = torch.arange  # noqa: E741
+
+ATTEND = {
+    "q is not 4-D": (
+        lambda: attend(q=q(H, T, D)),
+        (ValueError, TypeError),
+        r"q must be .*\[B, H, T, D\].*\[4, 12, 6\]",
+    ),
+    "q is integer": (lambda: attend(q=q().long()), TypeError, r"q must be floating point.*int64"),
+    "no sources": (lambda: attend(rows=[], layout=None), ValueError, r"at least one \(rows, layout\)"),
+    "no layout": (lambda: attend(layout=None), TypeError, r"source 0 must be \(Rows, Layout\), got \(Rows, NoneType\)"),
+    "a tensor as rows": (lambda: attend(rows=[(q(), plan())], layout=None), TypeError, r"got \(Tensor, Layout\)"),
+    "k of another dtype": (
+        lambda: attend(rows=rows(k=q(B, G, S, D).double())),
+        TypeError,
+        r"k is torch\.float64 but q is",
+    ),
+    "v of another dtype": (
+        lambda: attend(rows=rows(v=q(B, G, S, E).half())),
+        TypeError,
+        r"v is torch\.float16 but q is",
+    ),
+    "k of another width": (lambda: attend(rows=rows(k=q(B, G, S, D + 1))), ValueError, r"do not fit q \[2, 4, 12, 6\]"),
+    "k and v of two lengths": (
+        lambda: attend(rows=rows(v=q(B, G, S + 1, E))),
+        ValueError,
+        r"\[2, 2, 10, 6\].*\[2, 2, 11, 5\]",
+    ),
+    "another batch": (lambda: attend(rows=rows(k=q(3, G, S, D))), ValueError, r"k must be \[B=2.*\[3, 2, 10, 6\]"),
+    "heads do not divide": (
+        lambda: attend(rows=rows(k=q(B, 3, S, D), v=q(B, 3, S, E))),
+        ValueError,
+        "4 query heads are not a multiple of 3",
+    ),
+    "layout of another T": (
+        lambda: attend(layout=plan(tokens=T + 1)),
+        ValueError,
+        r"built for 13 queries, but q has 12\. Build",
+    ),
+    "layout of another S": (
+        lambda: attend(layout=plan(rows=S + 1)),
+        ValueError,
+        r"built for 11 rows, but there are 10\. Build",
+    ),
+    "layout of other heads": (
+        lambda: attend(layout=lists(1, 3)),
+        ValueError,
+        r"index must be \[1\|2, 1\|4, N, P\], got \[1, 3",
+    ),
+    "layout of another batch": (lambda: attend(layout=lists(3, 1)), ValueError, r"index must be .*got \[3, 1"),
+    "layout elsewhere": (
+        lambda: attend(layout=plan().to("meta")),
+        ValueError,
+        r"layout is on meta, q on cpu; use layout\.to",
+    ),
+    "two q_blocks": (
+        lambda: attend(rows=[(rows(), plan()), (rows(), plan(q_block=6))], layout=None),
+        ValueError,
+        "share a q_block, got 4 and 6",
+    ),
+    "two value widths": (
+        lambda: attend(rows=[(rows(), plan()), (rows(v=q(B, G, S, 7)), plan())], layout=None),
+        ValueError,
+        "share a value width, got 5 and 7",
+    ),
+    "row groups alone": (
+        lambda: attend(rows=rows(group=I(S))),
+        ValueError,
+        "row groups but the queries have none; pass group=",
+    ),
+    "query groups alone": (lambda: attend(group=I(T)), ValueError, r"groups but no source has; set Rows\.group"),
+    "positions of another length": (
+        lambda: attend(position=I(T + 1)),
+        ValueError,
+        r"position must be \[T=12\].*got \[13\]",
+    ),
+    "positions as floats": (
+        lambda: attend(position=I(T).float()),
+        TypeError,
+        r"position must be integer, got torch\.float32",
+    ),
+    "positions of key heads": (lambda: attend(position=I(T).expand(B, G, T)), ValueError, "position must be"),
+    "ends of another length": (
+        lambda: attend(rows=rows(end=I(S - 1))),
+        ValueError,
+        r"source 0: end must be \[S=10\].*got \[9\]",
+    ),
+    "ends of query heads": (
+        lambda: attend(rows=rows(end=I(S).expand(B, H, S))),
+        ValueError,
+        r"end must be .*got \[2, 4, 10\]",
+    ),
+    "an integer bias": (
+        lambda: attend(rows=rows(bias=I(S))),
+        TypeError,
+        "bias must be floating point, got torch.int64",
+    ),
+    "a bias of 3 heads": (lambda: attend(rows=rows(bias=q(1, 3, S))), ValueError, r"bias must be .*got \[1, 3, 10\]"),
+    "a boolean group": (
+        lambda: attend(rows=rows(group=I(S) > 3), group=I(T)),
+        TypeError,
+        "group must be integer, got torch.bool",
+    ),
+    "a bias elsewhere": (
+        lambda: attend(rows=rows(bias=torch.zeros(S, device="meta"))),
+        ValueError,
+        "bias is on meta, q on cpu",
+    ),
+}
+
+
+def partial(tokens=3, width=2):
+    return Partial(torch.zeros(1, 1, tokens, width), torch.zeros(1, 1, tokens))
+
+
+def scan(**changes):
+    options = {"q": q(), "k": q(B, G, T, D), "v": q(B, G, T, E)} | changes
+    return ff.scan(options.pop("q"), options.pop("k"), options.pop("v"), **options)
+
+
+OPERATIONS = {
+    "merge of nothing": (lambda: ff.merge(), ValueError, "merge: needs at least one"),
+    "merge of two shapes": (lambda: ff.merge(partial(), partial(4)), ValueError, r"\[1, 1, 3, 2\] and \[1, 1, 4, 2\]"),
+    "scan of another length": (
+        lambda: scan(k=q(B, G, S, D), v=q(B, G, S, E)),
+        ValueError,
+        "q has 12 tokens, k and v have 10",
+    ),
+    "scan in chunks of 0": (lambda: scan(chunk=0), ValueError, "chunk must be at least 1, got 0"),
+    "scan with decays of another shape": (
+        lambda: scan(decay=-torch.ones(T)),
+        ValueError,
+        r"decay must be \[H\] = \[4\] .*got \[12\]",
+    ),
+    "scan with decays of key heads": (
+        lambda: scan(decay=-torch.ones(B, G, T)),
+        ValueError,
+        r"decay must be .*got \[2, 2, 12\]",
+    ),
+    "scan with integer decays": (
+        lambda: scan(decay=-torch.ones(H).long()),
+        TypeError,
+        "decay must be floating point, got torch.int64",
+    ),
+    "scan with another state": (
+        lambda: scan(state=torch.zeros(B, H, E, D)),
+        ValueError,
+        r"state must be .*\[2, 4, 6, 5\], got \[2, 4, 5, 6\]",
+    ),
+    "scan with a state elsewhere": (
+        lambda: scan(state=torch.zeros(B, H, D, E, device="meta")),
+        ValueError,
+        "state is on meta, q on cpu",
+    ),
+    "summarize with a rank that does not divide": (
+        lambda: ff.summarize(rows(), block=8, rank=3),
+        ValueError,
+        "rank must divide block.*block=8, rank=3",
+    ),
+    "multipole with a near field off the blocks": (
+        lambda: ff.select.multipole(tokens=9, block=4, near=6),
+        ValueError,
+        "near must be a positive multiple of block=4, got 6",
+    ),
+    "a window of nothing": (lambda: static.window(tokens=9, width=0), ValueError, "width must be at least 1, got 0"),
+    "union of other blocks": (lambda: plan().union(plan(k_block=5)), ValueError, "differ in k_block, 4 and 5"),
+}
+
+
+def mechanism(name, **options):
+    return ff.mechanisms.make(name, **options)
+
+
+def call(name="full", group=None, rotary=None, shape=(B, H, T, D), **options):
+    return mechanism(name, **options)(q(*shape), q(B, G, T, D), q(B, G, T, E), group=group, rotary=rotary)
+
+
+def sdpa(*args, heads=G, **options):
+    return ff.attention(q(), q(B, heads, T, D), q(B, heads, T, E), *args, **options)
+
+
+MECHANISMS = {
+    "an unknown name": (lambda: mechanism("fmaa"), ValueError, r"no mechanism 'fmaa'; did you mean fma\b.*All: .*full"),
+    "a name like nothing": (lambda: mechanism("zzzzzzz"), ValueError, "no mechanism 'zzzzzzz'. All: fma"),
+    "an unknown option": (lambda: mechanism("fma", blok=3), ValueError, "fma: no option blok; its options are .*block"),
+    "3-D inputs": (
+        lambda: call(shape=(H, T, D)),
+        ValueError,
+        r"full: q must be \[batch, heads, tokens, width\], got shape \[4, 12, 6\]",
+    ),
+    "another width": (lambda: call(shape=(B, H, T, D + 1)), ValueError, "full: q has width 7, k has 6"),
+    "another batch": (lambda: call(shape=(3, H, T, D)), ValueError, "q has batch 3, k has 2"),
+    "heads that do not divide": (
+        lambda: call(shape=(B, 3, T, D)),
+        ValueError,
+        "3 query heads are not a multiple of 2 key heads",
+    ),
+    "cross-attention where there is none": (
+        lambda: call("window", shape=(B, H, T + 1, D)),
+        NotImplementedError,
+        "window: self-attention only, but q has 13 tokens and k 12",
+    ),
+    "groups as floats": (
+        lambda: call("fma", group=torch.zeros(B, T), block=4, near=4, rank=2),
+        TypeError,
+        "fma: group holds integer document ids, got torch.float32",
+    ),
+    "groups of another shape": (
+        lambda: call(group=I(T)),
+        ValueError,
+        r"full: group must be \[B, T\] = \[2, 12\], got \[12\]",
+    ),
+    "rotary where it is not placed": (
+        lambda: call(rotary=lambda x, p: x),
+        NotImplementedError,
+        "full: does not place rotations itself; rotate q and k",
+    ),
+    "fma with a rank that does not divide": (
+        lambda: mechanism("fma", block=8, rank=3),
+        ValueError,
+        "rank must divide block",
+    ),
+    "fma with a near field off the blocks": (
+        lambda: mechanism("fma", block=8, near=12, rank=2),
+        ValueError,
+        "near must be a positive multiple of block=8, got 12",
+    ),
+    "fma with too many sinks": (
+        lambda: mechanism("fma", block=8, near=8, rank=2, sinks=9),
+        ValueError,
+        r"sinks must lie in 0 \.\. block=8, got 9",
+    ),
+    "fma with an unknown pool": (
+        lambda: mechanism("fma", pool="max"),
+        ValueError,
+        "pool must be one of mean, learned, .*'max'",
+    ),
+    "fma with a pool without its sizes": (
+        lambda: mechanism("fma", pool="learned"),
+        ValueError,
+        "pool='learned' has parameters and needs kv_heads",
+    ),
+    "fma with unknown queries": (
+        lambda: mechanism("fma", queries="some"),
+        ValueError,
+        "queries must be 'kept' or 'pooled', got 'some'",
+    ),
+    "causal fma with pooled queries": (
+        lambda: mechanism("fma", queries="pooled"),
+        NotImplementedError,
+        "leak the future",
+    ),
+    "a window of nothing": (lambda: mechanism("window", width=0), ValueError, "width=0"),
+    "extending what is not causal": (
+        lambda: mechanism("fma", causal=False).extend(q(), q(B, G, T, D), q(B, G, T, E)),
+        NotImplementedError,
+        "causal",
+    ),
+    "attention with a mask": (
+        lambda: sdpa("fma", torch.ones(T, T).bool(), enable_gqa=True),
+        NotImplementedError,
+        "fma cannot honour attn_mask.*group=",
+    ),
+    "attention with dropout": (
+        lambda: sdpa("window", dropout_p=0.1, enable_gqa=True),
+        NotImplementedError,
+        "window has no dropout, got dropout_p=0.1",
+    ),
+    "attention with fewer key heads": (
+        lambda: sdpa("fma"),
+        ValueError,
+        "4 query heads and 2 key heads need enable_gqa=True",
+    ),
+    "attention causal two ways": (
+        lambda: sdpa(ff.FMA(causal=False), is_causal=True, enable_gqa=True),
+        ValueError,
+        "is_causal=True, but this fma was built with causal=False",
+    ),
+    "attention scaled two ways": (
+        lambda: sdpa(ff.FMA(scale=0.5), is_causal=True, scale=0.1, enable_gqa=True),
+        ValueError,
+        "scale=0.1, but this fma was built with scale=0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ATTEND | OPERATIONS | {f"mechanism: {k}": v for k, v in MECHANISMS.items()})
+def test_refusals(what):
+    table = MECHANISMS if what.startswith("mechanism: ") else ATTEND | OPERATIONS
+    wrong, kind, message = table[what.removeprefix("mechanism: ")]
+    with pytest.raises(kind, match=message):
+        wrong()
+
+
+def test_what_is_right_goes_through():
+    """The helpers of the table make valid calls: only the one change is refused."""
+    assert attend().out.shape == (B, H, T, E)
+    assert scan()[0].shape == (B, H, T, E)
+    assert call().shape == (B, H, T, E)
+    assert call("fma", block=4, near=4, rank=2).shape == (B, H, T, E)
+    assert sdpa("fma", enable_gqa=True).shape == (B, H, T, E)
