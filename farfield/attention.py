@@ -38,6 +38,9 @@ def attention(
     name = mechanism if isinstance(mechanism, str) else mechanism.name
     if query.dim() == 4 and key.dim() == 4 and query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"attention: {query.shape[1]} query heads and {key.shape[1]} key heads need enable_gqa=True")
+    if isinstance(mechanism, Mechanism):
+        _check_agrees(mechanism, is_causal, scale)
+        scale = mechanism.scale
     if name == "full" and (attn_mask is not None or dropout_p):
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -51,6 +54,11 @@ def attention(
         raise NotImplementedError(f"attention: {name} has no dropout, got dropout_p={dropout_p}")
     if isinstance(mechanism, str):
         mechanism = mechanisms.make(mechanism, causal=is_causal, scale=scale)
+    return mechanism(query, key, value)
+
+
+def _check_agrees(mechanism: Mechanism, is_causal: bool, scale: float | None) -> None:
+    name = mechanism.name
     if mechanism.causal != is_causal:
         raise ValueError(
             f"attention: is_causal={is_causal}, but this {name} was built with causal={mechanism.causal}; "
@@ -58,4 +66,3 @@ def attention(
         )
     if scale is not None and mechanism.scale != scale:
         raise ValueError(f"attention: scale={scale}, but this {name} was built with scale={mechanism.scale}")
-    return mechanism(query, key, value)

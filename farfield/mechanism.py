@@ -207,6 +207,11 @@ class Mechanism(nn.Module):
             raise NotImplementedError(f"{who}: does not place rotations itself; rotate q and k before the call")
 
 
+def no_tokens(q: Float[Tensor, "B H 0 D"], v: Float[Tensor, "B G 0 E"]) -> Float[Tensor, "B H 0 E"]:
+    """The output for no tokens, still part of the graph."""
+    return q.sum(-1, keepdim=True) * v.new_zeros(v.shape[3])
+
+
 def check_qkv(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError or TypeError unless q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):

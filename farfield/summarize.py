@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -75,7 +74,12 @@ class Pool(nn.Module):
         Returns:
             The new groups of each level and what is pending after them.
         """
-        pending, levels, waiting = list(pending), [], []
+        # sums of many tokens stay in float32, whatever autocast would make of them
+        with torch.autocast(k.device.type, enabled=False):
+            return self._grow(k, v, count, rank, first, pending)
+
+    def _grow(self, k, v, count, rank, first, pending) -> tuple[list[Groups], list[Groups | None]]:
+        levels, waiting = [], []
         new = self.leaf(k, v, count, rank)
         while len(new) or len(levels) < len(pending):
             levels.append(new)
@@ -92,21 +96,15 @@ class MeanPool(Pool):
 
     def leaf(self, k, v, count, rank):
         if count is None:
-            k, v = (reduce(x, "b g n (p t) d -> b g n p d", "mean", p=rank) for x in (k, v))
-            return Groups(k, v)
-        share, total = _shares(rearrange(count, "b g n (p t) -> b g n p t", p=rank))
-        k, v = (
-            torch.einsum("bgnpt,bhnptd->bhnpd", share, rearrange(x, "b g n (p t) d -> b g n p t d", p=rank))
-            for x in (k, v)
-        )
+            return Groups(*(x.unflatten(3, (rank, -1)).mean(4) for x in (k, v)))
+        share, total = _shares(count.unflatten(3, (rank, -1)))
+        k, v = (torch.einsum("bgnpt,bhnptd->bhnpd", share, x.unflatten(3, (rank, -1))) for x in (k, v))
         return Groups(k, v, total)
 
     def parent(self, pairs):
-        rank = pairs.k.shape[3]
-        if pairs.count is None:
-            k, v = (reduce(_segments(x), "b g n (p t) d -> b g n p d", "mean", p=rank) for x in (pairs.k, pairs.v))
-            return Groups(k, v)
-        return self.leaf(_segments(pairs.k), _segments(pairs.v), _segments(pairs.count[..., None])[..., 0], rank)
+        return self.leaf(
+            *(None if x is None else _segments(x) for x in (pairs.k, pairs.v, pairs.count)), pairs.k.shape[3]
+        )
 
 
 class FilterPool(MeanPool):
@@ -135,10 +133,11 @@ class FilterPool(MeanPool):
         filters = filters.to(pairs.k.dtype)[:, None, :, None]  # [2, 1, G, 1, p, 2p]
         count = None
         if pairs.count is not None:
-            children = rearrange(pairs.count, "b g (n t) p -> b g n (t p)", t=2)
-            count = reduce(children, "b g n (p t) -> b g n p", "sum", p=rank)
-            # absent tokens weigh nothing; what is there keeps the sum of 1
-            filters, _ = _shares(filters * (children > 0)[None, :, :, :, None])
+            children = _segments(pairs.count)
+            count = children.unflatten(3, (rank, 2)).sum(4)
+            # a group that lacks some of its rows is not what the filter has learned: its mean
+            complete = (children > 0).all(-1)[..., None, None]
+            filters = torch.where(complete, filters, _shares(mean.to(children.dtype) * children[..., None, :])[0])
         k, v = (
             torch.einsum("bgnpc,bgncd->bgnpd", f.expand(x.shape[0], x.shape[1], x.shape[2] // 2, -1, -1), _segments(x))
             for f, x in zip(filters, (pairs.k, pairs.v), strict=True)
@@ -174,11 +173,11 @@ class SoftmaxPool(Pool):
             weights = _softmax(logits)
             k, v = (torch.einsum("bgnpt,bgntd->bgnpd", weights, x) for x in (k, v))
             share = None if count is None else (count.sum(-1, keepdim=True) / rank).expand(*count.shape[:3], rank)
-            return Groups(k, v, share, logits.logsumexp(-1))
-        k, v = (rearrange(x, "b g n (p t) d -> b g n p t d", p=rank) for x in (k, v))
+            return Groups(k, v, share, _logsumexp(logits, -1))
+        k, v = (x.unflatten(3, (rank, -1)) for x in (k, v))
         logits = torch.einsum("gpd,bgnptd->bgnpt", query, k)
         if count is not None:
-            count = rearrange(count, "b g n (p t) -> b g n p t", p=rank)
+            count = count.unflatten(3, (rank, -1))
             logits = logits + count.log()
         weights = _softmax(logits)
         k, v = (torch.einsum("bgnpt,bgnptd->bgnpd", weights, x) for x in (k, v))
@@ -186,17 +185,15 @@ class SoftmaxPool(Pool):
 
     def parent(self, pairs):
         if not self.whole:
-            count = None if pairs.count is None else _segments(pairs.count[..., None])[..., 0]
-            return self.leaf(_segments(pairs.k), _segments(pairs.v), count, pairs.k.shape[3])
+            return self.leaf(
+                *(None if x is None else _segments(x) for x in (pairs.k, pairs.v, pairs.count)), pairs.k.shape[3]
+            )
         assert pairs.memo is not None
-        lse = rearrange(pairs.memo, "b g (n t) p -> b g n t p", t=2)
+        lse = pairs.memo.unflatten(2, (-1, 2))
         weights = _softmax(lse, dim=3)
-        k, v = (
-            torch.einsum("bgntp,bgntpd->bgnpd", weights, rearrange(x, "b g (n t) p d -> b g n t p d", t=2))
-            for x in (pairs.k, pairs.v)
-        )
-        count = None if pairs.count is None else reduce(pairs.count, "b g (n t) p -> b g n p", "sum", t=2)
-        return Groups(k, v, count, lse.logsumexp(3))
+        k, v = (torch.einsum("bgntp,bgntpd->bgnpd", weights, x.unflatten(2, (-1, 2))) for x in (pairs.k, pairs.v))
+        count = None if pairs.count is None else pairs.count.unflatten(2, (-1, 2)).sum(3)
+        return Groups(k, v, count, _logsumexp(lse, 3))
 
 
 class ConvPool(Pool):
@@ -224,7 +221,7 @@ class ConvPool(Pool):
         self.k_bias = nn.Parameter(torch.zeros(levels, rank, width))
         self.v_bias = nn.Parameter(torch.zeros(levels, rank, value_width))
 
-    def grow(self, k, v, count, *, rank, first, pending):
+    def _grow(self, k, v, count, rank, first, pending):
         levels, waiting = [], []
         if count is not None:
             k, v = k * count[..., None], v * count[..., None]
@@ -250,16 +247,14 @@ class ConvPool(Pool):
         """Filtered sums over the groups that the new blocks touch; the first and the last may be parts."""
         span = 1 << level
         x = nn.functional.pad(x, (0, 0, 0, 0, first % span, -(first + x.shape[2]) % span))
-        return torch.einsum(
-            "ptd,bgntd->bgnpd", weight.to(x.dtype), rearrange(x, "b g (n s) t d -> b g n (s t) d", s=span)
-        )
+        return torch.einsum("ptd,bgntd->bgnpd", weight.to(x.dtype), x.unflatten(2, (-1, span)).flatten(3, 4))
 
     def _counts(self, count: Tensor, level: int, first: int) -> Tensor:
         """Tokens per row of the same groups."""
         span = 1 << level
         count = nn.functional.pad(count, (0, 0, first % span, -(first + count.shape[2]) % span))
-        count = rearrange(count, "b g (n s) t -> b g n (s t)", s=span)
-        return reduce(count, "b g n (p t) -> b g n p", "sum", p=self.k_bias.shape[1])
+        count = count.unflatten(2, (-1, span)).flatten(3, 4)
+        return count.unflatten(3, (self.k_bias.shape[1], -1)).sum(4)
 
 
 def summarize(rows: Rows, *, block: int = 64, rank: int = 16, pool: Pool | None = None) -> Rows:
@@ -350,9 +345,9 @@ def check_rank(block: int, rank: int) -> None:
         )
 
 
-def _segments(x: Float[Tensor, "B G N2 p D"]) -> Float[Tensor, "B G N p2 D"]:
+def _segments(x: Float[Tensor, "B G N2 p *D"]) -> Float[Tensor, "B G N p2 *D"]:
     """The rows of groups 2n and 2n + 1 behind each other."""
-    return rearrange(x, "b g (n t) p d -> b g n (t p) d", t=2)
+    return x.unflatten(2, (-1, 2)).flatten(3, 4)
 
 
 def _shares(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -363,6 +358,12 @@ def _shares(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax(logits: Tensor, dim: int = -1) -> Tensor:
-    """Softmax that gives 0 where every logit is -inf."""
+    """Softmax that gives 0, and no gradient, where every logit is -inf."""
     dead = (logits == float("-inf")).all(dim, keepdim=True)
     return logits.masked_fill(dead, 0.0).softmax(dim).masked_fill(dead, 0.0)
+
+
+def _logsumexp(logits: Tensor, dim: int) -> Tensor:
+    """logsumexp that gives -inf, and no gradient, where every logit is -inf."""
+    dead = (logits == float("-inf")).all(dim)
+    return logits.masked_fill(dead.unsqueeze(dim), 0.0).logsumexp(dim).masked_fill(dead, float("-inf"))

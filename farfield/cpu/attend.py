@@ -298,7 +298,7 @@ class _Piece:
         first = 0
         if plan.causal and plan.reach < 0 and group is None:
             # most lists end with the one block that is not wholly past
-            future = end > position[..., :1]
+            future = end > position.amin(-1, keepdim=True)
             late = future.flatten(0, 1).any(0).nonzero()
             if not len(late):
                 return 0, None

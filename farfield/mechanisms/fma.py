@@ -30,11 +30,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.ops.merge import merge
 from farfield.packing import Packing
-from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii
+from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii, tree_lists
 from farfield.summarize import (
     ConvPool,
     FilterPool,
@@ -197,8 +197,8 @@ class FMA(Mechanism):
 
     def forward(self, q, k, v, *, group=None, rotary=None):
         self.check(q, k, v, group=group, rotary=rotary)
-        if not q.shape[0] * q.shape[2]:
-            return q.new_zeros(*q.shape[:3], v.shape[3])
+        if not q.shape[2]:
+            return no_tokens(q, v)
         if group is not None:
             return self._packed(q, k, v, Packing(group, self.block), rotary)
         if self.causal:
@@ -212,14 +212,14 @@ class FMA(Mechanism):
         if state is None:
             nothing = k[:, :, :0], v[:, :, :0]
             state = FMAState(0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),))
-        if not q.shape[0] * q.shape[2]:
-            return q.new_zeros(*q.shape[:3], v.shape[3]), state
+        if not q.shape[2]:
+            return no_tokens(q, v), state
         out, now = self._causal(q, k, v, state, rotary)
         return out, self._forget(now)
 
     def _causal(self, q, k, v, state: FMAState | None, rotary) -> tuple[Tensor, FMAState]:
         """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
-        m, radius = self.block, self.near // self.block
+        m = self.block
         seen, tokens, first = 0, q.shape[2], 0
         if state is not None:
             seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
@@ -238,12 +238,12 @@ class FMA(Mechanism):
         q_block = m if last > here else q.shape[2]
         n = torch.arange(here, last + 1, device=q.device)
         at = torch.arange(first * m, tokens, device=q.device)
-        listed, used = near_lists(n, radius, True, last + 1)
-        near = _layout(pack_lists(listed - first, used), q, k, q_block, m, causal=True)
-        sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
         far, starts = self._far_rows(levels, sinks, k, v, rotary)
+        near_list, far_list = self._lists(n, starts, last + 1, first)
+        near = _layout(near_list, q, k, q_block, m, causal=True)
+        sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
         if len(far):
-            sources.append((far, _layout(self._far_lists(n, starts, last + 1), q, far.k, q_block, self.rank)))
+            sources.append((far, _layout(far_list, q, far.k, q_block, self.rank)))
         position = torch.arange(seen - lead, tokens, device=q.device) if seen else None
         out = attend(q, sources, scale=self.scale, position=position).out[:, :, lead:]
         return out, FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
@@ -306,16 +306,14 @@ class FMA(Mechanism):
         present = at >= self.sinks if self.sinks else None
         levels = self._pyramid(k, v, None if present is None else present[None])
         far, starts = self._far_rows(levels, [x[:, :, : self.sinks] for x in (k, v)], k, v, rotary)
-        near = pack_lists(*near_lists(n, self.near // m, False, blocks))
+        kept = self.queries == "kept"
+        near_list, far_list = self._lists(n, starts if kept else (), blocks)
         turned, keys = (x if rotary is None else rotary(x, at) for x in (q, k))
-        sources = [(Rows(keys, v), _layout(near, q, k, m, m))]
-        if self.queries == "kept":
-            if len(far):
-                sources.append((far, _layout(self._far_lists(n, starts, blocks), q, far.k, m, self.rank)))
+        sources = [(Rows(keys, v), _layout(near_list, q, k, m, m))]
+        if len(far) and (kept or self.sinks):
+            sources.append((far, _layout(far_list, q, far.k, m, self.rank)))
+        if kept:
             return attend(turned, sources, scale=self.scale).out
-        if self.sinks:
-            lists = self._far_lists(n, starts, blocks, levels=False)
-            sources.append((far, _layout(lists, q, far.k, m, self.rank)))
         near = attend(turned, sources, scale=self.scale)
         handed_down = self._pooled_queries(q, far, starts, blocks, rotary)
         return near.out if handed_down is None else merge(near, handed_down).out
@@ -333,12 +331,12 @@ class FMA(Mechanism):
             n = torch.arange(groups, device=q.device)
             # the lists of a level, read by its own groups: their block lists at that level's scale
             listed, used = far_lists(n, radius[height : height + 2], False, groups)
-            index, count = pack_lists(listed[0] + starts[height], used[0])
+            lists = tuple(x[None, None] for x in pack_lists(listed[0] + starts[height], used[0]))
             rows = slice(pooled.offsets[height], pooled.offsets[height] + groups * p)
             q_l = pooled.k[:, :, rows]
             if rotary is not None:
                 q_l = rotary(q_l, self._centres(n, height))
-            here = attend(q_l, far, _layout((index, count), q_l, far.k, p, p), scale=self.scale)
+            here = attend(q_l, far, _layout(lists, q_l, far.k, p, p), scale=self.scale)
             result = here if result is None else merge(here, _hand_down(result, 2, groups * p))
         return _hand_down(result, m // p, tokens)
 
@@ -360,13 +358,12 @@ class FMA(Mechanism):
         far, starts = self._far_rows(levels, sinks, k, v, rotary, sink_at)
         if rotary is not None:
             q, k = rotary(q, at), rotary(k, at)
-        listed, used = near_lists(packing.block_of, self.near // m, self.causal, packing.blocks)
-        near = _layout(pack_lists(listed + packing.start[..., None], used), q, k, m, m, causal=self.causal)
+        near_list, far_list = self._packed_lists(packing, starts)
+        near = _layout(near_list, q, k, m, m, causal=self.causal)
         bias = packing.present.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None]
         sources = [(Rows(k, v, bias=bias), near)]
         if len(far):
-            lists = self._far_lists(packing.block_of, starts, packing.blocks, packing.start, packing.document)
-            sources.append((far, _layout(lists, q, far.k, m, self.rank)))
+            sources.append((far, _layout(far_list, q, far.k, m, self.rank)))
         return packing.restore(attend(q, sources, scale=self.scale).out)
 
     def _pyramid(self, k, v, present: Tensor | None) -> list[Level]:
@@ -431,39 +428,34 @@ class FMA(Mechanism):
         bias = torch.cat([w.expand(batch, -1, -1) for w in weights], -1)
         return Rows(torch.cat(keys, 2), torch.cat(values, 2), bias=bias.to(wide)), starts
 
-    def _far_lists(
-        self,
-        n: Tensor,
-        starts: Sequence[int],
-        blocks: int | Tensor,
-        start: Tensor | None = None,
-        document: int | Tensor = 0,
-        *,
-        levels: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Lists over the buffer of `_far_rows`: block n of a document of `blocks` blocks, the first at `start`."""
-        radius = radii(self.near, self.block, len(starts))
-        last = (int(blocks.max()) if isinstance(blocks, Tensor) else blocks) - 1
-        if (last >> len(starts)) > radius[-1]:
+    def _lists(self, n: Tensor, starts: Sequence[int], blocks: int, first: int = 0):
+        """Near and far lists of blocks n of a sequence of `blocks`, over tokens from block `first` and `_far_rows`."""
+        radius = self._radii(len(starts), blocks)
+        sinks = -(-self.sinks // self.rank)
+        return tree_lists(n, blocks, radius, starts, self.causal, first=first, sink_groups=sinks)
+
+    def _packed_lists(self, packing: Packing, starts: Sequence[int]):
+        """The same for every block of every document."""
+        n, start = packing.block_of, packing.start[..., None]
+        radius = self._radii(len(starts), int(packing.blocks.max()))
+        listed, used = near_lists(n, radius[0], self.causal, packing.blocks)
+        near = pack_lists(listed + start, used)
+        listed, used = far_lists(n, radius, self.causal, packing.blocks)
+        groups = -(-self.sinks // self.rank)
+        sinks = packing.document[..., None] * groups + torch.arange(groups, device=n.device)
+        listed = [sinks, *(x + (start >> height) + starts[height] for height, x in enumerate(listed))]
+        used = [(n > radius[0])[..., None].expand_as(sinks), *used]
+        return near, pack_lists(torch.cat(listed, -1), torch.cat(used, -1))
+
+    def _radii(self, levels: int, blocks: int) -> tuple[int, ...]:
+        """`radii`, once it is sure that so many levels reach over so many blocks."""
+        radius = radii(self.near, self.block, levels)
+        if self.queries == "kept" and (blocks - 1 >> levels) > radius[-1]:
             raise ValueError(
-                f"fma: {last + 1} blocks of {self.block} tokens need more than the pool's {len(starts)} levels; "
+                f"fma: {blocks} blocks of {self.block} tokens need more than the pool's {levels} levels; "
                 "build it with more"
             )
-        listed, used = far_lists(n, radius, self.causal, blocks) if levels else ([], [])
-        if isinstance(start, Tensor):
-            listed = [x + (start >> height)[..., None] for height, x in enumerate(listed)]
-        listed = [x + at for x, at in zip(listed, starts, strict=False)]
-        groups = -(-self.sinks // self.rank)
-        if groups:
-            # blocks that do not read the document's first block as neighbours
-            own = torch.arange(groups, device=n.device).expand(*n.shape, -1)
-            own = own + (document * groups if isinstance(document, int) else document[..., None] * groups)
-            listed.insert(0, own)
-            used.insert(0, (n > self.near // self.block)[..., None].expand_as(own))
-        if not listed:
-            nothing = torch.empty(*n.shape, 0, dtype=torch.long, device=n.device)
-            return pack_lists(nothing, nothing.bool())
-        return pack_lists(torch.cat(listed, -1), torch.cat(used, -1))
+        return radius
 
     def _centres(self, group: Tensor, height: int) -> Tensor:
         """Positions of the rows of these groups of level l, which may lie between tokens."""
@@ -537,8 +529,8 @@ def _summarized(tokens: int, block: int, near: int) -> int:
 def _layout(
     lists: tuple[Tensor, Tensor], q: Tensor, rows: Tensor, q_block: int, k_block: int, causal: bool = False
 ) -> Layout:
-    """Lists [N, P] for everyone or [B, N, P] by batch. Far lists name complete past groups: nothing is left to hide."""
-    index, count = (x[:, None] if lists[0].dim() == 3 else x[None, None] for x in lists)
+    """Lists [1, 1, N, P], or [B, N, P] of packed documents. Far lists name complete past groups: nothing to hide."""
+    index, count = (x[:, None] for x in lists) if lists[0].dim() == 3 else lists
     return Layout(index, count, q_block, k_block, q.shape[2], rows.shape[2], causal)
 
 

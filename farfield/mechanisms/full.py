@@ -58,6 +58,8 @@ class Full(Mechanism):
 
     def extend(self, q, k, v, state=None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
+        if not self.causal:
+            raise NotImplementedError("full: only causal attention can be extended; use forward")
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         # aligned lower-right: the last query reads everything

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farfield.mechanism import Case, Mechanism, Paper, State, Supports
+from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.packing import blank, documents
 from farfield.select import static
@@ -89,7 +89,7 @@ class SlidingWindow(Mechanism):
     def forward(self, q, k, v, *, group=None, rotary=None):
         self.check(q, k, v, group=group, rotary=rotary)
         if not q.shape[2]:
-            return q.new_zeros(*q.shape[:3], v.shape[3])
+            return no_tokens(q, v)
         if group is not None:
             return self._packed(q, k, v, group)
         return attend(q, Rows(k, v), self._layout(q), scale=self.scale).out
@@ -102,7 +102,7 @@ class SlidingWindow(Mechanism):
         if state is not None:
             seen, k, v = state.tokens, torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         tokens, rows = seen + q.shape[2], k.shape[2]
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        out = no_tokens(q, v)
         if q.shape[2]:
             # rows are the sinks and what follows the gap behind them
             at = torch.arange(rows, device=q.device)

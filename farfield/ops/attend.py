@@ -103,7 +103,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from farfield.cpu.attend import forward
 
-    return forward(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
+    # what is computed in float32 stays so, whatever autocast would make of it
+    with torch.autocast(q.device.type, enabled=False):
+        return forward(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
 
 
 @_forward.register_fake
@@ -135,9 +137,26 @@ def _backward(
     from farfield.cpu.attend import backward
 
     plans = _plans(plan)
-    return backward(
-        d_out, d_lse, out, lse, q, k, v, bias, end, row_group, position, group, index, count, plans, scale, bias_grad
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return backward(
+            d_out,
+            d_lse,
+            out,
+            lse,
+            q,
+            k,
+            v,
+            bias,
+            end,
+            row_group,
+            position,
+            group,
+            index,
+            count,
+            plans,
+            scale,
+            bias_grad,
+        )
 
 
 @_backward.register_fake

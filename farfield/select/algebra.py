@@ -51,7 +51,7 @@ def transpose(layout: Layout) -> Transpose:
     """Who reads each row block; linear in the number of list entries, on the layout's device, without a host sync."""
     b, h, blocks, picks = layout.index.shape
     keys = torch.where(layout.used(), layout.index.long(), layout.row_blocks).reshape(b, h, blocks * picks)
-    ordered, order = keys.sort(-1, stable=True)
+    ordered, order = keys.sort(dim=-1, stable=True)
     query = (order // max(picks, 1)).to(torch.int32)
     bounds = torch.arange(layout.row_blocks + 1, device=keys.device).expand(b, h, -1).contiguous()
     return Transpose(torch.searchsorted(ordered, bounds).to(torch.int32), query)

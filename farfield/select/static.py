@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.library import custom_op
 
 from farfield.types import Layout
 
@@ -56,7 +58,7 @@ def window(
         raise ValueError(f"window: every query needs its own row, got {tokens} queries and {rows} rows")
     blocks, row_blocks = -(-tokens // block), -(-rows // block)
     n = torch.arange(blocks, device=device) * block + rows - tokens  # the row of a block's first query
-    first = (n - width + 1).clamp(min=0) // block
+    first = ((n - width + 1) // block).clamp(min=0)
     last = ((n + block - 1 + (0 if causal else width - 1)) // block).clamp(max=row_blocks - 1)
     slots = torch.arange(min(row_blocks, ((1 if causal else 2) * (width - 1) + block - 1) // block + 2), device=device)
     sink_slots = torch.arange(-(-min(sinks, rows) // block), device=device).expand(blocks, -1)
@@ -133,15 +135,10 @@ def multipole(
     for level in range(depth(blocks)):
         first.append(start)
         start += -(-blocks // 2**level)
-    listed, used = far_lists(n, radii(near, block, len(first)), causal, blocks)
-    index, count = pack_lists(
-        torch.cat([x + at for x, at in zip(listed, first, strict=True)] or [n[:, None][:, :0]], -1),
-        torch.cat(used or [n[:, None][:, :0].bool()], -1),
-    )
+    near_list, far_list = tree_lists(n, blocks, radii(near, block, len(first)), first, causal)
     # every group of a causal list is complete and past: nothing is left to hide
-    far = Layout(index[None, None], count[None, None], block, rank, tokens, start * rank, causal=False)
-    index, count = pack_lists(*near_lists(n, near // block, causal, blocks))
-    return Multipole(Layout(index[None, None], count[None, None], block, block, tokens, tokens, causal), far)
+    far = Layout(*far_list, block, rank, tokens, start * rank, causal=False)
+    return Multipole(Layout(*near_list, block, block, tokens, tokens, causal), far)
 
 
 def depth(blocks: int) -> int:
@@ -180,7 +177,7 @@ def near_lists(
 
 def far_lists(
     n: Int[Tensor, "*batch N"],
-    radius: tuple[int, ...],
+    radius: Sequence[int],
     causal: bool,
     blocks: int | Int[Tensor, "*batch N"],
 ) -> tuple[list[Int[Tensor, "*batch N P"]], list[Bool[Tensor, "*batch N P"]]]:
@@ -203,6 +200,52 @@ def far_lists(
             listed[-1] = torch.cat([left, right], -1)
             used[-1] = torch.cat([used[-1], (right < groups) & (right <= 2 * (parent + above) + 1)], -1)
     return listed, used
+
+
+def tree_lists(
+    n: Int[Tensor, " N"],
+    blocks: int,
+    radius: Sequence[int],
+    starts: Sequence[int],
+    causal: bool,
+    *,
+    first: int = 0,
+    sink_groups: int = 0,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The near and the far lists of blocks n of a sequence of `blocks` blocks, each as index [1, 1, N, P] and count.
+
+    Args:
+        radius: `radii(...)`, one more than there are levels.
+        starts: per level, what to add to a group's number to find it among the far groups.
+        first: number of the first near block at hand.
+        sink_groups: how many far groups, the first ones, hold the sinks of the sequence: read where block 0 is no
+            neighbour.
+    """
+    lists = _tree_lists(n, blocks, list(radius), list(starts), causal, first, sink_groups)
+    near, near_count, far, far_count = (x[None, None] for x in lists)
+    return (near, near_count), (far, far_count)
+
+
+# One opaque op: traced, this is some fifty small integer kernels for a compiler to chew on, in every layer.
+@custom_op("farfield::tree_lists", mutates_args=())
+def _tree_lists(
+    n: Tensor, blocks: int, radius: Sequence[int], starts: Sequence[int], causal: bool, first: int, sink_groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    listed, used = near_lists(n, radius[0], causal, blocks)
+    near = pack_lists(listed - first, used)
+    far, used = far_lists(n, radius, causal, blocks)
+    far = [x + at for x, at in zip(far, starts, strict=True)]
+    sinks = torch.arange(sink_groups, device=n.device).expand(len(n), -1)
+    far = pack_lists(torch.cat([sinks, *far], -1), torch.cat([(n > radius[0])[:, None].expand_as(sinks), *used], -1))
+    return *near, *far
+
+
+@_tree_lists.register_fake
+def _(n, blocks, radius, starts, causal, first, sink_groups):
+    sides = 1 if causal else 2
+    picks = sink_groups + sum(sides * (2 * above - own + 1) for own, above in pairwise(radius))
+    shapes = (len(n), sides * radius[0] + 1), (len(n),), (len(n), picks), (len(n),)
+    return tuple(n.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 def pack_lists(
