@@ -2,15 +2,16 @@
 
 import os
 
-if os.environ.get("FARFIELD_TYPECHECK") == "1":
+TYPECHECK = os.environ.get("FARFIELD_TYPECHECK") == "1"
+if TYPECHECK:
     from jaxtyping import install_import_hook
 
     # before anything of farfield is imported
-    install_import_hook("farfield", "beartype.beartype")
+    install_import_hook("farfield", "typechecker.checked")
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -27,3 +28,12 @@ settings.load_profile("farfield")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """With the type checker on, wrong arguments raise its errors, and tracers do not see through its wrappers."""
+    if TYPECHECK:
+        skip = pytest.mark.skip(reason="FARFIELD_TYPECHECK=1")
+        for item in items:
+            if any(word in item.name for word in ("refus", "compiles", "traces", "flex", "block_mask", "opcheck")):
+                item.add_marker(skip)

@@ -1,6 +1,10 @@
 """Rows, Layout and Partial: what they hold, what they refuse, and the mask in the docstring."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +134,20 @@ def test_cases_have_readable_names():
 def test_defaults_of_what_a_mechanism_declares():
     assert Supports() == Supports(causal=True, noncausal=True, cross=False, packed=False, rotary=False)
     assert Paper("title", "authors", 2020).arxiv is None
+
+
+def test_annotations_hold_at_run_time():
+    """Every mechanism, summarize, select, attend and scan under jaxtyping and beartype, in a process of its own."""
+    pytest.importorskip("beartype")
+    tests = Path(__file__).parent
+    wanted = "forward_float32 or packed_documents or state_is_immutable or postcard or any_pieces or everything_at_once"
+    files = [str(tests / f"test_{name}.py") for name in ("contract", "summarize", "scan", "attend")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", wanted, *files],
+        env=os.environ | {"FARFIELD_TYPECHECK": "1", "FARFIELD_EXAMPLES": "3"},
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "passed" in done.stdout
