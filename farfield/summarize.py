@@ -40,6 +40,9 @@ class Groups:
     def cut(self, start: int | None = None, stop: int | None = None) -> Groups:
         return Groups(*(None if x is None else x[:, :, start:stop] for x in self._fields()))
 
+    def copy(self) -> Groups:
+        return Groups(*(None if x is None else x.clone() for x in self._fields()))
+
     def join(self, other: Groups) -> Groups:
         both = zip(self._fields(), other._fields(), strict=True)
         return Groups(*(None if a is None or b is None else torch.cat([a, b], 2) for a, b in both))

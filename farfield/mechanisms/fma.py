@@ -268,7 +268,8 @@ class FMA(Mechanism):
                 count = count.expand(k.shape[0], -1, -1, -1)
             pending = grown[-1].pending
             new, pending = self.pool.grow(blocks_k, blocks_v, count, rank=self.rank, first=done, pending=pending)
-            grown.append(Grown(stop, tuple(pending)))
+            # copies: what waits is a small part of what it was cut from
+            grown.append(Grown(stop, tuple(None if x is None else x.copy() for x in pending)))
             for height, groups in enumerate(new):
                 level = self._level(groups, height, done >> height, k, v)
                 levels[height : height + 1] = [level if height == len(levels) else _append(levels[height], level)]
