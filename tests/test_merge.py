@@ -101,6 +101,7 @@ def test_large_lse_neither_overflow_nor_vanish():
     high = Partial(out, torch.full((1, 1, 4), 1e4, dtype=torch.float64))
     low = Partial(-out, torch.full((1, 1, 4), -1e4, dtype=torch.float64))
     assert torch.equal(merge(high, low).out, out)
+    assert torch.equal(merge(low, high).out, out)
     assert torch.equal(merge(low, low).out, -out)
     doubled = low.lse + torch.tensor(2.0, dtype=torch.float64).log()
     assert_within(merge(low, low).lse, doubled, terms=2)
