@@ -127,7 +127,7 @@ class Mechanism(nn.Module):
 
     paper: ClassVar[Paper]
     cases: ClassVar[tuple[Case, ...]]
-    supports: ClassVar[Supports] = Supports()
+    supports: Supports = Supports()  # an instance whose options forbid something narrows it
 
     def __init__(self, *, causal: bool = True, scale: float | None = None):
         super().__init__()

@@ -8,7 +8,7 @@ cost O(n); the convolution of the paper makes every level from the tokens, O(n l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,17 +38,22 @@ class Groups:
         return self.k.shape[2]
 
     def cut(self, start: int | None = None, stop: int | None = None) -> Groups:
-        return Groups(*(None if x is None else x[:, :, start:stop] for x in self._fields()))
+        return self._each(lambda x: x[:, :, start:stop])
 
     def copy(self) -> Groups:
-        return Groups(*(None if x is None else x.clone() for x in self._fields()))
+        return self._each(torch.clone)
 
     def join(self, other: Groups) -> Groups:
-        both = zip(self._fields(), other._fields(), strict=True)
-        return Groups(*(None if a is None or b is None else torch.cat([a, b], 2) for a, b in both))
+        return Groups(
+            torch.cat([self.k, other.k], 2),
+            torch.cat([self.v, other.v], 2),
+            None if self.count is None or other.count is None else torch.cat([self.count, other.count], 2),
+            None if self.memo is None or other.memo is None else torch.cat([self.memo, other.memo], 2),
+        )
 
-    def _fields(self) -> tuple[Tensor | None, ...]:
-        return self.k, self.v, self.count, self.memo
+    def _each(self, f: Callable[[Tensor], Tensor]) -> Groups:
+        count, memo = (None if x is None else f(x) for x in (self.count, self.memo))
+        return Groups(f(self.k), f(self.v), count, memo)
 
 
 class Pool(nn.Module):
@@ -105,9 +110,8 @@ class MeanPool(Pool):
         return Groups(k, v, total)
 
     def parent(self, pairs):
-        return self.leaf(
-            *(None if x is None else _segments(x) for x in (pairs.k, pairs.v, pairs.count)), pairs.k.shape[3]
-        )
+        count = None if pairs.count is None else _segments(pairs.count)
+        return self.leaf(_segments(pairs.k), _segments(pairs.v), count, pairs.k.shape[3])
 
 
 class FilterPool(MeanPool):
@@ -188,9 +192,8 @@ class SoftmaxPool(Pool):
 
     def parent(self, pairs):
         if not self.whole:
-            return self.leaf(
-                *(None if x is None else _segments(x) for x in (pairs.k, pairs.v, pairs.count)), pairs.k.shape[3]
-            )
+            count = None if pairs.count is None else _segments(pairs.count)
+            return self.leaf(_segments(pairs.k), _segments(pairs.v), count, pairs.k.shape[3])
         assert pairs.memo is not None
         lse = pairs.memo.unflatten(2, (-1, 2))
         weights = _softmax(lse, dim=3)

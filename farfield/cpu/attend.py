@@ -284,7 +284,8 @@ class _Piece:
             view.add_(bias[:, :, None, None])
         if not there.all():
             view.masked_fill_(~there.flatten(2)[:, :, None, None], float("-inf"))
-        ends = self._of_rows(call.end[self.source], row) if call.end[self.source] is not None else row
+        ends = self._of_rows(call.end[self.source], row)
+        ends = row if ends is None else ends
         groups = self._of_rows(call.row_group[self.source], row)
         if plan.causal or plan.reach >= 0 or groups is not None:
             first, hidden = self._hidden(row, ends, groups)
@@ -308,8 +309,8 @@ class _Piece:
         if plan.reach >= 0:
             far = ((position - end).abs() >= plan.reach) & (row >= plan.sinks)
             hidden = far if hidden is None else hidden | far
-        if group is not None:
-            other = group[:, :, None] != self.step.query_rows(self.step.call.group)[..., None]
+        if group is not None and (asking := self.step.call.group) is not None:
+            other = group[:, :, None] != self.step.query_rows(asking)[..., None]
             hidden = other if hidden is None else hidden | other
         return first, hidden
 

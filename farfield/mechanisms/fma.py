@@ -49,7 +49,14 @@ from farfield.summarize import (
 )
 from farfield.types import Layout, Partial, Rows
 
-POOLS = ("mean", "learned", "conv", "softmax", "softmax-whole")
+# by name, the sizes that the parameters need
+POOLS: dict[str, tuple[str, ...]] = {
+    "mean": (),
+    "learned": ("kv_heads",),
+    "conv": ("width", "levels"),
+    "softmax": ("kv_heads", "width"),
+    "softmax-whole": ("kv_heads", "width"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,21 @@ class Level:
     k: Tensor  # [B, G, N * p, D]
     v: Tensor
     bias: Tensor | None  # [B, 1, N * p]; None: all groups are alike
+
+    def join(self, other: Level) -> Level:
+        bias = None if self.bias is None or other.bias is None else torch.cat([self.bias, other.bias], 2)
+        return Level(self.first, torch.cat([self.k, other.k], 2), torch.cat([self.v, other.v], 2), bias)
+
+    def head(self, rows: int) -> Level:
+        """The first rows."""
+        bias = None if self.bias is None else self.bias[:, :, :rows]
+        return Level(self.first, self.k[:, :, :rows], self.v[:, :, :rows], bias)
+
+    def after(self, groups: int, rank: int) -> Level:
+        """Without the first groups, and without keeping their memory alive."""
+        rows = groups * rank
+        bias = None if self.bias is None else _after(self.bias, rows)
+        return Level(self.first + groups, _after(self.k, rows), _after(self.v, rows), bias)
 
 
 @dataclass(frozen=True)
@@ -108,11 +130,8 @@ class FMAState(State):
                 f"summarized. Build the mechanism with rewind={drop} or more."
             )
         rows = keep - self.first * self.block
-        levels = []
-        for height, level in enumerate(self.levels):
-            left = max((blocks >> height) - level.first, 0) * self.rank
-            cut = (None if x is None else x[:, :, :left] for x in (level.k, level.v, level.bias))
-            levels.append(Level(level.first, *cut))
+        groups = (max((blocks >> height) - level.first, 0) for height, level in enumerate(self.levels))
+        levels = (level.head(n * self.rank) for level, n in zip(self.levels, groups, strict=True))
         return replace(
             self,
             tokens=keep,
@@ -191,9 +210,8 @@ class FMA(Mechanism):
         self.queries, self.rewind = queries, rewind
         if queries == "pooled":
             self.supports = replace(self.supports, packed=False)
-        self.pool = (
-            pool if isinstance(pool, Pool) else _make_pool(pool, block, rank, kv_heads, width, value_width, levels)
-        )
+        sizes = {"kv_heads": kv_heads, "width": width, "value_width": value_width, "levels": levels}
+        self.pool = pool if isinstance(pool, Pool) else _make_pool(pool, block, rank, sizes)
 
     def forward(self, q, k, v, *, group=None, rotary=None):
         self.check(q, k, v, group=group, rotary=rotary)
@@ -205,7 +223,7 @@ class FMA(Mechanism):
             return self._causal(q, k, v, None, rotary)[0]
         return self._noncausal(q, k, v, rotary)
 
-    def extend(self, q, k, v, state=None, *, rotary=None):
+    def extend(self, q, k, v, state: FMAState | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
         if not self.causal:
             raise NotImplementedError("fma: only causal attention can be extended; use forward")
@@ -224,7 +242,7 @@ class FMA(Mechanism):
         if state is not None:
             seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-        sinks = [x[:, :, : self.sinks] for x in (k, v)]
+        sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
         if state is not None and seen >= self.sinks:
             sinks = state.sink_k, state.sink_v
         levels, grown = self._grow(k, v, state, tokens)
@@ -272,7 +290,7 @@ class FMA(Mechanism):
             grown.append(Grown(stop, tuple(None if x is None else x.copy() for x in pending)))
             for height, groups in enumerate(new):
                 level = self._level(groups, height, done >> height, k, v)
-                levels[height : height + 1] = [level if height == len(levels) else _append(levels[height], level)]
+                levels[height : height + 1] = [level if height == len(levels) else levels[height].join(level)]
         return levels, grown
 
     def _forget(self, state: FMAState) -> FMAState:
@@ -285,8 +303,7 @@ class FMA(Mechanism):
             oldest = max(2 * ((last >> (height + 1)) - radius[height + 1]), level.first)
             # groups that are not there yet cannot be forgotten
             oldest = min(oldest, level.first + level.k.shape[2] // self.rank)
-            rows = (oldest - level.first) * self.rank
-            levels.append(Level(oldest, *(_after(x, rows) for x in (level.k, level.v, level.bias))))
+            levels.append(level.after(oldest - level.first, self.rank))
         tokens = (first - state.first) * self.block
         return replace(
             state,
@@ -322,8 +339,6 @@ class FMA(Mechanism):
     def _pooled_queries(self, q, far: Rows, starts: Sequence[int], blocks: int, rotary) -> Partial | None:
         """The far field read by mean queries of the rows' own sub-blocks, handed down to the tokens."""
         tokens, m, p = q.shape[2], self.block, self.rank
-        if not starts:
-            return None
         pooled = summarize(Rows(q, q), block=m, rank=p)
         result = None
         radius = radii(self.near, m, len(starts))
@@ -332,14 +347,15 @@ class FMA(Mechanism):
             n = torch.arange(groups, device=q.device)
             # the lists of a level, read by its own groups: their block lists at that level's scale
             listed, used = far_lists(n, radius[height : height + 2], False, groups)
-            lists = tuple(x[None, None] for x in pack_lists(listed[0] + starts[height], used[0]))
+            index, count = pack_lists(listed[0] + starts[height], used[0])
+            lists = index[None, None], count[None, None]
             rows = slice(pooled.offsets[height], pooled.offsets[height] + groups * p)
             q_l = pooled.k[:, :, rows]
             if rotary is not None:
                 q_l = rotary(q_l, self._centres(n, height))
             here = attend(q_l, far, _layout(lists, q_l, far.k, p, p), scale=self.scale)
             result = here if result is None else merge(here, _hand_down(result, 2, groups * p))
-        return _hand_down(result, m // p, tokens)
+        return None if result is None else _hand_down(result, m // p, tokens)
 
     def _packed(self, q, k, v, packing: Packing, rotary):
         m = self.block
@@ -386,8 +402,8 @@ class FMA(Mechanism):
         return [self._level(g, height, 0, k, v) for height, g in enumerate(groups)]
 
     def _level(self, groups: Groups, height: int, first: int, k: Tensor, v: Tensor) -> Level:
-        rows = (x.flatten(2, 3).to(like.dtype) for x, like in ((groups.k, k), (groups.v, v)))
-        return Level(first, *rows, None if groups.count is None else groups.count.log().flatten(2))
+        bias = None if groups.count is None else groups.count.log().flatten(2)
+        return Level(first, groups.k.flatten(2, 3).to(k.dtype), groups.v.flatten(2, 3).to(v.dtype), bias)
 
     def _far_rows(
         self,
@@ -502,23 +518,19 @@ class FMA(Mechanism):
         return {"near": plan.near, "far": plan.far}
 
 
-def _make_pool(
-    name: str, block: int, rank: int, heads: int | None, width: int | None, value_width: int | None, levels: int | None
-) -> Pool:
-    value_width = width if value_width is None else value_width
-    given = {"kv_heads": heads, "width": width, "levels": levels}
-    needs = {"learned": ("kv_heads",), "softmax": ("kv_heads", "width"), "softmax-whole": ("kv_heads", "width")}
-    needs["conv"] = ("width", "levels")
+def _make_pool(name: str, block: int, rank: int, sizes: dict[str, int | None]) -> Pool:
+    given = {size: n for size, n in sizes.items() if n is not None}
     if name not in POOLS:
         raise ValueError(f"fma: pool must be one of {', '.join(POOLS)} or a Pool, got {name!r}")
-    if missing := [x for x in needs.get(name, ()) if given[x] is None]:
+    if missing := [size for size in POOLS[name] if size not in given]:
         raise ValueError(f"fma: pool={name!r} has parameters and needs {' and '.join(missing)}")
     if name == "learned":
-        return FilterPool(heads, rank)
+        return FilterPool(given["kv_heads"], rank)
     if name == "conv":
-        return ConvPool(rank, width, value_width, block, levels)
+        width = given["width"]
+        return ConvPool(rank, width, given.get("value_width", width), block, given["levels"])
     if name.startswith("softmax"):
-        return SoftmaxPool(heads, rank, width, whole=name == "softmax-whole")
+        return SoftmaxPool(given["kv_heads"], rank, given["width"], whole=name == "softmax-whole")
     return MeanPool()
 
 
@@ -535,14 +547,9 @@ def _layout(
     return Layout(index, count, q_block, k_block, q.shape[2], rows.shape[2], causal)
 
 
-def _append(old: Level, new: Level) -> Level:
-    bias = None if old.bias is None or new.bias is None else torch.cat([old.bias, new.bias], 2)
-    return Level(old.first, torch.cat([old.k, new.k], 2), torch.cat([old.v, new.v], 2), bias)
-
-
-def _after(x: Tensor | None, rows: int) -> Tensor | None:
+def _after(x: Tensor, rows: int) -> Tensor:
     """What follows the first rows, without keeping their memory alive."""
-    return None if x is None else x[:, :, rows:].clone(memory_format=torch.contiguous_format)
+    return x[:, :, rows:].clone(memory_format=torch.contiguous_format)
 
 
 def _fill_groups(x: Tensor, sinks: int, short: int) -> Tensor:

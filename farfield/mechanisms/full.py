@@ -56,7 +56,7 @@ class Full(Mechanism):
             return attend(q, rows, layout, scale=self.scale, group=asking).out
         return _sdpa(q, k, v, is_causal=self.causal, scale=self.scale)
 
-    def extend(self, q, k, v, state=None, *, rotary=None):
+    def extend(self, q, k, v, state: Cache | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
         if not self.causal:
             raise NotImplementedError("full: only causal attention can be extended; use forward")

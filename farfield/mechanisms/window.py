@@ -94,7 +94,7 @@ class SlidingWindow(Mechanism):
             return self._packed(q, k, v, group)
         return attend(q, Rows(k, v), self._layout(q), scale=self.scale).out
 
-    def extend(self, q, k, v, state=None, *, rotary=None):
+    def extend(self, q, k, v, state: WindowState | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
         if not self.causal:
             raise NotImplementedError("window: only causal attention can be extended; use forward")
@@ -102,8 +102,9 @@ class SlidingWindow(Mechanism):
         if state is not None:
             seen, k, v = state.tokens, torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         tokens, rows = seen + q.shape[2], k.shape[2]
-        out = no_tokens(q, v)
-        if q.shape[2]:
+        if not q.shape[2]:
+            out = no_tokens(q, v)
+        else:
             # rows are the sinks and what follows the gap behind them
             at = torch.arange(rows, device=q.device)
             end = torch.where(at < self.sinks, at, at + tokens - rows)

@@ -59,8 +59,7 @@ def attend(
     Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691) for the softmax in pieces and its backward from lse; the
     joint softmax over near and far rows is Fast Multipole Attention's (arXiv:2310.11960).
     """
-    sources = [(rows, layout)] if isinstance(rows, Rows) else list(rows)
-    _check(q, sources, position, group)
+    sources = _check(q, [(rows, layout)] if isinstance(rows, Rows) else rows, position, group)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     none = q.new_empty(0)
     out, lse = _forward(
@@ -201,17 +200,22 @@ def _per_head(x: Tensor) -> Tensor:
     return x[None, None] if x.dim() == 1 else x
 
 
-def _check(q: Tensor, sources: list[tuple[Rows, Layout | None]], position: Tensor | None, group: Tensor | None) -> None:
-    if not sources:
+def _check(
+    q: Tensor, given: Sequence[tuple[Rows, Layout | None]], position: Tensor | None, group: Tensor | None
+) -> list[tuple[Rows, Layout]]:
+    """The sources, once everything fits together."""
+    sources: list[tuple[Rows, Layout]] = []
+    if not given:
         raise ValueError("attend: needs at least one (rows, layout) source")
     if not q.is_floating_point() or q.dim() != 4:
         raise TypeError(f"attend: q must be floating point [B, H, T, D], got {q.dtype} {list(q.shape)}")
     batch, heads, tokens, _ = q.shape
-    for n, (rows, layout) in enumerate(sources):
+    for n, (rows, layout) in enumerate(given):
         if not isinstance(rows, Rows) or not isinstance(layout, Layout):
             raise TypeError(
                 f"attend: source {n} must be (Rows, Layout), got ({type(rows).__name__}, {type(layout).__name__})"
             )
+        sources.append((rows, layout))
         _check_source(f"attend: source {n}", q, rows, layout)
         if layout.q_block != sources[0][1].q_block:
             raise ValueError(
@@ -230,6 +234,7 @@ def _check(q: Tensor, sources: list[tuple[Rows, Layout | None]], position: Tenso
             _check_per_row("attend", name, x, batch, (1, heads), tokens, "T", integer=True)
             if x.device != q.device:
                 raise ValueError(f"attend: {name} is on {x.device}, q on {q.device}")
+    return sources
 
 
 def _check_source(who: str, q: Tensor, rows: Rows, layout: Layout) -> None:

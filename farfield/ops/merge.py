@@ -37,7 +37,7 @@ def merge(*partials: Partial) -> Partial:
     weights = (lse - peak).exp()
     mass = weights.sum(0)
     share = weights / mass.masked_fill(mass == 0, 1.0)
-    out = sum(w[..., None] * p.out for w, p in zip(share, partials, strict=True))
+    out = torch.stack([p.out for p in partials]).mul(share[..., None]).sum(0)
     # log(0) has an infinite slope: 0 * inf would be nan in the backward
     total = mass.masked_fill(mass == 0, 1.0).log() + peak
     return Partial(out.to(first.out.dtype), total.masked_fill(mass == 0, float("-inf")))

@@ -134,7 +134,7 @@ def from_block_mask(mask: BlockMask, *, causal: bool = False) -> Layout:
         return Layout(index, count.to(torch.int32), q_block, k_block, tokens, rows, causal)
 
     partial = layout(mask.kv_indices, mask.kv_num_blocks)
-    if mask.full_kv_indices is None:
+    if mask.full_kv_indices is None or mask.full_kv_num_blocks is None:
         return partial
     return union(partial, layout(mask.full_kv_indices, mask.full_kv_num_blocks))
 
