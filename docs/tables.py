@@ -38,7 +38,7 @@ def between(text: str) -> str:
     Raises:
         ValueError: they are not there.
     """
-    head, start, rest = text.partition(START)
+    _, start, rest = text.partition(START)
     body, stop, _ = rest.partition(STOP)
     if not start or not stop:
         raise ValueError(f"no table: the lines {START!r} and {STOP!r} must be there")
@@ -62,11 +62,12 @@ def _machine(path: Path, link: str) -> str:
     if not own:
         return ""
     columns = [c for c in COLUMNS if any(key[1:] == c for key in own)]
-    head = ["n", *(f"{dtype}, {passes.replace('+', ' + ')}" for dtype, passes in columns)]
+    head = ["n", *(_name(*c) for c in columns), f"extra memory, {_name(*columns[-1])}"]
     rows = [head, ["---:"] * len(head)]
     for tokens in sorted({key[0] for key in own}):
         cells = [_cell(own.get((tokens, *c)), base.get((tokens, *c)), line_of, link) for c in columns]
-        rows.append([f"{tokens:,}", *cells])
+        last = (tokens, *columns[-1])
+        rows.append([f"{tokens:,}", *cells, " / ".join(_size(r) for r in (own.get(last), base.get(last)) if r)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{_about([*own.values(), *base.values()], link)}"
 
@@ -78,6 +79,14 @@ def _cell(own: Record | None, base: Record | None, line_of: dict[int, int], link
     theirs = "" if base is None else f" / {_time(base)}"
     name = tables.times(own.ratio) if own.ratio else own.status
     return f"[{name}]({link}#L{line_of[id(own)]}) {_time(own)}{theirs}"
+
+
+def _name(dtype: str, passes: str) -> str:
+    return f"{dtype}, {passes.replace('+', ' + ')}"
+
+
+def _size(r: Record) -> str:
+    return tables.size(r.memory) if r.status == "ok" else r.status
 
 
 def _time(r: Record) -> str:
@@ -96,11 +105,13 @@ def _about(shown: Sequence[Record], link: str) -> str:
     commands = _said(f"`{e['command']}`" for e in envs if e.get("command"))
     backends = _said(r.backend.removesuffix("_attention") for r in shown if r.contender != r.bench and r.backend)
     return (
-        "Each cell: speed-up over SDPA, time of FMA / time of SDPA"
+        "Each cell: speed-up over SDPA, time of FMA / time of SDPA; memory likewise"
         + (f" (its {backends} back-end)" if backends else "")
         + f". Causal, one sequence, {option['heads']} heads of width {option['width']}, block {option['block']}, near "
         f"{option['near']}, rank {option['rank']}, mean pooling; making the summaries is included. "
-        + "; ".join(x for x in (machines, threads, versions, " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]]))) if x)
+        + "; ".join(
+            x for x in (machines, threads, versions, " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]]))) if x
+        )
         + f"; commit {', '.join(sorted(commits)) or 'unknown'}; {commands or 'command unknown'}. "
         f"Records: [{link}]({link})."
     )
