@@ -86,7 +86,7 @@ def _name(dtype: str, passes: str) -> str:
 
 
 def _size(r: Record) -> str:
-    return tables.size(r.memory) if r.status == "ok" else r.status
+    return tables.size(None if r.memory is None else float(r.memory)) if r.status == "ok" else r.status
 
 
 def _time(r: Record) -> str:

@@ -26,7 +26,9 @@ def main(text=(), *, tokens=1024, batch=2, steps=100, width=128, out="runs/examp
         print(f"  last repeat {bucket.name:>8}: {bucket.bits_per_byte:.3f} on {bucket.share:.0%} of the bytes")
 
     codec = load_codec(result.checkpoint)
-    ids = generate(result.model, codec.encode("def attend("), new_tokens=200, temperature=0.7, top_p=0.95, seed=0)
+    ids = generate(
+        result.model, codec.encode("def attend(").tolist(), new_tokens=200, temperature=0.7, top_p=0.95, seed=0
+    )
     for piece in stream_text(codec, ids):
         print(piece, end="", flush=True)
     print()

@@ -141,10 +141,10 @@ def test_command_is_valid(line):
     if command == "bench" and given["tokens"]:
         numbers(given["tokens"], "--tokens")
     if command == "train":
-        ModelConfig.from_dict(parse(given["model"], "--model"))
-        mechanisms.make(given["attention"] or "fma", **parse(given["option"]))
+        ModelConfig.from_dict(parse(list(given["model"] or ()), "--model"))
+        mechanisms.make(given["attention"] or "fma", **parse(list(given["option"] or ())))
     if command == "show" and given["name"] in mechanisms.names():
-        mechanisms.make(given["name"], **parse(given["option"]))
+        mechanisms.make(given["name"], **parse(list(given["option"] or ())))
 
 
 def test_make_targets_exist():
