@@ -158,7 +158,7 @@ def test_random_problems(problem, dtype):
     # Sizes go down to one element, where sums may cancel and no rms is an average: three units are for the fixed
     # problems. A row too few or too many is 1e4 units in float32. Low precision rounds `out`, and a gradient that
     # cancels to nothing is nothing but that.
-    problem.check(dtype, names=None if dtype in (torch.float32, torch.float64) else ("out", "lse"), units=300)
+    problem.check(dtype, names=None if dtype in (torch.float32, torch.float64) else ("out", "lse"), units=300.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -460,5 +460,5 @@ def test_scale_and_bias_are_logits():
     layout = static.full(tokens=1, rows=3)
     bias = torch.tensor([0.0, 1.0, 2.0])
     got = attend(q, Rows(k, v, bias=bias.log()), layout, scale=3.0)
-    assert_within(got.lse, torch.tensor([[[6.0 + torch.log(torch.tensor(3.0)).item()]]]).double(), terms=3, units=20)
-    assert_within(got.out, torch.tensor([[[[10 / 3]]]]).double(), terms=3, units=20)
+    assert_within(got.lse, torch.tensor([[[6.0 + torch.log(torch.tensor(3.0)).item()]]]).double(), terms=3, units=20.0)
+    assert_within(got.out, torch.tensor([[[[10 / 3]]]]).double(), terms=3, units=20.0)
