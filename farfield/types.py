@@ -39,9 +39,9 @@ class Rows:
 
     k: Float[Tensor, "B G S D"]
     v: Float[Tensor, "B G S E"]
-    end: Int[Tensor, "*#batch S"] | None = None
-    bias: Float[Tensor, "*#batch S"] | None = None
-    group: Int[Tensor, "*#batch S"] | None = None
+    end: Int[Tensor, "*#end S"] | None = None
+    bias: Float[Tensor, "*#bias S"] | None = None
+    group: Int[Tensor, "*#group S"] | None = None
     offsets: tuple[int, ...] = ()
 
     def __len__(self) -> int:

@@ -143,7 +143,7 @@ def test_annotations_hold_at_run_time():
     wanted = "forward_float32 or packed_documents or state_is_immutable or postcard or any_pieces or everything_at_once"
     files = [str(tests / f"test_{name}.py") for name in ("contract", "summarize", "scan", "attend")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", wanted, *files],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", wanted, *files],
         env=os.environ | {"FARFIELD_TYPECHECK": "1", "FARFIELD_EXAMPLES": "3"},
         cwd=tests.parent,
         capture_output=True,

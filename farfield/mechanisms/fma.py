@@ -169,7 +169,7 @@ class FMA(Mechanism):
     )
     cases = (
         Case(options={"block": 8, "near": 16, "rank": 4}, tokens=197, block=8),
-        Case(options={"block": 16, "near": 16, "rank": 2, "sinks": 3}, tokens=150),
+        Case(options={"block": 16, "near": 16, "rank": 8, "sinks": 3}, tokens=150),
         Case(options={"block": 4, "near": 8, "rank": 2, "causal": False, "sinks": 2}, tokens=101, block=4),
         Case(options={"block": 8, "near": 8, "rank": 4, "causal": False, "queries": "pooled"}, tokens=131, block=8),
     )
@@ -441,7 +441,7 @@ class FMA(Mechanism):
             weights.append(known)
         if not keys:
             return Rows(k[:, :, :0], v[:, :, :0]), starts
-        batch = max(w.shape[0] for w in weights)
+        batch = next((w.shape[0] for w in weights if w.shape[0] != 1), 1)
         bias = torch.cat([w.expand(batch, -1, -1) for w in weights], -1)
         return Rows(torch.cat(keys, 2), torch.cat(values, 2), bias=bias.to(wide)), starts
 
@@ -495,9 +495,10 @@ class FMA(Mechanism):
         while (tokens - 1) // width > radius:
             above = -(-radius // 2)
             for start in range(0, tokens, width // p):
-                members = torch.arange(max(start, self.sinks), min(start + width // p, tokens))
-                if not len(members):
+                stop = min(start + width // p, tokens)
+                if stop <= self.sinks:
                     continue
+                members = torch.arange(max(start, self.sinks), stop)
                 own, group = i // width, start // width
                 seen = ((own - group).abs() > radius) & ((own // 2 - group // 2).abs() <= above)
                 if self.causal:
