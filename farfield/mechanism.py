@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from farfield.state import State
 
 Rotary = Callable[[Tensor, Tensor], Tensor]
 """`rotary(x, position)`: rotate x [B, H, T, D] to the positions [T] or [B, T], which may be fractional."""
@@ -62,60 +64,6 @@ class Supports:
     value_width: bool = True  # E != D
     rotary: bool = False  # takes `rotary` and places it itself; otherwise q and k come rotated
     dims: tuple[int, ...] = (1,)
-
-
-@dataclass(frozen=True)
-class State:
-    """What a causal mechanism remembers of the tokens it has seen. Never changed in place: extend returns a new one.
-
-    Subclasses are frozen dataclasses whose fields are ints, tensors with the batch first, None, or tuples and
-    further dataclasses of these.
-    """
-
-    tokens: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors held."""
-        return sum(x.nbytes for x in self.tensors().values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor under its dotted name: what safetensors stores."""
-        found: dict[str, Tensor] = {}
-        _walk(self, "", lambda name, x: found.setdefault(name, x))
-        return found
-
-    def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same state with its tensors replaced by those of `tensors()`' names: what loading needs."""
-        return _walk(self, "", lambda name, x: tensors[name])
-
-    def copy(self) -> Self:
-        """A state that shares no memory with this one."""
-        return _walk(self, "", lambda name, x: x.clone())
-
-    def to(self, *args, **kwargs) -> Self:
-        """Every tensor moved as by Tensor.to."""
-        return _walk(self, "", lambda name, x: x.to(*args, **kwargs))
-
-    def reorder(self, beams: Int[Tensor, " beams"]) -> Self:
-        """The state whose sequence i is this state's sequence beams[i]."""
-        return _walk(self, "", lambda name, x: x.index_select(0, beams.to(x.device)))
-
-    def crop(self, drop: int) -> Self:
-        """The state before the last `drop` tokens, as speculative decoding needs after a rejected draft."""
-        raise NotImplementedError(f"{type(self).__name__}: crop is not supported; keep the state from before the draft")
-
-
-def _walk(x: Any, name: str, visit: Callable[[str, Tensor], Any]) -> Any:
-    """`x` with every tensor replaced by visit(dotted name, tensor)."""
-    if isinstance(x, Tensor):
-        return visit(name, x)
-    if isinstance(x, tuple):
-        return tuple(_walk(y, f"{name}.{i}" if name else str(i), visit) for i, y in enumerate(x))
-    if isinstance(x, State) or hasattr(x, "__dataclass_fields__"):
-        inner = {f.name: _walk(getattr(x, f.name), f"{name}.{f.name}" if name else f.name, visit) for f in fields(x)}
-        return replace(x, **inner)
-    return x
 
 
 class Mechanism(nn.Module):

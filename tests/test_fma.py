@@ -3,16 +3,17 @@
 The numbered checks are those of the method's analysis: each has a proof and needs no implementation to compare with.
 """
 
+import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import load, save
 
 import farfield as ff
 from farfield.bench.memory import measure
 from farfield.mechanisms.fma import FMA
 from farfield.select.static import depth, far_lists, radii
+from farfield.state import State
 from farfield.testing import oracles
 from farfield.testing.units import assert_within
 
@@ -324,20 +325,41 @@ def test_the_state_after_a_million_tokens():
     assert held == state.nbytes <= most * 2 * width * 4
 
 
-def test_states_stay_valid_and_can_be_stored():
+def test_states_stay_valid_and_can_be_stored(tmp_path):
     q, k, v = draw(70, batch=3)
     mech = perturbed("softmax-whole", sinks=2)
     whole = mech(q, k, v)
     _, state = mech.extend(q[:, :, :50], k[:, :, :50], v[:, :, :50])
     kept = state.copy()
     mech.extend(q[:, :, 50:60], k[:, :, 50:60], v[:, :, 50:60], state)
-    loaded = state.replaced(load(save({n: x.contiguous() for n, x in state.tensors().items()})))
+    state.save(tmp_path / "state")
+    loaded = State.load(tmp_path / "state")
+    assert type(loaded) is type(state)
+    assert (loaded.tokens, loaded.first) == (state.tokens, state.first)
+    assert [x.name for x in tmp_path.iterdir()] == ["state"]
     for start in (state, kept, loaded):
         out, _ = mech.extend(q[:, :, 50:], k[:, :, 50:], v[:, :, 50:], start)
         same(out, whole[:, :, 50:])
     beams = torch.tensor([2, 0, 0])
     out, _ = mech.extend(*(x[beams][:, :, 50:] for x in (q, k, v)), state.reorder(beams))
     same(out, whole[beams][:, :, 50:])
+
+
+def test_loading_refuses_what_is_no_state(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match="no file"):
+        State.load(tmp_path / "absent")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        State.load(tmp_path / "text")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no state of format 1"):
+        State.load(tmp_path / "other")
+    foreign = json.dumps({"format": 1, "state": {"class": "subprocess:Popen", "fields": {}}})
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign", metadata={"farfield": foreign})
+    with pytest.raises(ValueError, match="no state of farfield"):
+        State.load(tmp_path / "foreign")
 
 
 @pytest.mark.parametrize("pool", ["mean", "conv", "softmax-whole"])

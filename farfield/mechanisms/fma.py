@@ -15,7 +15,8 @@ Departs from the paper:
   convolution, one filter a level, here starting as the mean. The multiplicity bias, an option there, is always on.
 - Slots outside the sequence are left out; in the published code they take softmax mass as zero keys.
 - Any length; the near field may be wider than a block; sinks, packed documents and rotary positions are ours. Keys
-  are pooled before they are rotated, and a summary is rotated to its centre: pooling rotated keys blurs them.
+  are pooled before they are rotated, and a summary is rotated to its centre: the mean of c rotated keys has lost the
+  frequencies above 1 / c. In a small model the two could not be told apart (results/h200/rotation.md).
 - Pooled queries: the paper states the O(n) cost only. Here the mean query of a sub-block reads the level, and its
   result is handed down to the sub-blocks below. Causal pooled queries are refused: a pooled query holds tokens later
   than the first it would answer for.

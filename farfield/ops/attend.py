@@ -183,7 +183,12 @@ def _differentiate(ctx, d_out, d_lse):
     return d_q, d_k, d_v, d_bias, nothing, nothing, None, None, nothing, nothing, None, None
 
 
+def _refuse(ctx, *grads):
+    raise NotImplementedError("attend: first derivatives only; the gradient of a gradient is not implemented")
+
+
 _forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
 
 
 def _plans(flat: Sequence[int]) -> list[Plan]:

@@ -1,0 +1,133 @@
+"""What a causal mechanism remembers: values that are copied, cropped, reordered, saved and loaded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from jaxtyping import Int
+from torch import Tensor
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """What a causal mechanism remembers of the tokens it has seen. Never changed in place: extend returns a new one.
+
+    Subclasses are frozen dataclasses whose fields are ints, tensors with the batch first, None, or tuples and
+    further dataclasses of these.
+    """
+
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return sum(x.nbytes for x in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its dotted name: what safetensors stores."""
+        found: dict[str, Tensor] = {}
+        _walk(self, "", lambda name, x: found.setdefault(name, x))
+        return found
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same state with its tensors replaced by those of `tensors()`' names: what loading needs."""
+        return _walk(self, "", lambda name, x: tensors[name])
+
+    def copy(self) -> Self:
+        """A state that shares no memory with this one."""
+        return _walk(self, "", lambda name, x: x.clone())
+
+    def to(self, *args, **kwargs) -> Self:
+        """Every tensor moved as by Tensor.to."""
+        return _walk(self, "", lambda name, x: x.to(*args, **kwargs))
+
+    def reorder(self, beams: Int[Tensor, " beams"]) -> Self:
+        """The state whose sequence i is this state's sequence beams[i]."""
+        return _walk(self, "", lambda name, x: x.index_select(0, beams.to(x.device)))
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file, under a temporary name first."""
+        from safetensors.torch import save_file
+
+        # whole tensors of their own, since a cropped state holds views
+        whole = {name: x.clone().contiguous() for name, x in self.tensors().items()}
+        path = Path(path)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            save_file(whole, beside, metadata={"farfield": json.dumps({"format": FORMAT, "state": _describe(self)})})
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | Path, device: str = "cpu") -> State:
+        """The state that `save` wrote, of whatever mechanism.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds no state, or one of another format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"State.load: no file {path}")
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                about = json.loads((file.metadata() or {}).get("farfield", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"State.load: {path} is no safetensors file: {error}") from error
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise ValueError(f"State.load: {path} holds no state of format {FORMAT}; write it with state.save")
+        return _rebuild(about["state"], tensors)
+
+    def crop(self, drop: int) -> Self:
+        """The state before the last `drop` tokens, as speculative decoding needs after a rejected draft."""
+        raise NotImplementedError(f"{type(self).__name__}: crop is not supported; keep the state from before the draft")
+
+
+def _walk(x: Any, name: str, visit: Callable[[str, Tensor], Any]) -> Any:
+    """`x` with every tensor replaced by visit(dotted name, tensor)."""
+    if isinstance(x, Tensor):
+        return visit(name, x)
+    if isinstance(x, tuple):
+        return tuple(_walk(y, f"{name}.{i}" if name else str(i), visit) for i, y in enumerate(x))
+    if isinstance(x, State) or hasattr(x, "__dataclass_fields__"):
+        inner = {f.name: _walk(getattr(x, f.name), f"{name}.{f.name}" if name else f.name, visit) for f in fields(x)}
+        return replace(x, **inner)
+    return x
+
+
+def _describe(x: Any, name: str = "") -> Any:
+    """Everything but the tensors, as JSON."""
+    if isinstance(x, Tensor):
+        return {"tensor": name}
+    if isinstance(x, tuple):
+        return {"tuple": [_describe(y, f"{name}.{i}" if name else str(i)) for i, y in enumerate(x)]}
+    if is_dataclass(x):
+        inner = {f.name: _describe(getattr(x, f.name), f"{name}.{f.name}" if name else f.name) for f in fields(x)}
+        return {"class": f"{type(x).__module__}:{type(x).__qualname__}", "fields": inner}
+    return {"value": x}
+
+
+def _rebuild(x: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if "tensor" in x:
+        return tensors[x["tensor"]]
+    if "tuple" in x:
+        return tuple(_rebuild(y, tensors) for y in x["tuple"])
+    if "class" in x:
+        module, _, name = x["class"].partition(":")
+        # a file may name dataclasses of this package, and nothing else
+        kind = getattr(importlib.import_module(module), name, None) if module.startswith("farfield.") else None
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            raise ValueError(f"State.load: the file names {x['class']}, which is no state of farfield")
+        return kind(**{key: _rebuild(y, tensors) for key, y in x["fields"].items()})
+    return x["value"]
