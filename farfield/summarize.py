@@ -8,7 +8,7 @@ cost O(n); the convolution of the paper makes every level from the tokens, O(n l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -261,6 +261,40 @@ class ConvPool(Pool):
         count = nn.functional.pad(count, (0, 0, first % span, -(first + count.shape[2]) % span))
         count = count.unflatten(2, (-1, span)).flatten(3, 4)
         return count.unflatten(3, (self.k_bias.shape[1], -1)).sum(4)
+
+
+# by name, the sizes that a pool's parameters need
+POOLS: dict[str, tuple[str, ...]] = {
+    "mean": (),
+    "learned": ("kv_heads",),
+    "conv": ("width", "levels"),
+    "softmax": ("kv_heads", "width"),
+    "softmax-whole": ("kv_heads", "width"),
+}
+
+
+def make_pool(name: str, block: int, rank: int, sizes: Mapping[str, int | None]) -> Pool:
+    """The pool of this name.
+
+    Args:
+        sizes: kv_heads, width, value_width and levels, as far as they are known; POOLS says who needs which.
+
+    Raises:
+        ValueError: no such pool, or a size that its parameters need is missing.
+    """
+    given = {size: n for size, n in sizes.items() if n is not None}
+    if name not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)} or a Pool, got {name!r}")
+    if missing := [size for size in POOLS[name] if size not in given]:
+        raise ValueError(f"pool={name!r} has parameters and needs {' and '.join(missing)}")
+    if name == "learned":
+        return FilterPool(given["kv_heads"], rank)
+    if name == "conv":
+        width = given["width"]
+        return ConvPool(rank, width, given.get("value_width", width), block, given["levels"])
+    if name.startswith("softmax"):
+        return SoftmaxPool(given["kv_heads"], rank, given["width"], whole=name == "softmax-whole")
+    return MeanPool()
 
 
 def summarize(rows: Rows, *, block: int = 64, rank: int = 16, pool: Pool | None = None) -> Rows:

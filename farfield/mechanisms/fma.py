@@ -37,27 +37,17 @@ from farfield.ops.merge import merge
 from farfield.packing import Packing
 from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii, tree_lists
 from farfield.summarize import (
-    ConvPool,
     FilterPool,
     Groups,
     MeanPool,
     Pool,
-    SoftmaxPool,
     check_rank,
+    make_pool,
     span_of_rows,
     summarize,
     to_blocks,
 )
 from farfield.types import Layout, Partial, Rows
-
-# by name, the sizes that the parameters need
-POOLS: dict[str, tuple[str, ...]] = {
-    "mean": (),
-    "learned": ("kv_heads",),
-    "conv": ("width", "levels"),
-    "softmax": ("kv_heads", "width"),
-    "softmax-whole": ("kv_heads", "width"),
-}
 
 
 @dataclass(frozen=True)
@@ -212,7 +202,7 @@ class FMA(Mechanism):
         if queries == "pooled":
             self.supports = replace(self.supports, packed=False)
         sizes = {"kv_heads": kv_heads, "width": width, "value_width": value_width, "levels": levels}
-        self.pool = pool if isinstance(pool, Pool) else _make_pool(pool, block, rank, sizes)
+        self.pool = pool if isinstance(pool, Pool) else make_pool(pool, block, rank, sizes)
 
     def forward(self, q, k, v, *, group=None, rotary=None):
         self.check(q, k, v, group=group, rotary=rotary)
@@ -518,22 +508,6 @@ class FMA(Mechanism):
         """The near and the far layout of a sequence, for pictures."""
         plan = multipole(tokens=tokens, block=self.block, near=self.near, rank=self.rank, causal=self.causal)
         return {"near": plan.near, "far": plan.far}
-
-
-def _make_pool(name: str, block: int, rank: int, sizes: dict[str, int | None]) -> Pool:
-    given = {size: n for size, n in sizes.items() if n is not None}
-    if name not in POOLS:
-        raise ValueError(f"fma: pool must be one of {', '.join(POOLS)} or a Pool, got {name!r}")
-    if missing := [size for size in POOLS[name] if size not in given]:
-        raise ValueError(f"fma: pool={name!r} has parameters and needs {' and '.join(missing)}")
-    if name == "learned":
-        return FilterPool(given["kv_heads"], rank)
-    if name == "conv":
-        width = given["width"]
-        return ConvPool(rank, width, given.get("value_width", width), block, given["levels"])
-    if name.startswith("softmax"):
-        return SoftmaxPool(given["kv_heads"], rank, given["width"], whole=name == "softmax-whole")
-    return MeanPool()
 
 
 def _summarized(tokens: int, block: int, near: int) -> int:
