@@ -41,6 +41,41 @@ def rate(step: int, config: TrainConfig) -> float:
             return warm
 
 
+class PlainMuon(torch.optim.Muon):
+    """torch.optim.Muon with its Newton-Schulz iteration in the parameters' own dtype instead of bfloat16.
+
+    For CPUs: one without bfloat16 arithmetic spends hundreds of times as long on a bfloat16 product.
+
+        X <- a X + (b A + c A A) X,    A = X X',    from X = momentum / its norm
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                rows, columns = p.shape
+                p.add_(_orthogonal(update, group), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        return loss
+
+
+def _orthogonal(x: Tensor, group: Mapping) -> Tensor:
+    a, b, c = group["ns_coefficients"]
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
 class Optimizers:
     """One or two optimizers that step as one. Their state is kept by parameter name.
 
@@ -53,7 +88,9 @@ class Optimizers:
         lr, rest_lr = config.rates
         decay = config.weight_decay
         if config.optimizer == "muon":
-            muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=decay, momentum=0.95, nesterov=True)
+            on_cpu = any(p.device.type == "cpu" for p in matrices.values())
+            kind = PlainMuon if on_cpu else torch.optim.Muon
+            muon = kind(matrices.values(), lr=lr, weight_decay=decay, momentum=0.95, nesterov=True)
             adamw = torch.optim.AdamW(rest.values(), lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.95))
             self.inner: list[torch.optim.Optimizer] = [muon, adamw]
         else:
