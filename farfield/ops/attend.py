@@ -107,6 +107,19 @@ def _forward(
         return forward(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
 
 
+@_forward.register_kernel("cuda")
+def _(q, k, v, bias, end, row_group, position, group, index, count, plan, scale):
+    from farfield.kernels.launch import attend_forward, refusal
+
+    if refusal(q, k, v):
+        # no kernel for this dtype, width or number of sources: the same sums in PyTorch
+        from farfield.cpu.attend import forward
+    else:
+        forward = attend_forward
+    with torch.autocast(q.device.type, enabled=False):
+        return forward(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
+
+
 @_forward.register_fake
 def _(q, k, v, bias, end, row_group, position, group, index, count, plan, scale):
     wide = torch.promote_types(q.dtype, torch.float32)

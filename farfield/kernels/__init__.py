@@ -1,0 +1,1 @@
+"""The operations as Triton kernels. Reached from farfield.ops only, when CUDA tensors arrive."""
