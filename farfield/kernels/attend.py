@@ -5,7 +5,6 @@ tile) and walks the list's rows BK at a time. A list is read as count * k_block 
 hold a part of a large block, one block, or many small ones: gathering single rows and reading blocks is one loop.
 """
 
-# pyright: reportMissingImports=false
 import triton
 import triton.language as tl
 
