@@ -9,7 +9,8 @@ import torch
 import farfield as ff
 from farfield.testing.units import assert_within
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
 
 CASES = int(os.environ.get("FARFIELD_CASES", "200"))
 FIRST = int(os.environ.get("FARFIELD_SEED", "0"))
