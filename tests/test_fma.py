@@ -429,10 +429,13 @@ def test_bad_options(options, error, message):
         FMA(**FAR | options)
 
 
-def test_convolutions_say_when_they_have_too_few_levels():
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"causal": False, "queries": "pooled"}], ids=str)
+def test_convolutions_say_when_they_have_too_few_levels(options):
     q, k, v = draw(100)
+    mech = FMA(**FAR, pool="conv", width=8, levels=2, **options).double()
     with pytest.raises(ValueError, match="more than the pool's 2 levels"):
-        FMA(**FAR, pool="conv", width=8, levels=2).double()(q, k, v)
+        mech(q, k, v)
+    mech(q[:, :, :32], k[:, :, :32], v[:, :, :32])
 
 
 def test_memory_is_linear():

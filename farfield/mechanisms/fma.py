@@ -248,6 +248,7 @@ class FMA(Mechanism):
         n = torch.arange(here, last + 1, device=q.device)
         at = torch.arange(first * m, tokens, device=q.device)
         far, starts = self._far_rows(levels, sinks, k, v, rotary)
+        self._reach(len(starts), last + 1)
         near_list, far_list = self._lists(n, starts, last + 1, first)
         near = _layout(near_list, q, k, q_block, m, causal=True)
         sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
@@ -315,6 +316,7 @@ class FMA(Mechanism):
         present = at >= self.sinks if self.sinks else None
         levels = self._pyramid(k, v, None if present is None else present[None])
         far, starts = self._far_rows(levels, [x[:, :, : self.sinks] for x in (k, v)], k, v, rotary)
+        self._reach(len(starts), blocks)
         kept = self.queries == "kept"
         near_list, far_list = self._lists(n, starts if kept else (), blocks)
         turned, keys = (x if rotary is None else rotary(x, at) for x in (q, k))
@@ -438,14 +440,15 @@ class FMA(Mechanism):
 
     def _lists(self, n: Tensor, starts: Sequence[int], blocks: int, first: int = 0):
         """Near and far lists of blocks n of a sequence of `blocks`, over tokens from block `first` and `_far_rows`."""
-        radius = self._radii(len(starts), blocks)
+        radius = radii(self.near, self.block, len(starts))
         sinks = -(-self.sinks // self.rank)
         return tree_lists(n, blocks, radius, starts, self.causal, first=first, sink_groups=sinks)
 
     def _packed_lists(self, packing: Packing, starts: Sequence[int]):
         """The same for every block of every document."""
         n, start = packing.block_of, packing.start[..., None]
-        radius = self._radii(len(starts), int(packing.blocks.max()))
+        self._reach(len(starts), int(packing.blocks.max()))
+        radius = radii(self.near, self.block, len(starts))
         listed, used = near_lists(n, radius[0], self.causal, packing.blocks)
         near = pack_lists(listed + start, used)
         listed, used = far_lists(n, radius, self.causal, packing.blocks)
@@ -455,15 +458,13 @@ class FMA(Mechanism):
         used = [(n > radius[0])[..., None].expand_as(sinks), *used]
         return near, pack_lists(torch.cat(listed, -1), torch.cat(used, -1))
 
-    def _radii(self, levels: int, blocks: int) -> tuple[int, ...]:
-        """`radii`, once it is sure that so many levels reach over so many blocks."""
-        radius = radii(self.near, self.block, levels)
-        if self.queries == "kept" and (blocks - 1 >> levels) > radius[-1]:
+    def _reach(self, levels: int, blocks: int) -> None:
+        """Refuse a sequence of so many blocks if so many levels leave some of it unread."""
+        if (blocks - 1 >> levels) > radii(self.near, self.block, levels)[-1]:
             raise ValueError(
                 f"fma: {blocks} blocks of {self.block} tokens need more than the pool's {levels} levels; "
                 "build it with more"
             )
-        return radius
 
     def _centres(self, group: Tensor, height: int) -> Tensor:
         """Positions of the rows of these groups of level l, which may lie between tokens."""
