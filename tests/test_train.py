@@ -127,6 +127,15 @@ def test_signals_save_and_say_how_to_resume(config, tmp_path, number, capsys):
     assert_same(weights(whole), weights(resumed))
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process started in the background without a terminal does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_ctrl_c_stops_at_once(config):
     def on_step(step):
         os.kill(os.getpid(), signal.SIGINT)
