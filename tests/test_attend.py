@@ -426,6 +426,7 @@ class Largest(TorchDispatchMode):
 
 def test_makes_nothing_of_the_size_of_the_score_matrix(monkeypatch):
     from farfield.cpu import attend as cpu
+    from farfield.ops.attend import Call, Plan
 
     monkeypatch.setattr(cpu, "STEP", 1 << 14)
 
@@ -435,19 +436,12 @@ def test_makes_nothing_of_the_size_of_the_score_matrix(monkeypatch):
         # the op itself is opaque to the mode: look inside
         watch = Largest()
         with watch:
-            plan = [32, 32, 1, -1, 0]
-            none = q.new_empty(0)
-            lists = [k], [v], [none], [none], [none], none, none, [layout.index], [layout.count]
-            out, lse = cpu.forward(q.detach(), *lists, _plans(plan), 1.0)
-            cpu.backward(
-                torch.ones_like(out), torch.ones_like(lse), out, lse, q.detach(), *lists, _plans(plan), 1.0, True
-            )
+            none, plan = q.new_empty(0), Plan(32, 32, causal=True, reach=-1, sinks=0)
+            given = [k], [v], [none], [none], [none], none, none, [layout.index], [layout.count], [plan]
+            call = Call(q.detach(), *given, scale=1.0)
+            out, lse = cpu.forward(call)
+            cpu.backward(call, torch.ones_like(out), torch.ones_like(lse), out, lse, True)
         return watch.elements
-
-    def _plans(flat):
-        from farfield.ops.attend import Plan
-
-        return [Plan(*flat)]
 
     small, large = largest(512), largest(2048)
     assert large <= 4.2 * small

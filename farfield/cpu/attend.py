@@ -8,41 +8,28 @@ gathered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from farfield.ops.attend import Plan
+from farfield.ops.attend import Call
 
 # Scores of one step: 4 MB in float32. Smaller steps pay for dispatch, larger ones leave the caches of small machines.
 STEP = 1 << 20
 
 
-def forward(
-    q: Tensor,
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    end: Sequence[Tensor],
-    row_group: Sequence[Tensor],
-    position: Tensor,
-    group: Tensor,
-    index: Sequence[Tensor],
-    count: Sequence[Tensor],
-    plans: Sequence[Plan],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's."""
-    call = _Call(q, k, v, bias, end, row_group, position, group, index, count, plans)
-    queries = call.by_unit(q)
-    out = call.empty_by_unit(v[0].shape[-1])
-    lse = call.empty_by_unit(1)
-    for step in call.steps():
-        q_tile = step.tile(queries) * scale
+    geometry = _Geometry(call)
+    queries = geometry.by_unit(call.q)
+    out = geometry.empty_by_unit(call.v[0].shape[-1])
+    lse = geometry.empty_by_unit(1)
+    for step in geometry.steps():
+        q_tile = step.tile(queries) * call.scale
         peak = torch.full_like(q_tile[..., :1], float("-inf"))
         base = mass = torch.zeros_like(peak)
-        acc = q_tile.new_zeros(*q_tile.shape[:2], v[0].shape[-1])
+        acc = q_tile.new_zeros(*q_tile.shape[:2], call.v[0].shape[-1])
         for piece in step.pieces():
             scores = piece.hide(torch.bmm(q_tile, piece.k.mT))
             higher = torch.maximum(peak, scores.amax(-1, keepdim=True))
@@ -55,42 +42,24 @@ def forward(
             peak = higher
         step.store(out, acc / mass.masked_fill(mass == 0, 1.0))
         step.store(lse, mass.log_() + base)
-    return call.by_head(out, q.dtype), call.by_head(lse, call.dtype)[..., 0]
+    return geometry.by_head(out, call.q.dtype), geometry.by_head(lse, geometry.dtype)[..., 0]
 
 
-def backward(
-    d_out: Tensor,
-    d_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    end: Sequence[Tensor],
-    row_group: Sequence[Tensor],
-    position: Tensor,
-    group: Tensor,
-    index: Sequence[Tensor],
-    count: Sequence[Tensor],
-    plans: Sequence[Plan],
-    scale: float,
-    bias_grad: bool,
-) -> list[Tensor]:
+def backward(call: Call, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, bias_grad: bool) -> list[Tensor]:
     """Gradients of q, each k, each v and each bias (empty without `bias_grad`): one pass over the same pieces.
 
     With p = exp(s - lse):  dv = p' dout,  ds = p (dout v' - delta),  delta = sum(dout out) - dlse.
     """
-    call = _Call(q, k, v, bias, end, row_group, position, group, index, count, plans)
-    delta = (d_out.to(call.dtype) * out).sum(-1) - d_lse
+    geometry = _Geometry(call)
+    delta = (d_out.to(geometry.dtype) * out).sum(-1) - d_lse
     # a query that read nothing, and one that only fills up a block, gets weights exp(s - inf) = 0
     shift = lse.masked_fill(lse == float("-inf"), float("inf"))
-    queries, d_outs, deltas, shifts = (call.by_unit(x) for x in (q, d_out, delta[..., None], shift[..., None]))
-    d_q = call.empty_by_unit(q.shape[-1])
-    d_k, d_v = ([torch.zeros_like(x, dtype=call.dtype) for x in xs] for xs in (call.k, call.v))
-    d_bias = [call.zeros_by_row(s) if bias_grad and b.numel() else None for s, b in enumerate(bias)]
-    for step in call.steps():
-        q_tile, d_tile = step.tile(queries) * scale, step.tile(d_outs)
+    queries, d_outs, deltas, shifts = (geometry.by_unit(x) for x in (call.q, d_out, delta[..., None], shift[..., None]))
+    d_q = geometry.empty_by_unit(call.q.shape[-1])
+    d_k, d_v = ([torch.zeros_like(x, dtype=geometry.dtype) for x in xs] for xs in (geometry.k, geometry.v))
+    d_bias = [geometry.zeros_by_row(s) if bias_grad and b.numel() else None for s, b in enumerate(call.bias)]
+    for step in geometry.steps():
+        q_tile, d_tile = step.tile(queries) * call.scale, step.tile(d_outs)
         delta_tile, shift_tile = step.tile(deltas), step.tile(shifts, fill=float("inf"))
         d_q_tile = torch.zeros_like(q_tile)
         for piece in step.pieces():
@@ -101,19 +70,20 @@ def backward(
             piece.add_to(d_v[piece.source], torch.bmm(weights.mT, d_tile))
             if (grad := d_bias[piece.source]) is not None:
                 piece.add_to_rows(grad, d_scores.sum(1))
-        step.store(d_q, d_q_tile * scale)
+        step.store(d_q, d_q_tile * call.scale)
     return [
-        call.by_head(d_q, q.dtype),
-        *(call.from_blocks(d, x) for d, x in zip(d_k, k, strict=True)),
-        *(call.from_blocks(d, x) for d, x in zip(d_v, v, strict=True)),
-        *(call.from_rows(d, x) for d, x in zip(d_bias, bias, strict=True)),
+        geometry.by_head(d_q, call.q.dtype),
+        *(geometry.from_blocks(d, x) for d, x in zip(d_k, call.k, strict=True)),
+        *(geometry.from_blocks(d, x) for d, x in zip(d_v, call.v, strict=True)),
+        *(geometry.from_rows(d, x) for d, x in zip(d_bias, call.bias, strict=True)),
     ]
 
 
-class _Call:
+class _Geometry:
     """The geometry that forward and backward share, and every source flattened to row blocks."""
 
-    def __init__(self, q, k, v, bias, end, row_group, position, group, index, count, plans):
+    def __init__(self, call: Call):
+        q, k, v, bias, end, row_group, position, group, index, count, plans, _ = call
         self.batch, self.heads, self.tokens, _ = q.shape
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.device = q.device
@@ -204,7 +174,7 @@ class _Call:
 class _Step:
     """The tiles of some units and query blocks."""
 
-    def __init__(self, call: _Call, units: slice, blocks: slice):
+    def __init__(self, call: _Geometry, units: slice, blocks: slice):
         self.call, self.units, self.blocks = call, units, blocks
         self.shape = units.stop - units.start, blocks.stop - blocks.start
         first, size = blocks.start * call.q_block, self.shape[1] * call.q_block

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 from torch import Tensor
 
 from farfield.kernels.attend import attend_forward as _attend_forward
-from farfield.ops.attend import Plan
+from farfield.ops.attend import Call
 
 WIDEST = 256  # key and value width
 SOURCES = 2
 
 
-def refusal(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> str | None:
+def refusal(call: Call) -> str | None:
     """Why the Triton kernel cannot take a call of attend, None if it can."""
+    q, k, v = call.q, call.k, call.v
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"takes bfloat16, float16 and float32, not {q.dtype}"
     if max(q.shape[-1], v[0].shape[-1]) > WIDEST:
@@ -28,21 +27,9 @@ def refusal(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> str | None:
     return None
 
 
-def attend_forward(
-    q: Tensor,
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    end: Sequence[Tensor],
-    row_group: Sequence[Tensor],
-    position: Tensor,
-    group: Tensor,
-    index: Sequence[Tensor],
-    count: Sequence[Tensor],
-    plans: Sequence[Plan],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attend_forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's."""
+    q, k, v, bias, end, row_group, position, group, index, count, plans, scale = call
     batch, heads, tokens, width = q.shape
     kv_heads, value_width = k[0].shape[1], v[0].shape[-1]
     out = q.new_empty(batch, heads, tokens, value_width)

@@ -23,6 +23,27 @@ class Plan(NamedTuple):
     sinks: int
 
 
+class Call(NamedTuple):
+    """What an implementation gets: lists hold one entry a source, an absent tensor is a 1-D empty one.
+
+    Shapes: q [B, H, T, D], k [B, G, S, D], v [B, G, S, E]; bias, end and row_group [1|B, heads, S], position and
+    group [1|B, heads, T], index [1|B, 1|H, N, P], count [1|B, 1|H, N].
+    """
+
+    q: Tensor
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
+    bias: Sequence[Tensor]
+    end: Sequence[Tensor]
+    row_group: Sequence[Tensor]
+    position: Tensor
+    group: Tensor
+    index: Sequence[Tensor]
+    count: Sequence[Tensor]
+    plans: Sequence[Plan]
+    scale: float
+
+
 def attend(
     q: Float[Tensor, "B H T D"],
     rows: Rows | Sequence[tuple[Rows, Layout]],
@@ -102,22 +123,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from farfield.cpu.attend import forward
 
-    # what is computed in float32 stays so, whatever autocast would make of it
-    with torch.autocast(q.device.type, enabled=False):
-        return forward(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
+    return _plainly(forward, Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale))
 
 
 @_forward.register_kernel("cuda")
 def _(q, k, v, bias, end, row_group, position, group, index, count, plan, scale):
     from farfield.kernels.launch import attend_forward, refusal
 
-    if refusal(q, k, v):
+    call = Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
+    if refusal(call):
         # no kernel for this dtype, width or number of sources: the same sums in PyTorch
         from farfield.cpu.attend import forward
     else:
         forward = attend_forward
-    with torch.autocast(q.device.type, enabled=False):
-        return forward(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
+    return _plainly(forward, call)
 
 
 @_forward.register_fake
@@ -148,27 +167,8 @@ def _backward(
 ) -> list[Tensor]:
     from farfield.cpu.attend import backward
 
-    plans = _plans(plan)
-    with torch.autocast(q.device.type, enabled=False):
-        return backward(
-            d_out,
-            d_lse,
-            out,
-            lse,
-            q,
-            k,
-            v,
-            bias,
-            end,
-            row_group,
-            position,
-            group,
-            index,
-            count,
-            plans,
-            scale,
-            bias_grad,
-        )
+    call = Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
+    return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)
 
 
 @_backward.register_fake
@@ -202,6 +202,12 @@ def _refuse(ctx, *grads):
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
+
+
+def _plainly(implementation, call: Call, *more):
+    """What is computed in float32 stays so, whatever autocast would make of it."""
+    with torch.autocast(call.q.device.type, enabled=False):
+        return implementation(call, *more)
 
 
 def _plans(flat: Sequence[int]) -> list[Plan]:

@@ -11,13 +11,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import farfield as ff
 from farfield.kernels.launch import attend_forward, refusal
-from farfield.ops.attend import Plan
+from farfield.ops.attend import Call, Plan
 from farfield.testing import oracles
 from farfield.testing.units import assert_within
 
 
 def arguments(q, sources, position=None, group=None):
-    """The op's flat arguments."""
+    """The same call for an implementation."""
     none = q.new_empty(0)
 
     def per_head(x):
@@ -26,7 +26,7 @@ def arguments(q, sources, position=None, group=None):
     plans = [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks) for _, p in sources]
     rows = [r for r, _ in sources]
     per_row = ([per_head(getattr(r, name)) for r in rows] for name in ("bias", "end", "group"))
-    return (
+    return Call(
         q, [r.k for r in rows], [r.v for r in rows], *per_row, per_head(position), per_head(group),
         [p.index for _, p in sources], [p.count for _, p in sources], plans, q.shape[-1] ** -0.5,
     )  # fmt: skip
@@ -80,15 +80,19 @@ def test_random_calls(seed, dtype):
         (ff.Rows(r.k.to(dtype), r.v.to(dtype), r.end, None if r.bias is None else r.bias.float(), r.group), p)
         for r, p in sources
     ]
-    got, got_lse = attend_forward(*arguments(q.to(dtype), small, position, group))
+    got, got_lse = attend_forward(arguments(q.to(dtype), small, position, group))
     terms = sum(len(r) for r, _ in sources)
     assert_within(got, out, terms=terms)
     assert_within(got_lse, lse, terms=terms, name="lse")
 
 
 def test_refusals_say_why():
+    def call(q, v, sources=1):
+        layout = ff.select.full(tokens=4, rows=4)
+        return arguments(q, [(ff.Rows(q, v), layout)] * sources)
+
     q, wide = torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4, 300)
-    assert refusal(q, [q], [q]) is None
-    assert refusal(q.double(), [q], [q]) == "takes bfloat16, float16 and float32, not torch.float64"
-    assert refusal(q, [q], [wide]) == "takes widths up to 256, got D=16 and E=300"
-    assert refusal(q, [q] * 3, [q] * 3) == "takes 2 sources, got 3"
+    assert refusal(call(q, q)) is None
+    assert refusal(call(q.double(), q)) == "takes bfloat16, float16 and float32, not torch.float64"
+    assert refusal(call(q, wide)) == "takes widths up to 256, got D=16 and E=300"
+    assert refusal(call(q, q, 3)) == "takes 2 sources, got 3"
