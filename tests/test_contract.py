@@ -2,7 +2,7 @@
 
 import pytest
 
-from farfield.testing import contract
+from farfield.testing import contract, inputs
 
 COMPILED = 1  # cases of each mechanism that go through the code generator, forward and backward
 
@@ -31,3 +31,9 @@ FIRST = [(name, case) for name, case in contract.cases() if case in contract.mec
 @pytest.mark.parametrize(("name", "case"), FIRST, ids=lambda x: str(x))
 def test_compiles(name, case):
     contract.check_compiles(name, case)
+
+
+def test_inputs_follow_the_device():
+    with inputs.on("meta"):
+        assert inputs.draw(contract.Case())[0].is_meta
+    assert inputs.device().type == "cpu"

@@ -7,6 +7,8 @@ mechanism declares that it does not support what the check asks for:
     for check in contract.CHECKS:
         if not contract.why_not(check, "fma", case):
             check("fma", case)
+
+Inside `with inputs.on("cuda")` what is tested and what it is compared with run there, else on the CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from farfield import mechanisms
 from farfield.mechanism import Case, Mechanism, State
-from farfield.testing.inputs import draw, normal
+from farfield.testing.inputs import device, draw, normal
 from farfield.testing.units import assert_within
 
 Kind = str | type[Mechanism]
@@ -94,7 +96,7 @@ def check_refuses_what_it_does_not_support(kind: Kind, case: Case) -> None:
     if not supports.value_width:
         _refused(lambda: mech(q, k, torch.cat([v, v], -1)))
     if not supports.packed:
-        _refused(lambda: mech(q, k, v, group=torch.zeros(2, case.tokens, dtype=torch.int64)))
+        _refused(lambda: mech(q, k, v, group=torch.zeros(2, case.tokens, dtype=torch.int64, device=device())))
     if not supports.rotary:
         _refused(lambda: mech(q, k, v, rotary=lambda x, position: x))
     if not supports.training:
@@ -121,8 +123,9 @@ def check_refuses_wrong_inputs(kind: Kind, case: Case) -> None:
     ):
         _refused(lambda wrong=wrong: mech(*wrong), ValueError, TypeError)
     if mech.supports.packed:
-        _refused(lambda: mech(q, k, v, group=torch.zeros(2, case.tokens + 1, dtype=torch.int64)), ValueError)
-        _refused(lambda: mech(q, k, v, group=torch.zeros(2, case.tokens)), TypeError)
+        long = torch.zeros(2, case.tokens + 1, dtype=torch.int64, device=device())
+        _refused(lambda: mech(q, k, v, group=long), ValueError)
+        _refused(lambda: mech(q, k, v, group=torch.zeros(2, case.tokens, device=device())), TypeError)
 
 
 # its numbers
@@ -134,7 +137,7 @@ def check_forward_float32(kind: Kind, case: Case) -> None:
     _compare(kind, case, torch.float32)
     # numbers that bfloat16 does not hold: inputs rounded to it on the way would pass above
     mech, fine = build(kind, case), [1.1 * t.detach().float() for t in draw(case)]
-    exact = _run(_float64(mech).reference, _cast(fine, torch.float64))
+    exact = _exact(mech, _cast(fine, torch.float64))
     _same(_run(mech, _cast(fine, torch.float32)), exact, case.tokens, "numbers of full float32 precision")
 
 
@@ -182,7 +185,7 @@ def check_cross(kind: Kind, case: Case) -> None:
     mech = build(kind, case)
     for rows in (case.tokens - 3, case.tokens + 3):
         (q, _, _), (_, k, v) = draw(case), draw(case, tokens=rows)
-        exact = _run(_float64(mech).reference, (q, k, v))
+        exact = _exact(mech, (q, k, v))
         _same(_run(mech, _cast((q, k, v), torch.float32)), exact, case.tokens + 3, "cross")
 
 
@@ -245,7 +248,7 @@ def check_packed_documents(kind: Kind, case: Case) -> None:
     mech, T = build(kind, case), case.tokens
     group = packing(T, case.block)
     padding = group < 0
-    exact = _by_document(_float64(mech).reference, draw(case), group)
+    exact = _by_document(_reference(mech), draw(case), group)
     for dtype in (torch.float32, torch.bfloat16):
         x = [
             t.detach().masked_fill(padding[:, None, :, None], float("nan")).requires_grad_() for t in draw(case, dtype)
@@ -260,7 +263,7 @@ def check_packed_documents(kind: Kind, case: Case) -> None:
         _same(got, exact, T, f"packed, {dtype}")
     # one row of ids for the whole batch
     got = mech.float()(*draw(case, torch.float32), group=group[:1])
-    exact = _by_document(_float64(mech).reference, draw(case), group[:1].expand(2, -1))
+    exact = _by_document(_reference(mech), draw(case), group[:1].expand(2, -1))
     assert_within(got, exact["out"], terms=T, name="packed, shared ids")
 
 
@@ -268,11 +271,12 @@ def check_packed_documents(kind: Kind, case: Case) -> None:
 def check_all_padding(kind: Kind, case: Case) -> None:
     """A sequence of nothing but padding gives 0 and no gradient, and one document gives what no group gives."""
     mech, T = build(kind, case), case.tokens
-    got = _run(lambda *x: mech(*x, group=torch.full((1, T), -1)), draw(case, torch.float32), parameters=mech)
+    padding, whole = torch.full((1, T), -1, device=device()), torch.full((2, T), 7, device=device())
+    got = _run(lambda *x: mech(*x, group=padding), draw(case, torch.float32), parameters=mech)
     for name in ("out", "dq", "dk", "dv"):
         assert (got[name] == 0).all(), f"{name} must be 0 where everything is padding"
-    one = _run(lambda *x: mech(*x, group=torch.full((2, T), 7)), draw(case, torch.float32), parameters=mech)
-    exact = _run(_float64(mech).reference, draw(case))
+    one = _run(lambda *x: mech(*x, group=whole), draw(case, torch.float32), parameters=mech)
+    exact = _exact(mech, draw(case))
     _same(one, exact, T, "one document")
 
 
@@ -283,7 +287,7 @@ def check_all_padding(kind: Kind, case: Case) -> None:
 def check_strided_views(kind: Kind, case: Case) -> None:
     """[B, T, H, D] views, expanded batches and slices of larger buffers give what contiguous tensors give."""
     mech = build(kind, case)
-    exact = _run(_float64(mech).reference, draw(case))
+    exact = _exact(mech, draw(case))
     views = [
         t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in draw(case, torch.float32)
     ]
@@ -293,7 +297,7 @@ def check_strided_views(kind: Kind, case: Case) -> None:
     for t in draw(case, torch.float32):
         B, H, T, D = t.shape
         # what lies around the view is poison
-        buffer = torch.full((B + 1, H + 2, T + 3, D + 4), float("nan"))
+        buffer = torch.full((B + 1, H + 2, T + 3, D + 4), float("nan"), device=device())
         buffer[1:, 1:-1, 2:-1, 3:-1] = t.detach()
         sliced.append(buffer[1:, 1:-1, 2:-1, 3:-1].requires_grad_())
     _same(_run(mech, sliced), exact, case.tokens, "slices")
@@ -303,7 +307,7 @@ def check_strided_views(kind: Kind, case: Case) -> None:
     out = mech(*(t.expand(2, -1, -1, -1) for t in one))
     grads = torch.autograd.grad(out.sum(), one)
     full = [t.detach()[:1].requires_grad_() for t in draw(case)]
-    want = _float64(mech).reference(*(t.expand(2, -1, -1, -1) for t in full))
+    want = _reference(mech)(*(t.expand(2, -1, -1, -1) for t in full))
     wants = torch.autograd.grad(want.sum(), full)
     for name, got, right in zip(("out", "dq", "dk", "dv"), (out, *grads), (want, *wants), strict=True):
         assert_within(got, right, terms=2 * case.tokens, name=f"expanded batch: {name}")
@@ -335,13 +339,13 @@ def check_decode_over_nan_memory(kind: Kind, case: Case) -> None:
 def check_autocast(kind: Kind, case: Case) -> None:
     """Under autocast, bfloat16 inputs give what they give without, forward and backward."""
     mech = build(kind, case)
-    exact = _run(_float64(mech).reference, draw(case))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    exact = _exact(mech, draw(case))
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         # parameters stay in float32, as autocast has them
         got = _run(lambda *x: mech(*x), draw(case, torch.bfloat16))
     _same(got, {name: exact[name] for name in got}, case.tokens, "autocast")
     if mech.supports.decode and mech.causal:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device().type, dtype=torch.bfloat16):
             out, _ = _extend(mech, [t.detach() for t in draw(case, torch.bfloat16)], [case.tokens - 3, 1, 2])
         assert_within(out, exact["out"], terms=case.tokens, name="autocast: extend")
 
@@ -371,7 +375,7 @@ def check_traces(kind: Kind, case: Case, backend: str = "aot_eager") -> None:
     compiled = torch.compile(mech, fullgraph=True, backend=backend)
     # long enough for two levels of anything made of blocks: tracing time grows with the levels
     tokens = min(case.tokens, 4 * case.block + 3)
-    exact = _run(_float64(mech).reference, draw(case, tokens=tokens))
+    exact = _exact(mech, draw(case, tokens=tokens))
     _same(_run(compiled, draw(case, torch.float32, tokens=tokens), parameters=mech), exact, tokens, "compiled")
 
 
@@ -382,7 +386,7 @@ def check_traces(kind: Kind, case: Case, backend: str = "aot_eager") -> None:
 def check_extend_equals_forward(kind: Kind, case: Case) -> None:
     """Any chunking of the prefill, then token by token, gives one forward's numbers."""
     mech, T, b = build(kind, case), case.tokens, case.block
-    exact = _float64(mech).reference(*draw(case)).detach()
+    exact = _reference(mech)(*draw(case)).detach()
     for dtype in (torch.float32, torch.bfloat16):
         x = [t.detach() for t in draw(case, dtype)]
         for pieces in (
@@ -445,11 +449,12 @@ def check_state_api(kind: Kind, case: Case) -> None:
         loaded = blank.replaced(torch.load(file, weights_only=True))
         _bit_equal(_extend(mech, rest, pieces, loaded)[0], want, "outputs from a saved and loaded state")
 
-        beams = torch.tensor([2, 0, 0, 1])
+        beams = torch.tensor([2, 0, 0, 1], device=device())
         got, after = _extend(mech, [t[beams] for t in rest], pieces, state.reorder(beams))
         exact, _ = _extend(_float64(mech), [t[beams].double() for t in rest], pieces, _to(state.reorder(beams)))
         assert_within(got, exact, terms=case.tokens, name="outputs from a reordered state")
-        picked, _ = _extend(mech, [t[[2, 0, 1]] for t in rest], pieces, state.reorder(torch.tensor([2, 0, 1])))
+        order = torch.tensor([2, 0, 1], device=device())
+        picked, _ = _extend(mech, [t[order] for t in rest], pieces, state.reorder(order))
         _bit_equal(picked, want[[2, 0, 1]], "outputs from a permuted state")
         assert after.tensors().keys() == _extend(mech, rest, pieces, state)[1].tensors().keys()
 
@@ -462,7 +467,7 @@ def check_state_crop(kind: Kind, case: Case) -> None:
         case = replace(case, options={**case.options, "rewind": 4})
     mech = build(kind, case)
     x = [t.detach() for t in draw(case, torch.float32)]
-    exact = _float64(mech).reference(*draw(case)).detach()
+    exact = _reference(mech)(*draw(case)).detach()
     for cut in sorted({5, case.block + 2, case.tokens - 8}):
         for drop in (0, 1, 4):
             _, state = _extend(mech, x, _pieces(cut, (max(cut - 3, 1), 1)))
@@ -495,7 +500,7 @@ def check_extend_empty_batch(kind: Kind, case: Case) -> None:
 def check_rotary(kind: Kind, case: Case) -> None:
     """A rotation by 0 changes nothing; packed or not, shifts of all positions change nothing; extend rotates alike."""
     mech, T = build(kind, case), case.tokens
-    exact = _float64(mech).reference(*draw(case)).detach()
+    exact = _reference(mech)(*draw(case)).detach()
     assert_within(mech(*draw(case, torch.float32), rotary=lambda x, position: x), exact, terms=T, name="no rotation")
     turned = _float64(mech)(*draw(case), rotary=rotate).detach()
     assert not torch.allclose(turned, exact), "rotary has no effect"
@@ -519,7 +524,7 @@ def check_rotary(kind: Kind, case: Case) -> None:
 
 def build(kind: Kind, case: Case, *, seed: int = 0) -> Mechanism:
     """The case's mechanism; parameters are moved off their initial values, to numbers that bfloat16 holds."""
-    mech = _class(kind)(**case.options)
+    mech = _class(kind)(**case.options).to(device())
     with torch.no_grad():
         for i, p in enumerate(mech.parameters()):
             p.copy_((p + 0.25 * normal(*p.shape, seed=1000 * seed + i + 77, dtype=p.dtype)).bfloat16())
@@ -532,13 +537,14 @@ def packing(tokens: int, block: int) -> Tensor:
         [(-1, 2), (4, block + 3), (0, 1), (4, 2 * block - 1), (-2, 3), (2, block), (9, tokens)],
         [(3, 2 * block + 5), (-1, 1), (1, 2), (3, block - 1), (5, block // 2 or 1), (-1, tokens)],
     )
-    return torch.stack([torch.cat([torch.full((n,), i) for i, n in row])[:tokens] for row in runs])
+    return torch.stack([torch.cat([torch.full((n,), i) for i, n in row])[:tokens] for row in runs]).to(device())
 
 
 def rotate(x: Tensor, position: Tensor) -> Tensor:
     """A rotation of the first two thirds of the width, at frequencies 0.5, 0.25, ...; positions [T] or [B, T]."""
     half = x.shape[-1] // 3
-    angle = position.to(torch.promote_types(x.dtype, torch.float32))[..., None] * 0.5 ** torch.arange(1, half + 1)
+    speed = 0.5 ** torch.arange(1, half + 1, device=x.device)
+    angle = position.to(torch.promote_types(x.dtype, torch.float32))[..., None] * speed
     angle = angle[:, None] if angle.dim() == 3 else angle
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos(), rest], -1)
@@ -550,7 +556,8 @@ def poisoned_memory():
     """Uninitialised memory is full of NaN (integers: the largest)."""
     switch: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # the filling is part of the deterministic mode; what has no such mode on the GPU is not what is tested
+    torch.use_deterministic_algorithms(True, warn_only=device().type == "cuda")
     switch.fill_uninitialized_memory = True
     try:
         yield
@@ -565,6 +572,24 @@ def _class(kind: Kind) -> type[Mechanism]:
 
 def _float64(mech: Mechanism) -> Mechanism:
     return copy.deepcopy(mech).double()
+
+
+def _reference(mech: Mechanism) -> Callable[..., Tensor]:
+    """The reference in float64. It names no device, so that of its inputs is the default while it runs."""
+    wide = _float64(mech)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with q.device:
+            return wide.reference(q, k, v)
+
+    return reference
+
+
+def _exact(mech: Mechanism, x: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What the reference gives in float64, gradients of the parameters included."""
+    wide = _float64(mech)
+    with x[0].device:
+        return _run(wide.reference, x)
 
 
 def _cast(x: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -611,7 +636,7 @@ def _same(got: Mapping[str, Tensor], exact: Mapping[str, Tensor], terms: int, wh
 
 def _compare(kind: Kind, case: Case, dtype: torch.dtype, tokens: int | None = None) -> None:
     mech = build(kind, case)
-    exact = _run(_float64(mech).reference, draw(case, tokens=tokens))
+    exact = _exact(mech, draw(case, tokens=tokens))
     got = _run(mech, draw(case, dtype, tokens=tokens))
     T = case.tokens if tokens is None else tokens
     _same(got, exact, T, f"T={T}, {dtype}")
