@@ -273,6 +273,49 @@ def test_a_wrong_result_is_not_timed(cases):
     assert base.status == "ok"
 
 
+def test_rivals_floors_and_rates(cases, monkeypatch):
+    monkeypatch.setattr(runner, "CEILINGS", {records.machine_name(): (1e9, 1e9)})
+
+    @runner.bench("rates", over={"tokens": [8], "density": [0.5]}, against=("other", "sdpa"), axis="density")
+    def rates(tokens, device, dtype, density):
+        q, k, v = runner.draw(tokens, device, dtype)
+        other = runner.Work(call=lambda: q + k, inputs=(q, k), setup=0.5, backend="plus")
+        return runner.Work(
+            call=lambda: q * k * v,
+            inputs=(q, k, v),
+            rivals={"other": lambda: other},
+            setup=0.25,
+            floor=lambda passes: (4e3, 1e3),
+            rates=lambda passes, seconds, others: {"others": len(others), "each": seconds / seconds},
+        )
+
+    made = runner.run("rates", dtypes=["float32"], passes=["backward"], seconds=0.01, most=2, out=None)
+    assert [r.status for r in made] == ["ok"] * 3
+    own, other, _ = made
+    assert set(own.ratios) == {"other", "sdpa"}
+    assert own.ratio == own.ratios["other"]
+    assert (own.setup, other.setup, other.backend) == (0.25, 0.5, "plus")
+    assert own.floor["seconds"] == 4e-6
+    assert own.floor["share"] == pytest.approx(4e-6 / own.seconds)
+    assert own.rates == {"others": 2, "each": 1}
+    alone = runner.run("rates", dtypes=["float32"], passes=["forward"], against=(), seconds=0.01, most=2, out=None)
+    assert [r.contender for r in alone] == ["rates"]
+
+
+def test_a_step_is_run_as_it_is(cases):
+    modes = []
+
+    @runner.bench("steps", over={"tokens": [8]}, against=(), passes=runner.STEP)
+    def steps(tokens, device, dtype):
+        return runner.Work(call=lambda: modes.append(torch.is_grad_enabled()) or torch.ones(1))
+
+    (made,) = runner.run("steps", dtypes=["float32"], seconds=0.01, most=2, out=None)
+    assert (made.status, made.passes) == ("ok", "step")
+    assert all(modes)
+    with pytest.raises(ValueError, match="no passes 'forward'; there are step"):
+        runner.run("steps", passes=["forward"], out=None)
+
+
 def test_a_failed_baseline_is_shown_as_failed(cases):
     @runner.baseline("absent")
     def absent(inputs, causal):
@@ -312,8 +355,13 @@ def test_any_mechanism_has_a_benchmark():
     [
         ({"name": "fmaa"}, "no benchmark 'fmaa'; there are .*fma"),
         ({"name": "fma", "bloc": 3}, "no option 'bloc'; its options are tokens, .*block"),
-        ({"name": "fma", "dtypes": ["float8"]}, "no dtype 'float8'; there are float32"),
-        ({"name": "fma", "passes": ["backward"]}, r"no passes 'backward'; there are forward, forward\+backward"),
+        ({"name": "fma", "dtypes": ["float8"]}, "no dtype 'float8'; there are .*float32"),
+        (
+            {"name": "fma", "passes": ["sideways"]},
+            r"no passes 'sideways'; there are backward, forward, forward\+backward",
+        ),
+        ({"name": "fma", "passes": ["step"]}, "no passes 'step'"),
+        ({"name": "fma", "against": ["sdp"]}, "no baseline 'sdp'; there are .*sdpa"),
         ({"name": "fma", "device": "tpu?"}, "no device"),
     ],
 )

@@ -36,13 +36,18 @@ class Record:
     Args:
         bench: name of the benchmark.
         contender: what was timed: the bench's own work, or a baseline.
-        passes: "forward" or "forward+backward".
+        passes: "forward", "forward+backward", "backward" (of a forward made before) or "step" (as the case defines it).
         dtype: of q, k and v.
         params: the point: tokens, heads, options of the mechanism.
         status: "ok", or why there are no times; `reason` then says it in words.
         times: seconds: min, q10, median, q90, max, and how many samples and rounds.
         ratio: median over rounds of baseline time / own time; above 1 is faster than the baseline.
         against: the baseline of `ratio`.
+        ratios: the same for every baseline.
+        setup: seconds for building what the call takes as given, such as a layout; not part of `times`.
+        floor: what the call cannot do without, `bytes` and `flops`, and the `seconds` these take at the machine's
+            `bytes/s` and `flop/s`, the larger of the two; `share` is that over the median.
+        rates: what the case reads off its times, under the case's names.
         backend: the implementation that really ran, for baselines with several.
         memory: peak bytes allocated by one call beyond its inputs; outputs and gradients count.
         rss: peak growth of the process in the same call; None where the system does not tell.
@@ -62,6 +67,10 @@ class Record:
     times: Mapping[str, float] = field(default_factory=dict)
     ratio: float | None = None
     against: str | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    setup: float | None = None
+    floor: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
     backend: str = ""
     memory: int | None = None
     rss: int | None = None

@@ -34,13 +34,21 @@ import torch
 from torch import Tensor
 
 from farfield.bench import memory
-from farfield.bench.records import Record, append, environment, load_average, results_path
+from farfield.bench.records import Record, append, environment, load_average, machine_name, results_path
 
 PASSES = ("forward", "forward+backward")
+ALL_PASSES = (*PASSES, "backward")
+STEP = ("step",)  # for cases whose call is not differentiated by the runner
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# A first call this long is kept as the one sample there is; shorter ones only warm up
-ONCE = 60.0
+# A call this long, after whatever is compiled or loaded, is the one sample there is
+ONCE = {"cpu": 60.0, "cuda": 1.0}
+
+# GPU calls from this on are timed one by one; of shorter ones each round makes many
+LONG = 0.03
+
+# bytes/s and flop/s that a machine was seen to reach: a large copy, and a bfloat16 product of 8192 x 8192 x 8192
+CEILINGS = {"h200": (4.3e12, 790e12)}
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,8 @@ class Work:
     """One thing to time, and what it costs on paper.
 
     Args:
-        call: computes the output.
-        flops: of the forward, over the area really read; multiply and add count as two.
+        call: computes the output; with passes of "step", does the whole step.
+        flops: of the forward or the step, over the area really read; multiply and add count as two.
         bytes: of the forward: inputs read once, outputs written once.
         inputs: q, k, v: what the backward differentiates and the baselines get.
         check: compares a result with a reference, before anything is timed, and returns what was compared. Called with
@@ -57,6 +65,10 @@ class Work:
         backend: the implementation that runs, where there are several.
         causal: for the baselines.
         shape: of the output, where it is not q's.
+        rivals: baselines of this case alone, by name; made when their turn comes.
+        setup: seconds that building what the call takes as given took.
+        floor: passes -> bytes and flops that no implementation can do without.
+        rates: (passes, seconds, {baseline: its seconds}) -> named numbers for the record.
     """
 
     call: Callable[[], Tensor]
@@ -67,16 +79,23 @@ class Work:
     backend: str = ""
     causal: bool = True
     shape: tuple[int, ...] | None = None
+    rivals: Mapping[str, Callable[[], Work]] = field(default_factory=dict)
+    setup: float | None = None
+    floor: Callable[[str], tuple[float, float]] | None = None
+    rates: Callable[[str, float, Mapping[str, float]], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A registered case."""
+    """A registered case. `axis` is what a figure draws along; `dtypes` and `passes` are what a plain run measures."""
 
     name: str
     make: Callable[..., Work]
     over: Mapping[str, Sequence[Any]]
     against: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    passes: tuple[str, ...] = PASSES
+    axis: str = "tokens"
 
     @property
     def about(self) -> str:
@@ -88,16 +107,27 @@ BENCHES: dict[str, Bench] = {}
 BASELINES: dict[str, Callable[[tuple[Tensor, ...], bool], Work]] = {}
 
 
-def bench(name: str, *, over: Mapping[str, Sequence[Any]], against: str | Sequence[str] = "sdpa"):
+def bench(
+    name: str,
+    *,
+    over: Mapping[str, Sequence[Any]],
+    against: str | Sequence[str] = "sdpa",
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    passes: Sequence[str] = PASSES,
+    axis: str = "tokens",
+):
     """Register a case: a function (tokens, device, dtype, **options) -> Work.
 
     Args:
         over: the default grid, tokens first; `run` can replace it.
-        against: baselines, by their names in `baseline`.
+        against: baselines, by their names in `baseline` or in the work's `rivals`.
+        dtypes, passes: what a plain run measures. Passes of ("step",) run the call as it is.
+        axis: the option that figures draw along.
     """
 
     def register(make: Callable[..., Work]) -> Callable[..., Work]:
-        BENCHES[name] = Bench(name, make, over, (against,) if isinstance(against, str) else tuple(against))
+        rivals = (against,) if isinstance(against, str) else tuple(against)
+        BENCHES[name] = Bench(name, make, over, rivals, tuple(dtypes), tuple(passes), axis)
         return make
 
     return register
@@ -160,24 +190,25 @@ def compare(
     device: torch.device | str = "cpu",
     seconds: float = 5.0,
     most: int = 30,
-    once: float = ONCE,
+    once: float | None = None,
 ) -> dict[str, Timing]:
     """Time several calls interleaved; a call that raises keeps its reason and the others go on.
 
     The first call of each warms up, reads memory and tells how many rounds fit into `seconds`. A first call longer
-    than `once` is also its only sample.
+    than `once` is also its only sample; on the GPU, where the first one may compile, the second.
 
     Args:
         seconds: for all rounds together; three rounds are made if they take no more than three times as long.
         most: rounds at most.
     """
     device = torch.device(device)
+    once = ONCE[device.type] if once is None else once
     found = {name: Timing() for name in calls}
     cost = {}
     for name, call in calls.items():
         try:
             usage = memory.measure(call, device)
-            if usage.seconds < 1.0:
+            if usage.seconds < 1.0 or device.type == "cuda":
                 # the first call also loads code and fills caches; the second one counts
                 usage = memory.measure(call, device)
         except Exception as error:
@@ -203,17 +234,19 @@ def compare(
             # few rounds: short contenders repeat within theirs, so that one hiccup does not decide
             repeats = 1 if rounds >= 5 else max(1, min(3, int(longest / max(cost[name], 1e-9) / 2)))
             try:
-                found[name].rounds.append(_samples(calls[name], device, repeats))
+                found[name].rounds.append(_samples(calls[name], device, repeats, cost[name]))
             except Exception as error:
                 found[name].error, found[name].rounds = reason(error), []
     return found
 
 
-def _samples(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    if device.type == "cuda":
+def _samples(call: Callable[[], object], device: torch.device, repeats: int, cost: float) -> list[float]:
+    if device.type == "cuda" and cost < LONG:
         from triton.testing import do_bench
 
-        return [ms / 1e3 for ms in do_bench(call, warmup=25, rep=100, return_mode="all") or ()]
+        return [ms / 1e3 for ms in do_bench(call, warmup=10, rep=50, return_mode="all") or ()]
+    if device.type == "cuda":
+        return [_between_events(call) for _ in range(repeats)]
     taken, collecting = [], gc.isenabled()
     gc.disable()
     try:
@@ -227,6 +260,15 @@ def _samples(call: Callable[[], object], device: torch.device, repeats: int) -> 
     return taken
 
 
+def _between_events(call: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
 def reason(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
@@ -236,11 +278,12 @@ def run(
     name: str,
     *,
     device: str = "cpu",
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
-    passes: Sequence[str] = PASSES,
+    dtypes: Sequence[str] | None = None,
+    passes: Sequence[str] | None = None,
+    against: Sequence[str] | None = None,
     seconds: float = 5.0,
     most: int = 30,
-    once: float = ONCE,
+    once: float | None = None,
     max_baseline_seconds: float = math.inf,
     out: Path | str | None = "results",
     progress: Callable[[str], None] | None = None,
@@ -251,7 +294,8 @@ def run(
 
     Args:
         name: a registered case, or any mechanism.
-        dtypes, passes: what to measure of each point.
+        dtypes, passes: what to measure of each point; the case's by default.
+        against: the baselines to measure, in place of all of the case's.
         seconds, most, once: see `compare`.
         max_baseline_seconds: a baseline whose call is expected to take longer, going by its time at the length before,
             is skipped and recorded as skipped.
@@ -265,9 +309,18 @@ def run(
     """
     case = get(name)
     where = _device(device)
-    for what, given, known in (("dtype", dtypes, DTYPES), ("passes", passes, PASSES)):
+    dtypes, passes = dtypes or case.dtypes, passes or case.passes
+    allowed = STEP if case.passes == STEP else ALL_PASSES
+    rivals = () if against is None else against
+    for what, given, known in (
+        ("dtype", dtypes, DTYPES),
+        ("passes", passes, allowed),
+        ("baseline", rivals, {*BASELINES, *case.against}),
+    ):
         if bad := [x for x in given if x not in known]:
-            raise ValueError(f"bench {name}: no {what} {bad[0]!r}; there are {', '.join(known)}")
+            raise ValueError(f"bench {name}: no {what} {bad[0]!r}; there are {', '.join(sorted(known))}")
+    if against is not None:
+        case = replace(case, against=tuple(against))
     options = inspect.signature(case.make).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in options.values())
     if not takes_any and (bad := [x for x in grid if x not in options or x in ("device", "dtype")]):
@@ -293,7 +346,8 @@ def run(
 
 def _point(
     case: Bench, params: dict[str, Any], device: torch.device, dtype: str, which: str,
-    seconds: float, most: int, once: float, max_baseline: float, past: dict[tuple[str, str, str], tuple[int, float]],
+    seconds: float, most: int, once: float | None, max_baseline: float,
+    past: dict[tuple[str, str, str], tuple[int, float]],
 ) -> list[Record]:  # fmt: skip
     """All contenders at one point. `past` holds each baseline's last (tokens, seconds)."""
     tokens = params["tokens"]
@@ -305,7 +359,9 @@ def _point(
     except Exception as error:
         return [replace(blank, status="failed", reason=reason(error), env=env)]
     own = works[case.name]
-    records = {case.name: replace(blank, backend=own.backend, flops=_flops(own, which), bytes=own.bytes)}
+    records = {
+        case.name: replace(blank, backend=own.backend, flops=_flops(own, which), bytes=own.bytes, setup=own.setup)
+    }
     for other in case.against:
         records[other] = replace(blank, contender=other)
         known = past.get((other, dtype, which))
@@ -315,9 +371,11 @@ def _point(
             records[other] = replace(records[other], status="skipped", reason=why)
             continue
         try:
-            works[other] = BASELINES[other](own.inputs, own.causal)
-            made = works[other]
-            records[other] = replace(records[other], backend=made.backend, flops=_flops(made, which), bytes=made.bytes)
+            rival = own.rivals.get(other)
+            made = works[other] = rival() if rival else BASELINES[other](own.inputs, own.causal)
+            records[other] = replace(
+                records[other], backend=made.backend, flops=_flops(made, which), bytes=made.bytes, setup=made.setup
+            )
         except Exception as error:
             records[other] = replace(records[other], status="failed", reason=reason(error))
 
@@ -329,15 +387,17 @@ def _point(
             records[case.name] = replace(records[case.name], status="failed", reason=f"check: {reason(error)}")
             del works[case.name]
     d_out = None
-    if which != "forward" and works:
+    differentiated = which not in ("forward", *STEP)
+    if differentiated and works:
         like = own.inputs[0]
         d_out = torch.randn(own.shape or like.shape, dtype=like.dtype, device=device)
     for x in own.inputs:
-        x.requires_grad_(which != "forward")
-    timings = compare(
-        {who: _call(work, d_out) for who, work in works.items()}, device=device, seconds=seconds, most=most, once=once
-    )
+        x.requires_grad_(differentiated)
+    calls = {who: _call(work, which, d_out) for who, work in works.items()}
+    timings = compare(calls, device=device, seconds=seconds, most=most, once=once)
     env = {**env, "load": [env["load"], load_average()]}
+    took = {who: statistics.median(t.samples) for who, t in timings.items() if t.samples}
+    others = {who: x for who, x in took.items() if who != case.name}
     for who, record in records.items():
         if (timing := timings.get(who)) is None:
             continue
@@ -354,9 +414,18 @@ def _point(
             against=against,
             ratio=ratio(timings[against], timing) if against else None,
         )
+        if (mine := took.get(who)) is None:
+            continue
+        work = works[who]
+        records[who] = replace(
+            records[who],
+            ratios={} if who != case.name else {b: r for b in others if (r := ratio(timings[b], timing)) is not None},
+            floor=_floor(work, which, mine, device),
+            rates=dict(work.rates(which, mine, others)) if work.rates else {},
+        )
         if who in case.against and timing.rounds:
             past[who, dtype, which] = (tokens, statistics.median(timing.samples))
-    del works, own, d_out, timings
+    del works, own, d_out, timings, calls
     # a failed call leaves its tensors in a cycle with its traceback
     gc.collect(1)
     if device.type == "cuda":
@@ -364,7 +433,9 @@ def _point(
     return [replace(r, env=env) for r in records.values()]
 
 
-def _call(work: Work, d_out: Tensor | None) -> Callable[[], object]:
+def _call(work: Work, which: str, d_out: Tensor | None) -> Callable[[], object]:
+    made: list[Tensor] = []
+
     def forward() -> object:
         with torch.no_grad():
             return work.call()
@@ -372,12 +443,35 @@ def _call(work: Work, d_out: Tensor | None) -> Callable[[], object]:
     def both() -> object:
         return torch.autograd.grad(work.call(), work.inputs, d_out)
 
-    return forward if d_out is None else both
+    def backward() -> object:
+        if not made:
+            made.append(work.call())
+        return torch.autograd.grad(made[0], work.inputs, d_out, retain_graph=True)
+
+    return {"forward": forward, "forward+backward": both, "backward": backward}.get(which, work.call)
 
 
 def _flops(work: Work, which: str) -> float | None:
     """The backward makes five products where the forward makes two."""
-    return work.flops if work.flops is None or which == "forward" else 3.5 * work.flops
+    times = {"forward+backward": 3.5, "backward": 2.5}.get(which, 1.0)
+    return work.flops if work.flops is None else times * work.flops
+
+
+def _floor(work: Work, which: str, seconds: float, device: torch.device) -> dict[str, float]:
+    """What the work cannot do without, in the time that this machine's ceilings leave for it."""
+    ceilings = CEILINGS.get(machine_name(device))
+    if work.floor is None or ceilings is None:
+        return {}
+    moved, flops = work.floor(which)
+    least = max(moved / ceilings[0], flops / ceilings[1])
+    return {
+        "bytes": moved,
+        "flops": flops,
+        "bytes/s": ceilings[0],
+        "flop/s": ceilings[1],
+        "seconds": least,
+        "share": least / seconds,
+    }
 
 
 def _device(device: str) -> torch.device:
@@ -429,10 +523,21 @@ def draw(
     width: int = 64, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Normal q, k, v of one sequence, the same numbers for every dtype."""
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator(device).manual_seed(seed)
     shapes = [(1, h, tokens, width) for h in (heads, kv_heads or heads, kv_heads or heads)]
-    q, k, v = (torch.randn(s, generator=gen).bfloat16().to(device, dtype) for s in shapes)
+    q, k, v = (torch.randn(s, generator=gen, device=device).bfloat16().to(dtype) for s in shapes)
     return q, k, v
+
+
+def timed(make: Callable[[], Any], device: torch.device | str) -> tuple[Any, float]:
+    """What `make` gives the second time, and the seconds that took: for `Work.setup`."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    make()
+    wait()
+    start = time.perf_counter()
+    made = make()
+    wait()
+    return made, time.perf_counter() - start
 
 
 def _generic(name: str) -> Bench:
