@@ -171,6 +171,20 @@ def _backward(
     return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)
 
 
+@_backward.register_kernel("cuda")
+def _(
+    d_out, d_lse, out, lse, q, k, v, bias, end, row_group, position, group, index, count, plan, scale, bias_grad
+):  # fmt: skip
+    from farfield.kernels.launch import refusal
+
+    call = Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
+    if refusal(call):
+        from farfield.cpu.attend import backward
+    else:
+        from farfield.kernels.attend_backward import attend_backward as backward
+    return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)
+
+
 @_backward.register_fake
 def _(d_out, d_lse, out, lse, q, k, v, bias, *rest):
     return [x.new_empty(x.shape) for x in (q, *k, *v, *bias)]

@@ -1,0 +1,806 @@
+"""attend on the GPU, backward: queries first, then rows; no atomics, every sum in one order.
+
+With p = exp(s - lse) recomputed:  dv = p' dout,  ds = p (dout v' - delta),  delta = sum(dout out) - dlse,
+dq = scale ds k,  dk = scale ds' q.
+
+1. One program a query tile: delta, then dq over the lists of all sources. Small row blocks (fewer than SMALL rows:
+   gathered rows, the groups of a pyramid) are read by few query blocks or by nearly all of them, so their readers do
+   not make even work; but s and ds are at hand here, and so is each row's share of dk and dv, which is written down
+   entry by entry. Shares are added up over the transposed lists, at most PIECE readers a program, pieces afterwards.
+2. Large row blocks: one program a row block walks the transposed list, dk and dv in registers. Row blocks read far
+   more often than the average are cut into pieces too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farfield.kernels.transpose import Readers, piece_of, transpose
+from farfield.ops.attend import Call
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+SMALL = 32  # smaller row blocks leave shares
+PIECE = 64  # shares that one program adds up
+READS = 32  # readers of a large row block that are never cut into pieces
+SCRATCH = 2 << 30  # bytes of shares at a time; no less than those of one unit
+FAR = 1 << 24  # elements from row to row; 128 times as many must fit 32 bits
+
+
+# what varies with the length or the step must not make another kernel
+VARIES = ["first", "heads", "tokens", "blocks", "rows0", "picks0", "reach0", "sinks0", "rows1", "picks1", "reach1"]
+VARIES += ["sinks1", "position_strides", "group_strides"]
+VARIES += [f"{name}{source}_strides" for name in ("bias", "end", "group", "index", "count") for source in (0, 1)]
+
+
+@triton.jit(do_not_specialize=VARIES)
+def attend_backward_queries(
+    q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
+    k0, v0, bias0, end0, group0, index0, count0, d_k0, d_v0, d_bias0,
+    k1, v1, bias1, end1, group1, index1, count1, d_k1, d_v1, d_bias1,
+    q_strides, d_out_strides, position_strides, group_strides,
+    k0_strides, v0_strides, bias0_strides, end0_strides, group0_strides, index0_strides, count0_strides,
+    k1_strides, v1_strides, bias1_strides, end1_strides, group1_strides, index1_strides, count1_strides,
+    first, heads, tokens, blocks, rows0, picks0, reach0, sinks0, rows1, picks1, reach1, sinks1, scale,
+    STACK: tl.constexpr, Q_BLOCK: tl.constexpr, BQ: tl.constexpr, SOURCES: tl.constexpr,
+    REPEAT0: tl.constexpr, K_BLOCK0: tl.constexpr, BK0: tl.constexpr,
+    REPEAT1: tl.constexpr, K_BLOCK1: tl.constexpr, BK1: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
+    POSITION: tl.constexpr, GROUP: tl.constexpr,
+    CAUSAL0: tl.constexpr, REACH0: tl.constexpr, BIAS0: tl.constexpr, END0: tl.constexpr, GROUP0: tl.constexpr,
+    SHARES0: tl.constexpr, D_BIAS0: tl.constexpr,
+    CAUSAL1: tl.constexpr, REACH1: tl.constexpr, BIAS1: tl.constexpr, END1: tl.constexpr, GROUP1: tl.constexpr,
+    SHARES1: tl.constexpr, D_BIAS1: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    TILES: tl.constexpr = (STACK * Q_BLOCK + BQ - 1) // BQ
+    # int64: token * stride passes 2**31 at long context
+    pid = tl.program_id(0).to(tl.int64)
+    # the last blocks of a causal sequence have the longest lists: they go first
+    tile, n, local = pid % TILES, blocks - 1 - pid // TILES % blocks, pid // TILES // blocks
+    units = heads // STACK
+    b, u = (first + local) // units, (first + local) % units
+
+    row = tile * BQ + tl.arange(0, BQ)
+    h = u * STACK + row // Q_BLOCK
+    i = n * Q_BLOCK + row % Q_BLOCK
+    asked = (row < STACK * Q_BLOCK) & (i < tokens)
+    line = (b * heads + h) * tokens + i
+    dims, values = tl.arange(0, D_TILE), tl.arange(0, E_TILE)
+    # [BQ, D] and [BQ, E]
+    q_at = q + b * q_strides[0] + h[:, None] * q_strides[1] + i[:, None] * q_strides[2] + dims
+    q_tile = _load(q_at, asked, dims, D, D_TILE, False)
+    d_at = d_out + b * d_out_strides[0] + h[:, None] * d_out_strides[1] + i[:, None] * d_out_strides[2] + values
+    d_tile = _load(d_at, asked, values, E, E_TILE, False)
+    out_tile = _load(out + line[:, None] * E + values, asked, values, E, E_TILE, False)
+    mass = tl.load(lse + line, mask=asked, other=float("-inf"))
+    empty = mass == float("-inf")
+    # a query that read nothing, and one that only fills up a tile, gets weights exp(s - inf) = 0
+    shift_row = tl.where(empty, float("inf"), mass * LOG2E)
+    delta_row = tl.sum(out_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
+    delta_row -= tl.load(d_lse + line, mask=asked, other=0.0)
+    delta_row = tl.where(empty, 0.0, delta_row)
+    # up to the end of the last block, so that whole tiles can be read back
+    stat, owned = (b * heads + h) * (blocks * Q_BLOCK) + i, row < STACK * Q_BLOCK
+    tl.store(shift + stat, shift_row, mask=owned)
+    tl.store(delta + stat, delta_row, mask=owned)
+    at = i
+    if POSITION:
+        at = tl.load(position + b * position_strides[0] + h * position_strides[1] + i, mask=asked, other=0).to(tl.int64)
+    mine = tl.zeros([BQ], tl.int64)
+    if GROUP:
+        mine = tl.load(group + b * group_strides[0] + h * group_strides[1] + i, mask=asked, other=0).to(tl.int64)
+
+    acc = tl.zeros([BQ, D_TILE], tl.float32)
+    list0 = (local * blocks + n) * TILES + tile
+    acc = _source(
+        acc, q_tile, d_tile, at, mine, shift_row, delta_row, scale, b, u, n, list0, rows0, picks0, reach0, sinks0,
+        dims, values, k0, v0, bias0, end0, group0, index0, count0, d_k0, d_v0, d_bias0,
+        k0_strides, v0_strides, bias0_strides, end0_strides, group0_strides, index0_strides, count0_strides,
+        D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT0, K_BLOCK0, BK0, POSITION, CAUSAL0, REACH0, BIAS0, END0, GROUP0,
+        SHARES0, D_BIAS0, PRECISION,
+    )  # fmt: skip
+    if SOURCES > 1:
+        acc = _source(
+            acc, q_tile, d_tile, at, mine, shift_row, delta_row, scale, b, u, n, list0, rows1, picks1, reach1, sinks1,
+            dims, values, k1, v1, bias1, end1, group1, index1, count1, d_k1, d_v1, d_bias1,
+            k1_strides, v1_strides, bias1_strides, end1_strides, group1_strides, index1_strides, count1_strides,
+            D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT1, K_BLOCK1, BK1, POSITION, CAUSAL1, REACH1, BIAS1, END1, GROUP1,
+            SHARES1, D_BIAS1, PRECISION,
+        )  # fmt: skip
+    kept = asked[:, None] & (dims < D)[None, :]
+    tl.store(d_q + line[:, None] * D + dims, (acc * scale).to(d_q.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _source(
+    acc, q_tile, d_tile, at, mine, shift, delta, scale, b, u, n, list_, rows, picks, reach, sinks, dims, values,
+    k, v, bias, end, group, index, count, d_k, d_v, d_bias,
+    k_strides, v_strides, bias_strides, end_strides, group_strides, index_strides, count_strides,
+    D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, Q_BLOCK: tl.constexpr,
+    REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, BK: tl.constexpr, POSITION: tl.constexpr,
+    CAUSAL: tl.constexpr, REACH: tl.constexpr, BIAS: tl.constexpr, END: tl.constexpr, GROUP: tl.constexpr,
+    SHARES: tl.constexpr, D_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to dq what the rows of one source give, of which block n of unit (b, u) has a list."""
+    BLOCKED: tl.constexpr = K_BLOCK % BK == 0
+    g = u // REPEAT
+    k += b * k_strides[0] + g * k_strides[1]
+    v += b * v_strides[0] + g * v_strides[1]
+    bias += b * bias_strides[0] + u * bias_strides[1]
+    end += b * end_strides[0] + g * end_strides[1]
+    group += b * group_strides[0] + g * group_strides[1]
+    index += b * index_strides[0] + u * index_strides[1] + n * index_strides[2]
+    d_k += list_ * picks * K_BLOCK * D
+    d_v += list_ * picks * K_BLOCK * E
+    d_bias += list_ * picks * K_BLOCK
+    listed = tl.load(count + b * count_strides[0] + u * count_strides[1] + n * count_strides[2])
+    # whole row blocks that every query of the block sees come first, and need no mask: lists ascend
+    plain = listed * 0
+    if BLOCKED and not (SHARES or REACH or GROUP or (CAUSAL and (END or POSITION))):
+        plain = listed
+        limit = n * 0 + rows
+        if CAUSAL:
+            limit = tl.minimum(limit, n * Q_BLOCK + 1)
+        stop = _stop(index, plain, K_BLOCK)
+        while (plain > 0) & (stop > limit):
+            plain -= 1
+            stop = _stop(index, plain, K_BLOCK)
+        acc = _walk(
+            acc, q_tile, d_tile, at, mine, shift, delta, scale, 0, plain * K_BLOCK, rows, reach, sinks, dims, values,
+            k, v, bias, end, group, index, d_k, d_v, d_bias, k_strides[2], v_strides[2],
+            D, E, D_TILE, E_TILE, K_BLOCK, BK, False, False, BIAS, False, False, SHARES, D_BIAS, False, PRECISION,
+        )  # fmt: skip
+    return _walk(
+        acc, q_tile, d_tile, at, mine, shift, delta, scale, plain * K_BLOCK, listed * K_BLOCK, rows, reach, sinks,
+        dims, values, k, v, bias, end, group, index, d_k, d_v, d_bias, k_strides[2], v_strides[2],
+        D, E, D_TILE, E_TILE, K_BLOCK, BK, CAUSAL, REACH, BIAS, END, GROUP, SHARES, D_BIAS, True, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _stop(index, listed, K_BLOCK: tl.constexpr):
+    """The row after the last of so many entries."""
+    return (tl.load(index + listed - 1, mask=listed > 0, other=0).to(tl.int64) + 1) * K_BLOCK
+
+
+@triton.jit
+def _walk(
+    acc, q_tile, d_tile, at, mine, shift, delta, scale, begin, listed, rows, reach, sinks, dims, values,
+    k, v, bias, end, group, index, d_k, d_v, d_bias, k_stride, v_stride,
+    D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, K_BLOCK: tl.constexpr,
+    BK: tl.constexpr, CAUSAL: tl.constexpr, REACH: tl.constexpr, BIAS: tl.constexpr, END: tl.constexpr,
+    GROUP: tl.constexpr, SHARES: tl.constexpr, D_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows begin .. listed - 1 of a list, BK at a time."""
+    BLOCKED: tl.constexpr = K_BLOCK % BK == 0
+    lanes = tl.arange(0, BK)
+    k_lanes = lanes[:, None] * k_stride + dims[None, :]
+    v_lanes = lanes[:, None] * v_stride + values[None, :]
+    # the entries of the next tile are read ahead: its rows cannot be asked for before
+    if BLOCKED:
+        entry = tl.load(index + begin // K_BLOCK, mask=begin < listed, other=0)
+    else:
+        entry = tl.load(index + (begin + lanes) // K_BLOCK, mask=begin + lanes < listed, other=0)
+    for x in range(begin, listed, BK):
+        slot = x + lanes
+        if BLOCKED:
+            row0 = entry.to(tl.int64) * K_BLOCK + x % K_BLOCK
+            entry = tl.load(index + (x + BK) // K_BLOCK, mask=x + BK < listed, other=0)
+            row = row0 + lanes
+            there = row < rows
+            k_at = k + row0 * k_stride + k_lanes
+            v_at = v + row0 * v_stride + v_lanes
+        else:
+            row = entry.to(tl.int64) * K_BLOCK + slot % K_BLOCK
+            # Triton 3.6 concludes that every row is a multiple of K_BLOCK, and shares comparisons between rows by it
+            row = tl.multiple_of(row, 1)
+            there = (slot < listed) & (row < rows)
+            entry = tl.load(index + (slot + BK) // K_BLOCK, mask=slot + BK < listed, other=0)
+            k_at = k + row[:, None] * k_stride + dims
+            v_at = v + row[:, None] * v_stride + values
+        k_tile = _load(k_at, there, dims, D, D_TILE, not MASKED)
+        v_tile = _load(v_at, there, values, E, E_TILE, not MASKED)
+        # [BQ, BK], in units of log 2
+        scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+        d_weights = tl.dot(d_tile, v_tile.T, input_precision=PRECISION)
+        scores = scores * (scale * LOG2E) - shift[:, None]
+        if BIAS:
+            scores += (tl.load(bias + row, mask=there, other=0.0) * LOG2E)[None, :]
+        weights = tl.exp2(scores)
+        if MASKED:
+            seen = there[None, :]
+            ends = row
+            if END:
+                ends = tl.load(end + row, mask=there, other=0).to(tl.int64)
+            if CAUSAL:
+                seen = seen & (ends[None, :] <= at[:, None])
+            if REACH:
+                seen = seen & ((tl.abs(at[:, None] - ends[None, :]) < reach) | (row < sinks)[None, :])
+            if GROUP:
+                theirs = tl.load(group + row, mask=there, other=0).to(tl.int64)
+                seen = seen & (theirs[None, :] == mine[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        d_scores = weights * (d_weights - delta[:, None])
+        d_low = d_scores.to(k_tile.dtype)
+        acc = tl.dot(d_low, k_tile, acc, input_precision=PRECISION)
+        if SHARES:
+            kept = (slot < listed)[:, None]
+            d_k_tile = tl.dot(tl.trans(d_low), q_tile, input_precision=PRECISION) * scale
+            d_k_at = d_k + slot[:, None] * D + dims
+            tl.store(d_k_at, d_k_tile.to(d_k.dtype.element_ty), mask=kept & (dims < D)[None, :])
+            d_v_tile = tl.dot(tl.trans(weights.to(d_tile.dtype)), d_tile, input_precision=PRECISION)
+            d_v_at = d_v + slot[:, None] * E + values
+            tl.store(d_v_at, d_v_tile.to(d_v.dtype.element_ty), mask=kept & (values < E)[None, :])
+            if D_BIAS:
+                tl.store(d_bias + slot, tl.sum(d_scores, 0), mask=slot < listed)
+    return acc
+
+
+@triton.jit
+def _load(at, there, dims, WIDTH: tl.constexpr, TILE: tl.constexpr, ALL: tl.constexpr):
+    """The rows of a tile that are there, the others 0; ALL: every row is."""
+    if ALL and WIDTH == TILE:
+        tile = tl.load(at)
+    elif ALL:
+        tile = tl.load(at, mask=(dims < WIDTH)[None, :], other=0.0)
+    elif WIDTH == TILE:
+        tile = tl.load(at, mask=there[:, None], other=0.0)
+    else:
+        tile = tl.load(at, mask=there[:, None] & (dims < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+ROWS_VARY = ["heads", "tokens", "blocks", "rows", "row_blocks", "pieces", "most", "reach", "sinks", "segment_strides"]
+ROWS_VARY += [f"{name}_strides" for name in ("position", "group", "bias", "end", "row_group")]
+
+
+@triton.jit(do_not_specialize=ROWS_VARY)
+def attend_backward_rows(
+    q, d_out, delta, shift, position, group, k, v, bias, end, row_group, start, reader,
+    d_k, d_v, d_bias, sum_k, sum_v, sum_bias,
+    q_strides, d_out_strides, position_strides, group_strides, k_strides, v_strides, bias_strides, end_strides,
+    row_group_strides, segment_strides,
+    heads, tokens, blocks, rows, row_blocks, pieces, most, reach, sinks, scale,
+    STACK: tl.constexpr, Q_BLOCK: tl.constexpr, BQ: tl.constexpr,
+    REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, BK: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, POSITION: tl.constexpr,
+    CAUSAL: tl.constexpr, REACH: tl.constexpr, BIAS: tl.constexpr, END: tl.constexpr, GROUP: tl.constexpr,
+    D_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of a row block, or of one piece of its readers."""
+    TILES: tl.constexpr = (K_BLOCK + BK - 1) // BK
+    SIZE: tl.constexpr = STACK * Q_BLOCK
+    pid = tl.program_id(0).to(tl.int64)
+    tile, x, unit = pid % TILES, pid // TILES % (row_blocks + pieces), pid // TILES // (row_blocks + pieces)
+    units = heads // STACK
+    b, u = unit // units, unit % units
+    g = u // REPEAT
+    start += (b * segment_strides[0] + u * segment_strides[1]) * (row_blocks + 1)
+    m, begin, stop, piece = piece_of(start, x, row_blocks, most)
+    if begin > stop:
+        return
+
+    inside = (tile * BK + tl.arange(0, BK)).to(tl.int32)
+    row = m * K_BLOCK + inside
+    there = (inside < K_BLOCK) & (row < rows)
+    dims, values = tl.arange(0, D_TILE), tl.arange(0, E_TILE)
+    # [BK, D] and [BK, E]
+    k_at = k + b * k_strides[0] + g * k_strides[1] + row[:, None] * k_strides[2] + dims
+    k_tile = _load(k_at, there, dims, D, D_TILE, False)
+    v_at = v + b * v_strides[0] + g * v_strides[1] + row[:, None] * v_strides[2] + values
+    v_tile = _load(v_at, there, values, E, E_TILE, False)
+    more = tl.zeros([BK], tl.float32)
+    if BIAS:
+        more = tl.load(bias + b * bias_strides[0] + u * bias_strides[1] + row, mask=there, other=0.0) * LOG2E
+    ends = row
+    if END:
+        ends = tl.load(end + b * end_strides[0] + g * end_strides[1] + row, mask=there, other=0).to(tl.int64)
+    theirs = tl.zeros([BK], tl.int64)
+    if GROUP:
+        theirs_at = row_group + b * row_group_strides[0] + g * row_group_strides[1] + row
+        theirs = tl.load(theirs_at, mask=there, other=0).to(tl.int64)
+
+    q += b * q_strides[0]
+    d_out += b * d_out_strides[0]
+    position += b * position_strides[0]
+    group += b * group_strides[0]
+    acc_k = tl.zeros([BK, D_TILE], tl.float32)
+    acc_v = tl.zeros([BK, E_TILE], tl.float32)
+    acc_b = tl.zeros([BK], tl.float32)
+    reader += begin
+    size = (stop - begin).to(tl.int32) * SIZE
+    # readers ascend: the first ones may not see all rows of a causal block, the others see them all
+    masked = size
+    if not (REACH or GROUP or (CAUSAL and (END or POSITION))):
+        masked = size * 0
+        if CAUSAL:
+            last_row = m * K_BLOCK + tile * BK + BK - 1
+            while (masked < size) & (
+                tl.load(reader + masked // SIZE, mask=masked < size, other=0).to(tl.int64) * Q_BLOCK < last_row
+            ):
+                masked += SIZE
+    if CAUSAL or REACH or GROUP:
+        acc_k, acc_v, acc_b = _readers(
+            acc_k, acc_v, acc_b, k_tile, v_tile, more, row, ends, theirs, scale, 0, masked, b, u, heads, tokens, blocks,
+            reach, sinks, dims, values, q, d_out, delta, shift, position, group, reader,
+            q_strides[1], q_strides[2], d_out_strides[1], d_out_strides[2], position_strides[1], group_strides[1],
+            STACK, Q_BLOCK, BQ, D, E, D_TILE, E_TILE, POSITION, CAUSAL, REACH, BIAS, GROUP, D_BIAS, PRECISION,
+        )  # fmt: skip
+    if not (REACH or GROUP or (CAUSAL and (END or POSITION))):
+        acc_k, acc_v, acc_b = _readers(
+            acc_k, acc_v, acc_b, k_tile, v_tile, more, row, ends, theirs, scale, masked, size, b, u, heads, tokens,
+            blocks, reach, sinks, dims, values, q, d_out, delta, shift, position, group, reader,
+            q_strides[1], q_strides[2], d_out_strides[1], d_out_strides[2], position_strides[1], group_strides[1],
+            STACK, Q_BLOCK, BQ, D, E, D_TILE, E_TILE, POSITION, False, False, BIAS, False, D_BIAS, PRECISION,
+        )  # fmt: skip
+
+    acc_k *= scale
+    if piece < 0:
+        line = unit * rows + row
+        d_k_at, d_v_at = d_k + line[:, None] * D + dims, d_v + line[:, None] * E + values
+        tl.store(d_k_at, acc_k.to(d_k.dtype.element_ty), mask=there[:, None] & (dims < D)[None, :])
+        tl.store(d_v_at, acc_v.to(d_v.dtype.element_ty), mask=there[:, None] & (values < E)[None, :])
+        if D_BIAS:
+            tl.store(d_bias + line, acc_b, mask=there)
+    else:
+        line = (unit * pieces + piece) * K_BLOCK + inside
+        kept = (inside < K_BLOCK)[:, None]
+        tl.store(sum_k + line[:, None] * D + dims, acc_k, mask=kept & (dims < D)[None, :])
+        tl.store(sum_v + line[:, None] * E + values, acc_v, mask=kept & (values < E)[None, :])
+        if D_BIAS:
+            tl.store(sum_bias + line, acc_b, mask=inside < K_BLOCK)
+
+
+@triton.jit
+def _readers(
+    acc_k, acc_v, acc_b, k_tile, v_tile, more, row, ends, theirs, scale, begin, size, b, u, heads, tokens, blocks,
+    reach, sinks, dims, values, q, d_out, delta, shift, position, group, reader,
+    q_head, q_row, d_head, d_row, position_head, group_head,
+    STACK: tl.constexpr, Q_BLOCK: tl.constexpr, BQ: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, POSITION: tl.constexpr,
+    CAUSAL: tl.constexpr, REACH: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr, D_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries begin .. size - 1 of the readers, STACK * Q_BLOCK a reader, BQ at a time."""
+    SIZE: tl.constexpr = STACK * Q_BLOCK
+    # a tile holds consecutive tokens of one head
+    BLOCKED: tl.constexpr = Q_BLOCK % BQ == 0
+    lanes = tl.arange(0, BQ)
+    q_lanes = lanes[:, None] * q_row + dims[None, :]
+    d_lanes = lanes[:, None] * d_row + values[None, :]
+    if BLOCKED:
+        n = tl.load(reader + begin // SIZE, mask=begin < size, other=0)
+    else:
+        n = tl.load(reader + (begin + lanes) // SIZE, mask=begin + lanes < size, other=0)
+    for x in range(begin, size, BQ):
+        if BLOCKED:
+            h = u * STACK + x % SIZE // Q_BLOCK
+            first = tl.multiple_of(n.to(tl.int64) * Q_BLOCK + x % Q_BLOCK, BQ)
+            n = tl.load(reader + (x + BQ) // SIZE, mask=x + BQ < size, other=0)
+            i = first + lanes
+            asked = i < tokens
+            stat = (b * heads + h) * (blocks * Q_BLOCK) + i
+            shift_row, delta_row = tl.load(shift + stat), tl.load(delta + stat)
+            q_at = q + (h * q_head + first * q_row) + q_lanes
+            d_at = d_out + (h * d_head + first * d_row) + d_lanes
+        else:
+            slot = x + lanes
+            h = u * STACK + slot % SIZE // Q_BLOCK
+            i = n.to(tl.int64) * Q_BLOCK + slot % Q_BLOCK
+            # as in _walk: not every i is a multiple of Q_BLOCK
+            i = tl.multiple_of(i, 1)
+            n = tl.load(reader + (slot + BQ) // SIZE, mask=slot + BQ < size, other=0)
+            asked = (slot < size) & (i < tokens)
+            stat = (b * heads + h) * (blocks * Q_BLOCK) + i
+            shift_row = tl.load(shift + stat, mask=asked, other=float("inf"))
+            delta_row = tl.load(delta + stat, mask=asked, other=0.0)
+            q_at = q + h[:, None] * q_head + i[:, None] * q_row + dims
+            d_at = d_out + h[:, None] * d_head + i[:, None] * d_row + values
+        q_tile = _load(q_at, asked, dims, D, D_TILE, False)
+        d_tile = _load(d_at, asked, values, E, E_TILE, False)
+        # [BK, BQ], in units of log 2
+        scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+        d_weights = tl.dot(v_tile, d_tile.T, input_precision=PRECISION)
+        scores = scores * (scale * LOG2E) - shift_row[None, :]
+        if BIAS:
+            scores += more[:, None]
+        weights = tl.exp2(scores)
+        if CAUSAL or REACH or GROUP:
+            at = i
+            if POSITION:
+                at = tl.load(position + h * position_head + i, mask=asked, other=0).to(tl.int64)
+            seen = asked[None, :]
+            if CAUSAL:
+                seen = seen & (ends[:, None] <= at[None, :])
+            if REACH:
+                seen = seen & ((tl.abs(at[None, :] - ends[:, None]) < reach) | (row < sinks)[:, None])
+            if GROUP:
+                mine = tl.load(group + h * group_head + i, mask=asked, other=0).to(tl.int64)
+                seen = seen & (theirs[:, None] == mine[None, :])
+            weights = tl.where(seen, weights, 0.0)
+        acc_v = tl.dot(weights.to(d_tile.dtype), d_tile, acc_v, input_precision=PRECISION)
+        d_scores = weights * (d_weights - delta_row[None, :])
+        acc_k = tl.dot(d_scores.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
+        if D_BIAS:
+            acc_b += tl.sum(d_scores, 1)
+    return acc_k, acc_v, acc_b
+
+
+SUMS_VARY = ["first", "units", "blocks", "picks", "rows", "row_blocks", "pieces", "most", "segment_strides"]
+
+
+@triton.jit(do_not_specialize=SUMS_VARY)
+def sum_shares(
+    share_k, share_v, d_k, d_v, sum_k, sum_v, start, reader, segment_strides,
+    first, units, blocks, picks, rows, row_blocks, pieces, most,
+    K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
+    READERS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Add up the shares of one row block, or of one piece of its readers: SIZE numbers of dk or of dv."""
+    PARTS_K: tl.constexpr = (K_BLOCK * D + SIZE_K - 1) // SIZE_K
+    PARTS_V: tl.constexpr = (K_BLOCK * E + SIZE_V - 1) // SIZE_V
+    pid = tl.program_id(0).to(tl.int64)
+    part, x = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % (row_blocks + pieces)
+    local = pid // (PARTS_K + PARTS_V) // (row_blocks + pieces)
+    unit = first + local
+    start += (unit // units * segment_strides[0] + unit % units * segment_strides[1]) * (row_blocks + 1)
+    m, begin, stop, piece = piece_of(start, x, row_blocks, most)
+    if begin > stop:
+        return
+    reader += begin
+    count = (stop - begin).to(tl.int32)
+    if part < PARTS_K:
+        _sum(
+            share_k, d_k, sum_k, reader, count, local * blocks, picks, unit, local, m, piece, pieces, rows, part,
+            K_BLOCK, D, SIZE_K, READERS, TILES,
+        )  # fmt: skip
+    else:
+        _sum(
+            share_v, d_v, sum_v, reader, count, local * blocks, picks, unit, local, m, piece, pieces, rows,
+            part - PARTS_K, K_BLOCK, E, SIZE_V, READERS, TILES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum(
+    share, grad, sums, reader, count, list0, picks, unit, local, m, piece, pieces, rows, part,
+    K_BLOCK: tl.constexpr, X: tl.constexpr, SIZE: tl.constexpr, READERS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, READERS)
+    at = part.to(tl.int32) * SIZE + tl.arange(0, SIZE)
+    acc = tl.zeros([READERS, SIZE], tl.float32)
+    # the entries of the next step are read ahead: its shares cannot be asked for before
+    entry = tl.load(reader + lanes, mask=lanes < count, other=0)
+    for x in range(0, count, READERS):
+        there = (x + lanes < count)[:, None] & (at < K_BLOCK * X)[None, :]
+        n, p = entry // picks, entry % picks
+        entry = tl.load(reader + x + READERS + lanes, mask=x + READERS + lanes < count, other=0)
+        for tile in tl.static_range(TILES):
+            line = ((list0 + n) * TILES + tile) * picks + p
+            acc += tl.load(share + line[:, None] * (K_BLOCK * X) + at, mask=there, other=0.0).to(tl.float32)
+    total = tl.sum(acc, 0)
+    if piece < 0:
+        _put(grad, total, unit, m, rows, at, K_BLOCK, X)
+    else:
+        tl.store(sums + (local * pieces + piece) * (K_BLOCK * X) + at, total, mask=at < K_BLOCK * X)
+
+
+@triton.jit
+def _put(grad, total, unit, m, rows, at, K_BLOCK: tl.constexpr, X: tl.constexpr):
+    """Part of the gradient of a row block; the last one may be short."""
+    there = (at < K_BLOCK * X) & (m * (K_BLOCK * X) + at < rows.to(tl.int64) * X)
+    tl.store(grad + (unit * rows * X + m * (K_BLOCK * X)) + at, total.to(grad.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["first", "units", "rows", "row_blocks", "pieces", "most", "segment_strides"])
+def sum_pieces(
+    sum_k, sum_v, d_k, d_v, start, segment_strides, first, units, rows, row_blocks, pieces, most,
+    K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
+    READERS: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """Add up the pieces of MANY row blocks, most of which have none."""
+    PARTS_K: tl.constexpr = (K_BLOCK * D + SIZE_K - 1) // SIZE_K
+    PARTS_V: tl.constexpr = (K_BLOCK * E + SIZE_V - 1) // SIZE_V
+    runs = (row_blocks + MANY - 1) // MANY
+    pid = tl.program_id(0).to(tl.int64)
+    part, run, local = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % runs, pid // (PARTS_K + PARTS_V) // runs
+    unit = first + local
+    start += (unit // units * segment_strides[0] + unit % units * segment_strides[1]) * (row_blocks + 1)
+    zero = tl.load(start)
+    for m in range(run * MANY, tl.minimum(run * MANY + MANY, row_blocks)):
+        begin = (tl.load(start + m) - zero).to(tl.int64)
+        size = tl.load(start + m + 1) - zero - begin
+        if size > most:
+            piece = local * pieces + 2 * begin // most
+            count = ((size + most - 1) // most).to(tl.int32)
+            if part < PARTS_K:
+                _join(sum_k, d_k, piece, count, unit, m, rows, part, K_BLOCK, D, SIZE_K, READERS)
+            else:
+                _join(sum_v, d_v, piece, count, unit, m, rows, part - PARTS_K, K_BLOCK, E, SIZE_V, READERS)
+
+
+@triton.jit
+def _join(
+    sums, grad, piece, count, unit, m, rows, part,
+    K_BLOCK: tl.constexpr, X: tl.constexpr, SIZE: tl.constexpr, READERS: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, READERS)
+    at = part.to(tl.int32) * SIZE + tl.arange(0, SIZE)
+    acc = tl.zeros([READERS, SIZE], tl.float32)
+    for x in range(0, count, READERS):
+        there = (x + lanes < count)[:, None] & (at < K_BLOCK * X)[None, :]
+        acc += tl.load(sums + (piece + x + lanes)[:, None] * (K_BLOCK * X) + at, mask=there, other=0.0)
+    _put(grad, tl.sum(acc, 0), unit, m, rows, at, K_BLOCK, X)
+
+
+class Tiles(NamedTuple):
+    """How one kernel cuts its work: queries and rows of a tile, warps, stages, registers a thread (None: any)."""
+
+    queries: int
+    rows: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def query_tiles(wide: int, size: int, dtype: torch.dtype, shares: bool) -> Tiles:
+    """For attend_backward_queries: `size` queries share a list, `wide` is the wider of key and value tile."""
+    if dtype == torch.float32:
+        return Tiles(min(size, 32), 32, 4, 1 if wide > 128 else 2)
+    if wide > 128:
+        return Tiles(min(size, 64), 32, 8 if size >= 64 else 4, 2)
+    return Tiles(min(size, 128), 64, 8 if size >= 128 or (size == 64 and wide == 128) else 4, 2)
+
+
+def row_tiles(wide: int, k_block: int, size: int, dtype: torch.dtype) -> Tiles:
+    """For attend_backward_rows: `size` queries read a block of `k_block` rows at a time."""
+    if dtype == torch.float32:
+        return Tiles(min(size, 32), 32, 4, 1 if wide > 128 else 2)
+    if wide > 128:
+        return Tiles(min(size, 32), min(k_block, 64), 8 if k_block >= 64 else 4, 2)
+    rows = min(k_block, 128)
+    return Tiles(min(size, 64), rows, 8 if rows >= 128 or (rows == 64 and wide == 128) else 4, 2)
+
+
+class _Source(NamedTuple):
+    """One source as the kernels take it; what is shared has strides of 0."""
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    end: Tensor
+    group: Tensor
+    index: Tensor
+    count: Tensor
+    rows: int
+    row_blocks: int
+    small: bool
+    repeat: int  # units that share a key head
+    flags: dict[str, bool]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self[:7]
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(x.stride() if x.dim() > 1 else (0, 0) for x in self.tensors)
+
+
+def attend_backward(
+    call: Call, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, bias_grad: bool
+) -> list[Tensor]:
+    """Gradients of q, each k, each v and each bias (0 without `bias_grad`); the contract is cpu.attend.backward's."""
+    q, position, group, plans, scale = call.q, call.position, call.group, call.plans, call.scale
+    batch, heads, tokens, width = q.shape
+    value_width = d_out.shape[-1]
+    kv_heads = call.k[0].shape[1]
+    # query heads of one key head share a tile unless their lists or biases differ
+    shared = (
+        all(x.shape[1] == 1 for x in call.index)
+        and all(x.dim() == 1 or x.shape[1] in (1, kv_heads) for x in call.bias)
+        and all(x.shape[1] == kv_heads for x in call.k)
+    )
+    units = kv_heads if shared else heads
+    stack, q_block = heads // units, min(call.plans[0].q_block, max(16, triton.next_power_of_2(tokens)))
+    blocks = call.index[0].shape[2]
+    sources = [_source_of(call, s, units) for s in range(len(call.k))]
+    d_q = q.new_empty(q.shape)
+    grads = [_empty(s, batch, units, q.dtype, bias_grad and s.flags["BIAS"]) for s in sources]
+    if not (batch and tokens and blocks):
+        for grad in grads:
+            for x in grad:
+                x.zero_()
+        return _gather(call, d_q.zero_(), grads, bias_grad)
+
+    size = max(16, triton.next_power_of_2(stack * q_block))
+    d_tile, e_tile = (max(16, triton.next_power_of_2(x)) for x in (width, value_width))
+    sizes = {"D": width, "E": value_width, "D_TILE": d_tile, "E_TILE": e_tile, "STACK": stack, "Q_BLOCK": q_block}
+    tiles = query_tiles(max(d_tile, e_tile), size, q.dtype, any(s.small for s in sources))
+    q, d_out, out, lse, d_lse = _dense(q), _dense(d_out), out.contiguous(), lse.contiguous(), d_lse.contiguous()
+    position, group = _per_head(position, batch, heads), _per_head(group, batch, heads)
+    asking = [x.stride() if x.dim() > 1 else (0, 0) for x in (position, group)]
+    asked = {"POSITION": position.dim() > 1, "GROUP": group.dim() > 1}
+    delta, shift = torch.empty(2, batch, heads, blocks * q_block, dtype=torch.float32, device=q.device)
+
+    read = _transposed(sources, plans)
+    lists = -(-stack * q_block // tiles.queries)
+    first, last = sources[0], sources[-1]
+    per_source = {}
+    for n, s in enumerate((first, last)):
+        k_block = plans[-n].k_block
+        per_source |= {f"{name}{n}": x for name, x in s.flags.items()}
+        per_source |= {f"REPEAT{n}": s.repeat, f"K_BLOCK{n}": k_block, f"BK{n}": tiles.rows}
+        per_source |= {f"SHARES{n}": s.small, f"D_BIAS{n}": s.small and bias_grad and s.flags["BIAS"]}
+    for begin, stop in _slices(sources, plans, batch * units, lists * blocks, q):
+        count = (stop - begin) * blocks * lists
+        shares = [_shares(s, p, count, q, bias_grad) for s, p in zip(sources, plans, strict=True)]
+        pairs = [(*s.tensors, *shares[n]) for n, s in ((0, first), (-1, last))]
+        attend_backward_queries[(count,)](
+            q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
+            *pairs[0], *pairs[1], q.stride(), d_out.stride(), *asking, *first.strides, *last.strides,
+            begin, heads, tokens, blocks, first.rows, first.index.shape[3], plans[0].reach, plans[0].sinks,
+            last.rows, last.index.shape[3], plans[-1].reach, plans[-1].sinks, scale,
+            BQ=tiles.queries, SOURCES=len(sources), **sizes, **asked, **per_source,
+            PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        )  # fmt: skip
+        for s, plan, share, grad, readers in zip(sources, plans, shares, grads, read, strict=True):
+            if s.small and s.rows:
+                _add_up(s, plan.k_block, share, grad, readers, begin, stop, units, blocks, lists, sizes)
+    for s, plan, grad, readers in zip(sources, plans, grads, read, strict=True):
+        if s.small or not s.rows:
+            continue
+        tiles = row_tiles(max(d_tile, e_tile), triton.next_power_of_2(plan.k_block), size, q.dtype)
+        pieces = [
+            torch.empty(batch * units * readers.pieces * plan.k_block * x, dtype=torch.float32, device=q.device)
+            for x in (width, value_width, 1)
+        ]
+        k_tiles = -(-plan.k_block // tiles.rows)
+        attend_backward_rows[(batch * units * (s.row_blocks + readers.pieces) * k_tiles,)](
+            q, d_out, delta, shift, position, group, *s.tensors[:5], readers.start, readers.reader, *grad, *pieces,
+            q.stride(), d_out.stride(), *asking, *s.strides[:5], readers.strides,
+            heads, tokens, blocks, s.rows, s.row_blocks, readers.pieces, readers.most, plan.reach, plan.sinks, scale,
+            BQ=tiles.queries, REPEAT=s.repeat, K_BLOCK=plan.k_block, BK=tiles.rows, **sizes,
+            POSITION=asked["POSITION"], D_BIAS=grad[2].numel() > 0, **s.flags,
+            PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        )  # fmt: skip
+        _join_pieces(s, plan.k_block, pieces, grad, readers, 0, batch * units, units, sizes)
+    return _gather(call, d_q, grads, bias_grad)
+
+
+def _source_of(call: Call, s: int, units: int) -> _Source:
+    batch, kv_heads, rows, _ = call.k[s].shape
+    plan, bias, end, group = call.plans[s], call.bias[s], call.end[s], call.row_group[s]
+    return _Source(
+        _dense(call.k[s]), _dense(call.v[s]), _per_head(bias.float(), batch, units), _per_head(end, batch, kv_heads),
+        _per_head(group, batch, kv_heads), _per_head(call.index[s], batch, units),
+        _per_head(call.count[s], batch, units), rows, -(-rows // plan.k_block), plan.k_block < SMALL, units // kv_heads,
+        {
+            "CAUSAL": bool(plan.causal), "REACH": plan.reach >= 0, "BIAS": bias.dim() > 1, "END": end.dim() > 1,
+            "GROUP": group.dim() > 1,
+        },
+    )  # fmt: skip
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Rows without gaps, and near enough to each other for 32 bits within a tile."""
+    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < FAR else x.contiguous()
+
+
+def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
+    """A [1|B, 1|heads, ...] tensor read as if it were [B, heads, ...]; an absent one stays as it is."""
+    if x.dim() == 1:
+        return x
+    x = x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.expand(batch, heads, *x.shape[2:])
+
+
+def _empty(source: _Source, batch: int, units: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Where dk, dv and the bias gradient of each unit go; float32 where units are still to be added up."""
+    dtype = dtype if source.repeat == 1 else torch.float32
+    k, v = (x.new_empty(batch, units, source.rows, x.shape[3], dtype=dtype) for x in (source.k, source.v))
+    return k, v, k.new_empty((batch, units, source.rows) if bias else 0, dtype=torch.float32)
+
+
+def _gather(call: Call, d_q: Tensor, grads: list[tuple[Tensor, Tensor, Tensor]], bias_grad: bool) -> list[Tensor]:
+    """The gradients in the shapes and dtypes of the inputs."""
+
+    def added_up(x: Tensor, like: Tensor) -> Tensor:
+        if x.shape[1] != like.shape[1]:
+            x = x.unflatten(1, (like.shape[1], -1)).sum(2)
+        return (x.sum(0, keepdim=True) if x.shape[0] != like.shape[0] else x).to(like.dtype)
+
+    d_k = [added_up(grad[0], x) for grad, x in zip(grads, call.k, strict=True)]
+    d_v = [added_up(grad[1], x) for grad, x in zip(grads, call.v, strict=True)]
+    d_bias = [
+        added_up(grad[2], x) if bias_grad and x.dim() > 1 else x.new_zeros(x.shape)
+        for grad, x in zip(grads, call.bias, strict=True)
+    ]
+    return [d_q, *d_k, *d_v, *d_bias]
+
+
+def _transposed(sources: list[_Source], plans) -> list[Readers]:
+    """The readers of every source; of shared lists once."""
+
+    def once(x: Tensor) -> Tensor:
+        return x[: 1 if x.stride(0) == 0 else None, : 1 if x.stride(1) == 0 else None]
+
+    # a row block read twice as often as the average is no burden yet
+    most = [
+        PIECE if s.small else max(READS, 2 * -(-s.index.shape[2] * s.index.shape[3] // max(s.row_blocks, 1)))
+        for s in sources
+    ]
+    index, count = [once(s.index) for s in sources], [once(s.count) for s in sources]
+    return transpose(index, count, [s.row_blocks for s in sources], [s.small for s in sources], most)
+
+
+def _slices(sources, plans, units: int, lists: int, q: Tensor) -> list[tuple[int, int]]:
+    """Units whose shares fit the scratch memory together."""
+    width = q.shape[-1] + sources[0].v.shape[-1]
+    rows = sum(s.index.shape[3] * p.k_block for s, p in zip(sources, plans, strict=True) if s.small)
+    step = max(1, min(units, SCRATCH // max(1, rows * lists * width * q.element_size())))
+    return [(begin, min(begin + step, units)) for begin in range(0, units, step)]
+
+
+def _shares(source: _Source, plan, lists: int, q: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scratch memory for one share of dk, dv and the bias gradient an entry of a list."""
+    rows = lists * source.index.shape[3] * plan.k_block if source.small else 0
+    bias = rows if bias_grad and source.flags["BIAS"] else 0
+    return (
+        q.new_empty(rows * source.k.shape[3]), q.new_empty(rows * source.v.shape[3]),
+        q.new_empty(bias, dtype=torch.float32),
+    )  # fmt: skip
+
+
+def _add_up(source: _Source, k_block, shares, grad, readers: Readers, begin, stop, units, blocks, lists, sizes) -> None:
+    """The shares of units begin .. stop - 1, added up."""
+    pieces = [
+        torch.empty((stop - begin) * readers.pieces * k_block * x, dtype=torch.float32, device=source.k.device)
+        for x in (sizes["D"], sizes["E"], 1)
+    ]
+    # the bias gradient is a dk of width 1
+    for share_k, share_v, d_k, d_v, sum_k, sum_v, d, e in (
+        (*shares[:2], *grad[:2], *pieces[:2], sizes["D"], sizes["E"]),
+        *([(shares[2], shares[2], grad[2], grad[2], pieces[2], pieces[2], 1, 0)] if grad[2].numel() else []),
+    ):
+        parts = _parts(k_block, d, e, 256)
+        sum_shares[((stop - begin) * (source.row_blocks + readers.pieces) * parts.programs,)](
+            share_k, share_v, d_k, d_v, sum_k, sum_v, readers.start, readers.reader, readers.strides,
+            begin, units, blocks, source.index.shape[3], source.rows, source.row_blocks, readers.pieces, readers.most,
+            K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, READERS=8, TILES=lists, num_warps=2,
+        )  # fmt: skip
+    _join_pieces(source, k_block, pieces, grad, readers, begin, stop, units, sizes)
+
+
+def _join_pieces(source: _Source, k_block, pieces, grad, readers: Readers, begin, stop, units, sizes) -> None:
+    """Row blocks that were cut into pieces; without any there is nothing to launch."""
+    if not readers.pieces:
+        return
+    for sum_k, sum_v, d_k, d_v, d, e in (
+        (*pieces[:2], *grad[:2], sizes["D"], sizes["E"]),
+        *([(pieces[2], pieces[2], grad[2], grad[2], 1, 0)] if grad[2].numel() else []),
+    ):
+        parts, many = _parts(k_block, d, e, 1024), 8
+        sum_pieces[((stop - begin) * -(-source.row_blocks // many) * parts.programs,)](
+            sum_k, sum_v, d_k, d_v, readers.start, readers.strides, begin, units, source.rows, source.row_blocks,
+            readers.pieces, readers.most, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e,
+            READERS=8, MANY=many, num_warps=4,
+        )  # fmt: skip
+
+
+class _Parts(NamedTuple):
+    d: int  # numbers of dk at a time
+    e: int
+    programs: int
+
+
+def _parts(k_block: int, width: int, value_width: int, most: int) -> _Parts:
+    d, e = (min(max(16, triton.next_power_of_2(k_block * x)), most) for x in (width, value_width))
+    return _Parts(d, e, -(-k_block * width // d) + -(-k_block * value_width // e))

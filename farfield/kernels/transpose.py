@@ -1,0 +1,147 @@
+"""Who reads each row block, on the GPU: the lists of all sources transposed by one stable sort.
+
+Entry n * P + p of a segment (the lists of one batch and head, or of all that share them) names a row block. Sorted by
+row block, ties in the order of the lists, the entries of row block m stand at `start[m] .. start[m + 1] - 1`. Row
+blocks that many read are cut into pieces of `most` entries, numbered so that no prefix sum over the row blocks is
+needed: the pieces of row block m take the numbers from (2 * start[m]) // most, and a row block of more than `most`
+entries has no more pieces than there are numbers before its successor's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WHOLE = 1 << 30  # row blocks of fewer entries are never cut
+
+
+class Readers(NamedTuple):
+    """The transposed lists of one source.
+
+    `start` [segments, M + 1] counts from the first entry of the sort; `reader` [entries], at those places, holds the
+    entry n * P + p within its segment, or n alone.
+    """
+
+    start: Tensor
+    reader: Tensor
+    strides: tuple[int, int]  # what batch and unit add to the number of a segment
+    most: int  # entries of a piece
+    pieces: int  # numbers of pieces in a segment
+
+
+@triton.jit(do_not_specialize=["base", "blocks", "picks", "row_blocks", "total"])
+def _keys(
+    index, count, keys, index_strides, count_strides, base, blocks, picks, row_blocks, total,
+    HEADS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """One key an entry: segment by segment the row blocks, then what is not used."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = at < total
+    p, n, segment = at % picks, at // picks % blocks, at // picks // blocks
+    b, h = segment // HEADS, segment % HEADS
+    listed = tl.load(count + b * count_strides[0] + h * count_strides[1] + n * count_strides[2], mask=there, other=0)
+    named = tl.load(
+        index + b * index_strides[0] + h * index_strides[1] + n * index_strides[2] + p * index_strides[3],
+        mask=there & (p < listed),
+        other=0,
+    )
+    key = base + segment * (row_blocks + 1) + tl.where(p < listed, named.to(tl.int64), row_blocks)
+    tl.store(keys + at, key.to(keys.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["base", "shift", "per_list", "per_segment", "total", "bounds", "entries", "steps"])
+def _spans(
+    keys, order, start, reader, base, shift, per_list, per_segment, total, bounds, entries, steps, SIZE: tl.constexpr
+):
+    """Where each row block's entries start, and what each entry of the sort is."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    low = tl.zeros([SIZE], tl.int64)
+    high = tl.zeros([SIZE], tl.int64) + entries
+    for _step in range(steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        below = tl.load(keys + middle, mask=open_ & (at < bounds), other=0).to(tl.int64) < base + at
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & (below == 0), middle, high)
+    tl.store(start + at, low.to(tl.int32), mask=at < bounds)
+    entry = tl.load(order + shift + at, mask=at < total, other=0) - shift
+    tl.store(reader + shift + at, (entry % per_segment // per_list).to(tl.int32), mask=at < total)
+
+
+def transpose(
+    index: list[Tensor], count: list[Tensor], row_blocks: list[int], by_entry: list[bool], most: list[int]
+) -> list[Readers]:
+    """The readers of every source's row blocks; linear in the number of entries, nothing read back by the host.
+
+    Args:
+        index: [1|B, 1|H, N, P] each.
+        by_entry: `reader` holds entries n * P + p rather than query blocks n.
+        most: entries of a piece.
+    """
+    device = index[0].device
+    entries = sum(x.numel() for x in index)
+    last = sum(x.shape[0] * x.shape[1] * (m + 1) for x, m in zip(index, row_blocks, strict=True))
+    keys = torch.empty(entries, dtype=torch.int32 if last < 1 << 31 else torch.int64, device=device)
+    size, base, shift = 1024, 0, 0
+    for x, c, m in zip(index, count, row_blocks, strict=True):
+        if x.numel():
+            _keys[(triton.cdiv(x.numel(), size),)](
+                x, c, keys[shift:], x.stride(), c.stride(), base, x.shape[2], x.shape[3], m, x.numel(),
+                HEADS=x.shape[1], SIZE=size,
+            )  # fmt: skip
+        base += x.shape[0] * x.shape[1] * (m + 1)
+        shift += x.numel()
+    ordered, order = keys.sort(stable=True)
+    # the entries of a source stay where they were: its keys are larger than those of the sources before it
+    reader = torch.empty(entries, dtype=torch.int32, device=device)
+    found, base, shift = [], 0, 0
+    for x, m, whole, limit in zip(index, row_blocks, by_entry, most, strict=True):
+        segments, blocks, picks = x.shape[0] * x.shape[1], x.shape[2], x.shape[3]
+        start = torch.empty(segments, m + 1, dtype=torch.int32, device=device)
+        _spans[(triton.cdiv(max(start.numel(), x.numel()), size),)](
+            ordered, order, start, reader, base, shift, 1 if whole else max(picks, 1), max(blocks * picks, 1),
+            x.numel(), start.numel(), entries, entries.bit_length(), SIZE=size,
+        )  # fmt: skip
+        strides = (x.shape[1] if x.shape[0] > 1 else 0, 1 if x.shape[1] > 1 else 0)
+        # a list names a row block once: none has more entries than there are query blocks
+        cut = blocks > limit
+        found.append(
+            Readers(start, reader, strides, limit if cut else WHOLE, 2 * blocks * picks // limit + 1 if cut else 0)
+        )
+        base += segments * (m + 1)
+        shift += x.numel()
+    return found
+
+
+@triton.jit
+def piece_of(start, x, row_blocks, most):
+    """Row block, first and last entry, and number of piece of program x of a segment's row blocks and pieces.
+
+    Numbers below `row_blocks` are those of uncut row blocks. Nothing to do: first > last.
+    """
+    begin = tl.load(start)
+    piece = x - row_blocks
+    # the last row block whose pieces start at or before this one
+    low = tl.minimum(x, row_blocks - 1)
+    high = low
+    if piece >= 0:
+        low = low * 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        before = 2 * (tl.load(start + middle) - begin).to(tl.int64) // most <= piece
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle - 1)
+    first = tl.load(start + low).to(tl.int64)
+    last = tl.load(start + low + 1).to(tl.int64)
+    cut = last - first > most
+    if piece >= 0:
+        own = first + (piece - 2 * (first - begin) // most) * most
+        last = tl.where(cut & (own < last), tl.minimum(last, own + most), -1)
+        first = tl.where(cut, own, 0)
+    else:
+        last = tl.where(cut, -1, last)
+    return low, first, last, piece

@@ -1,0 +1,223 @@
+"""The backward kernels of attend on a GPU against the same call in float64."""
+
+import os
+import random
+
+import pytest
+import torch
+
+import farfield as ff
+from farfield.testing.units import assert_within
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+CASES = int(os.environ.get("FARFIELD_CASES", "200"))
+FIRST = int(os.environ.get("FARFIELD_SEED", "0"))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def filled_memory(monkeypatch):
+    """What no kernel has written is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(seed):
+    """A random call of attend: q, sources, keywords, the gradients of out and lse, in float64; and a dtype."""
+    pick = random.Random(seed)
+    gen = torch.Generator(device="cuda").manual_seed(seed)
+    batch, kv_heads = pick.choice([1, 2, 3]), pick.choice([1, 2, 3])
+    heads = kv_heads * pick.choice([1, 1, 2, 4, 5])
+    tokens = pick.choice([1, 2, 17, 63, 64, 65, 130, 257])
+    width = pick.choice([16, 24, 64, 80, 96, 128, 192, 256])
+    value_width = pick.choice([width, 16, 40, 128])
+    q_block = pick.choice([1, 5, 16, 64, 128])
+    blocks = -(-tokens // q_block)
+
+    def draw(*shape):
+        x = torch.randn(shape, generator=gen, device="cuda", dtype=torch.float64)
+        return x.to(torch.bfloat16).double()
+
+    def strided(heads, rows, width):
+        """[B, H, S, D], half of the time as a view of [B, S, H, D]."""
+        if pick.random() < 0.5:
+            return draw(batch, rows, heads, width).transpose(1, 2)
+        return draw(batch, heads, rows, width)
+
+    grouped = pick.random() < 0.3
+    sources = []
+    for _ in range(pick.choice([1, 2])):
+        rows, k_block = pick.choice([1, 30, 64, 200, 513]), pick.choice([1, 2, 4, 7, 16, 32, 48, 64, 128])
+        row_blocks = -(-rows // k_block)
+        picks = pick.randint(0, min(row_blocks, 70))
+        lead = pick.choice([1, batch]), pick.choice([1, heads])
+        order = torch.rand(*lead, blocks, row_blocks, generator=gen, device="cuda").argsort(-1)
+        index = order[..., :picks].sort(-1).values.to(torch.int32)
+        count = torch.randint(0, picks + 1, (*lead, blocks), generator=gen, device="cuda", dtype=torch.int32)
+        causal = pick.random() < 0.5
+        reach = pick.choice([None, None, 20])
+        layout = ff.Layout(index, count, q_block, k_block, tokens, rows, causal, reach, pick.choice([0, 3]))
+        extra = {}
+        if pick.random() < 0.5:
+            extra["bias"] = draw(pick.choice([1, batch]), pick.choice([1, kv_heads, heads]), rows)
+            extra["bias"][..., : rows // 5] = float("-inf")
+        if pick.random() < 0.5:
+            shape = (pick.choice([1, batch]), pick.choice([1, kv_heads]), rows)
+            extra["end"] = torch.randint(0, 300, shape, generator=gen, device="cuda")
+        if grouped:
+            extra["group"] = torch.randint(0, 3, (1, kv_heads, rows), generator=gen, device="cuda")
+        sources.append((ff.Rows(strided(kv_heads, rows, width), strided(kv_heads, rows, value_width), **extra), layout))
+    options = {}
+    if pick.random() < 0.5:
+        options["position"] = torch.randint(0, 300, (1, pick.choice([1, heads]), tokens), generator=gen, device="cuda")
+    if grouped:
+        options["group"] = torch.randint(0, 3, (batch, 1, tokens), generator=gen, device="cuda")
+    grads = strided(heads, tokens, value_width), draw(batch, heads, tokens)
+    return strided(heads, tokens, width), sources, options, grads, pick.choice(DTYPES)
+
+
+def gradients(q, sources, options, grads, dtype):
+    """Gradients of q, every k and v and every bias, by name, with inputs of `dtype`."""
+    leaves = {"q": q.to(dtype)}
+    cast = []
+    for n, (rows, layout) in enumerate(sources):
+        leaves |= {f"k{n}": rows.k.to(dtype), f"v{n}": rows.v.to(dtype)}
+        if rows.bias is not None:
+            leaves[f"bias{n}"] = rows.bias.to(torch.promote_types(dtype, torch.float32))
+        cast.append((leaves[f"k{n}"], leaves[f"v{n}"], rows.end, leaves.get(f"bias{n}"), rows.group, layout))
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    given = [
+        (ff.Rows(leaves[f"k{n}"], leaves[f"v{n}"], end, leaves.get(f"bias{n}"), group), layout)
+        for n, (_, _, end, _, group, layout) in enumerate(cast)
+    ]
+    out, lse = ff.attend(leaves["q"], given, **options)
+    d_out, d_lse = grads[0].to(out.dtype), grads[1].to(lse.dtype)
+    found = torch.autograd.grad([out, lse], list(leaves.values()), [d_out, d_lse])
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
+def test_random_calls(seed):
+    q, sources, options, grads, dtype = problem(seed)
+    exact = gradients(q, sources, options, grads, torch.float64)
+    got = gradients(q, sources, options, grads, dtype)
+    terms = sum(len(r) for r, _ in sources) + q.shape[1] * q.shape[2]
+    for name, x in got.items():
+        # a bias is float32, but its gradient no better than out
+        assert_within(x.to(dtype), exact[name], terms=terms, name=f"d{name}, seed {seed}, {dtype}")
+
+
+def lists(tokens, heads, q_block, k_block, picks, causal=False):
+    """Random lists, and row block 0 in all of them."""
+    gen = torch.Generator(device="cuda").manual_seed(1)
+    blocks, row_blocks = -(-tokens // q_block), -(-tokens // k_block)
+    order = torch.rand(1, heads, blocks, row_blocks, generator=gen, device="cuda")
+    order[..., 0] = -1
+    index = order.argsort(-1)[..., :picks].sort(-1).values.to(torch.int32)
+    count = torch.full((1, heads, blocks), picks, device="cuda", dtype=torch.int32)
+    return ff.Layout(index, count, q_block, k_block, tokens, tokens, causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k_block", [4, 64])
+def test_rows_that_all_queries_read(k_block, dtype):
+    q, k, v, d_out = (torch.randn(1, 2, 4096, 64, device="cuda").bfloat16().double() for _ in range(4))
+    sources = [(ff.Rows(k, v), lists(4096, 1, 16, k_block, 6, causal=True))]
+    grads = d_out, torch.zeros(1, 2, 4096, device="cuda").double()
+    exact = gradients(q, sources, {}, grads, torch.float64)
+    for name, x in gradients(q, sources, {}, grads, dtype).items():
+        assert_within(x, exact[name], terms=4096, name=f"d{name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_are_bitwise_equal(dtype):
+    q, k, v, d_out = (torch.randn(1, 4, 2048, 64, device="cuda").bfloat16().double() for _ in range(4))
+    bias = torch.randn(1, 4, 2048, device="cuda").double()
+    sources = [
+        (ff.Rows(k, v), lists(2048, 1, 16, 64, 5, causal=True)),
+        (ff.Rows(v, k, bias=bias), lists(2048, 4, 16, 4, 9)),
+    ]
+    grads = d_out, torch.randn(1, 4, 2048, device="cuda").double()
+    first = gradients(q, sources, {}, grads, dtype)
+    for _ in range(250):
+        again = gradients(q, sources, {}, grads, dtype)
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sinks": 3}, {"near": 64, "rank": 4}, {"block": 128, "near": 128, "rank": 16}, {"causal": False}],
+    ids=str,
+)
+def test_fma(options, dtype):
+    mech = ff.FMA(**options)
+    x = [torch.randn(2, h, 1500, 64, device="cuda").bfloat16().double().requires_grad_() for h in (4, 2, 2)]
+    y = [t.detach().to(dtype).requires_grad_() for t in x]
+    grad = torch.randn(2, 4, 1500, 64, device="cuda").bfloat16()
+    mech(*x).backward(grad.double())
+    mech(*y).backward(grad.to(dtype))
+    for a, b, name in zip(y, x, "qkv", strict=True):
+        assert_within(a.grad, b.grad, terms=1500, name=f"d{name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_merged_sources_have_the_gradients_of_a_joint_call(dtype):
+    near, far = lists(1024, 1, 64, 64, 3), lists(1024, 1, 64, 8, 20)
+    x = [torch.randn(1, 2, 1024, 64, device="cuda").bfloat16().double().requires_grad_() for _ in range(5)]
+    grad = torch.randn(1, 2, 1024, 64, device="cuda").bfloat16()
+    ff.attend(x[0], [(ff.Rows(x[1], x[2]), near), (ff.Rows(x[3], x[4]), far)]).out.backward(grad.double())
+    y = [t.detach().to(dtype).requires_grad_() for t in x]
+    parts = [ff.attend(y[0], ff.Rows(y[1], y[2]), near), ff.attend(y[0], ff.Rows(y[3], y[4]), far)]
+    ff.merge(*parts).out.backward(grad.to(dtype))
+    for n, (a, b) in enumerate(zip(y, x, strict=True)):
+        # two roundings of out more than a joint call has
+        assert_within(a.grad, b.grad, terms=1024, units=3.0 if dtype == torch.float32 else 4.0, name=f"gradient {n}")
+
+
+def test_a_graph_replays_the_same_gradients():
+    q, k, v, d_out = (torch.randn(1, 2, 2048, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    plan = ff.select.multipole(tokens=2048, block=64, near=64, rank=4, device="cuda")
+    far_k, far_v = (x.detach()[:, :, : plan.far.rows].clone().requires_grad_() for x in (k, v))
+
+    def run():
+        out = ff.attend(q, [(ff.Rows(k, v), plan.near), (ff.Rows(far_k, far_v), plan.far)]).out
+        return torch.autograd.grad(out, (q, k, v, far_k, far_v), d_out)
+
+    torch.use_deterministic_algorithms(False)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_another_length_compiles_nothing():
+    from farfield.kernels import attend_backward as kernels
+    from farfield.kernels import transpose
+
+    def variants():
+        found = 0
+        for name in ("attend_backward_queries", "attend_backward_rows", "sum_shares", "sum_pieces"):
+            found += sum(len(x[0]) for x in getattr(kernels, name).device_caches.values())
+        return found + sum(len(x[0]) for f in (transpose._keys, transpose._spans) for x in f.device_caches.values())
+
+    counts = []
+    for tokens in (2048, 2111, 3000, 4097, 5003):
+        plan = ff.select.multipole(tokens=tokens, block=64, near=64, rank=4, device="cuda")
+        q, k, v = (torch.randn(1, 2, tokens, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        far_k, far_v = (torch.randn(1, 2, plan.far.rows, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        leaves = [x.requires_grad_() for x in (q, k, v, far_k, far_v)]
+        ff.attend(q, [(ff.Rows(k, v), plan.near), (ff.Rows(far_k, far_v), plan.far)]).out.sum().backward()
+        assert all(x.grad is not None for x in leaves)
+        counts.append(variants())
+    assert counts == counts[:1] * len(counts), counts
