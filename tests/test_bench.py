@@ -10,19 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farfield.bench import fma, memory, plots, records, runner, tables
+from farfield.bench import attend_random, fma, memory, plots, records, runner, tables
 from farfield.bench.records import Record
 from farfield.testing import oracles
 from farfield.testing.inputs import normal
 from farfield.testing.units import assert_within
 
 
-def record(tokens=1024, contender="fma", passes="forward", seconds=0.01, **other):
+def record(tokens=1024, contender="fma", passes="forward", seconds=0.01, density=None, **other):
     times = {"min": seconds, "q10": seconds, "median": seconds, "q90": 1.2 * seconds, "max": 2 * seconds, "samples": 3}
     values = {"ratio": 2.0, "against": "sdpa"} if contender == "fma" else {"backend": "flash_attention"}
-    made = Record(
-        "fma", contender, passes, "float32", {"tokens": tokens, "heads": 1}, times=times, memory=1000 * tokens
-    )
+    params = {"tokens": tokens, "heads": 1, **({} if density is None else {"density": density})}
+    made = Record("fma", contender, passes, "float32", params, times=times, memory=1000 * tokens)
     return replace(made, **{**values, **other})
 
 
@@ -408,6 +407,75 @@ def test_flops_count_the_tiles_read():
     assert work.flops == 4 * 8 * pairs + 2 * 8 * 64
 
 
+def test_the_floor_counts_what_is_seen():
+    work = fma.fma(64, "cpu", torch.float32, heads=2, width=8, block=16, near=16, rank=4)
+    # each query of a block sees i + 1 own tokens; the last three blocks 16 more, the last two 1 and 2 groups of 4
+    pairs = 4 * 16 * 17 // 2 + 3 * 16 * 16 + 3 * 16 * 4
+    assert work.floor
+    tensor = 2 * 64 * 8 * 4
+    assert work.floor("forward") == (4 * tensor, 4 * 2 * 8 * pairs)
+    assert work.floor("forward+backward") == (12 * tensor, 3.5 * 4 * 2 * 8 * pairs)
+
+
+# ---------------------------------------------------------------------------------------------------- the other cases
+
+SMALL = {"seconds": 0.01, "most": 1, "out": None, "dtypes": ["float32"]}
+
+
+def test_random_lists_are_checked_and_rated():
+    options = {"tokens": 200, "heads": 2, "width": 16, "block": 32, "density": [0.5], "against": ["sdpa"]}
+    made = runner.run("attend-random", **options, **SMALL)
+    assert not tables.notes(made)
+    for own, base in zip(made[::2], made[1::2], strict=True):
+        # 4 of 7 blocks
+        assert own.rates["read"] == pytest.approx(4 / 7)
+        assert own.rates["efficiency"] == pytest.approx(base.seconds / own.seconds * 4 / 7)
+        assert own.setup
+        assert set(own.check["units"]) == {"out"} if own.passes == "forward" else {"out", "dq", "dk", "dv"}
+
+
+def test_random_lists_are_ascending_and_of_one_length():
+    layout = attend_random.random_layout(1000, 64, 0.25, 3, "cpu")
+    assert layout.index.shape == (1, 3, 16, 4)
+    assert (layout.index.diff(dim=-1) > 0).all()
+
+
+def test_decoding_is_checked_against_extend():
+    options = {"tokens": [150], "batch": [2], "heads": 4, "kv_heads": 2, "width": 16, "layers": 2, "against": []}
+    (made,) = runner.run("fma-decode", **options, block=16, near=32, rank=4, **SMALL)
+    assert made.status == "ok", made.reason
+    assert made.rates["state bytes"] == made.rates["formula"]
+    assert made.rates["us a layer"] == pytest.approx(1e6 * made.seconds)
+
+
+def test_a_training_step_is_timed(monkeypatch):
+    # the code generator has its own tests
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    shape = {"layers": 1, "width": 16, "heads": 2, "block": 8, "near": 8, "rank": 2, "step_tokens": 64}
+    own, full = runner.run("train-speed", tokens=32, **shape, **SMALL)
+    assert (own.status, full.status) == ("ok", "ok")
+    assert own.rates["tokens/s"] == pytest.approx(64 / own.seconds)
+    assert own.rates["batch"] == 2
+
+
+def test_points_show_what_varies(capsys):
+    from rich.console import Console
+
+    made = [
+        record(
+            density=x, ratios={"sdpa": 2.0}, rates={"efficiency": x}, setup=1e-3, floor={"seconds": 1e-3, "share": x}
+        )
+        for x in (0.5, 0.25)
+    ]
+    assert not tables.plain(made)
+    Console(width=200).print(tables.points(made))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == [
+        "dtype", "passes", "n", "density", "time", "memory", "efficiency", "set-up", "floor", "share", "/", "sdpa",
+    ]  # fmt: skip
+    assert "25%" in shown[2]
+
+
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
@@ -449,6 +517,13 @@ def test_points_without_times_are_left_out_of_a_figure():
     plots.time_figure([*grid(), replace(record(65536), status="failed", times={}, memory=None)])
     with pytest.raises(ValueError, match="no records"):
         plots.time_figure([])
+
+
+def test_a_figure_can_go_along_another_option():
+    made = [record(density=x, seconds=x) for x in (0.1, 0.5)]
+    ax = plots.time_figure(made, axis="density").axes[0]
+    assert list(ax.lines[0].get_xdata()) == [0.1, 0.5]
+    assert ax.get_xlabel() == "density"
 
 
 def test_layout_picture_covers_the_past_once():

@@ -365,3 +365,21 @@ def test_config_suggests_the_nearest_field():
 def test_tokens_must_be_a_batch_of_integers(bad):
     with pytest.raises(ValueError, match="tokens must be integers"):
         Decoder(config())(bad)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_memory_only(dropout):
+    tokens = torch.randint(256, (2, 40))
+    found = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        options = {"block": 8, "near": 8, "rank": 2}
+        config = ModelConfig(
+            width=32, layers=2, heads=2, attention_options=options, dropout=dropout, checkpoint=checkpoint
+        )
+        model = Decoder(config).train()
+        torch.manual_seed(1)
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for once, again in zip(*found, strict=True):
+        assert torch.equal(once, again)

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from farfield.bench.runner import Work, bench, draw
+from farfield.select import Multipole
+
+# heads of a length, so that the longest one still fits beside its float64 copies
+HEADS = {1 << 15: 32, 1 << 17: 16, 1 << 20: 4}
+RANK = {64: 4, 128: 16}
 
 # queries whose result is compared with the formula, as shares of the length
 SAMPLED = (0.0, 0.31, 0.5, 0.77, 0.93, 1.0)
@@ -41,9 +46,56 @@ def fma(
         flops=4 * heads * width * pairs + 2 * k.shape[1] * width * tokens,
         bytes=2 * (q.nbytes + k.nbytes),
         inputs=(q, k, v),
+        floor=lambda passes: floor(passes, q, k, visible(plan) if causal else pairs),
         check=(lambda passes: check(mechanism, q, k, v, passes, block=block, near=near, rank=rank)) if causal else None,
         causal=causal,
     )
+
+
+@bench(
+    "fma-floor", over={"tokens": list(HEADS), "width": [64, 128], "block": [64, 128]}, against=(), dtypes=["bfloat16"]
+)
+def fma_floor(tokens: int, device: torch.device | str, dtype: torch.dtype, width: int = 64, block: int = 64) -> Work:
+    """Causal FMA against the least time that its bytes and products take, 4 to 32 heads."""
+    heads = HEADS.get(tokens, 4)
+    return fma(tokens, device, dtype, heads=heads, width=width, block=block, near=block, rank=RANK.get(block, 4))
+
+
+@bench("fma-long", over={"tokens": [1 << 16, 1 << 20]}, dtypes=["bfloat16"])
+def fma_long(tokens: int, device: torch.device | str, dtype: torch.dtype, heads: int = 4, width: int = 128) -> Work:
+    """Causal FMA against SDPA where the length is long."""
+    return fma(tokens, device, dtype, heads=heads, width=width)
+
+
+@bench("fma-short", over={"tokens": [1 << p for p in range(9, 14)]}, dtypes=["bfloat16"])
+def fma_short(tokens: int, device: torch.device | str, dtype: torch.dtype, heads: int = 64, width: int = 128) -> Work:
+    """Causal FMA against SDPA where the two cost about the same."""
+    return fma(tokens, device, dtype, heads=heads, width=width)
+
+
+def visible(plan: Multipole) -> int:
+    """Pairs of a query and a row that it sees, near tokens and far rows: what causal attention must multiply."""
+    near, far = plan
+    m, tokens = near.q_block, near.tokens
+    i = torch.arange(tokens, device=near.index.device)
+    first = near.index[0, 0, :, 0].long() * m  # lists are ascending
+    own = (i - first.repeat_interleave(m)[:tokens] + 1).sum()
+    others = far.count[0, 0].long().repeat_interleave(m)[:tokens].sum() * far.k_block
+    return int(own + others)
+
+
+def floor(passes: str, q: Tensor, k: Tensor, pairs: int) -> tuple[float, float]:
+    """Bytes and flops of one head width D = E: inputs read once and outputs written once, and no product twice.
+
+    Forward: q, k, v read, out written. Backward: these and d_out read, dq, dk, dv written.
+    """
+    forward, backward = 2 * (q.nbytes + k.nbytes), 4 * (q.nbytes + k.nbytes)
+    flops = 4.0 * q.shape[0] * q.shape[1] * q.shape[3] * pairs
+    return {
+        "forward": (forward, flops),
+        "backward": (backward, 2.5 * flops),
+        "forward+backward": (forward + backward, 3.5 * flops),
+    }[passes]
 
 
 def check(

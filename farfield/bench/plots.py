@@ -80,25 +80,35 @@ def look(name: str, at: int = 0) -> dict[str, Any]:
     }
 
 
-def time_figure(records: Sequence[Record], *, names: Mapping[str, str] | None = None) -> Figure:
-    """Seconds against n on log axes, one panel per passes and dtype; bands are the 10 and 90 % quantiles."""
-    return _against_tokens(
-        records, "time of one call", lambda r: r.seconds, ("q10", "q90"), names or {}, _seconds_tick, ratios=True
-    )
+def time_figure(records: Sequence[Record], *, names: Mapping[str, str] | None = None, axis: str = "tokens") -> Figure:
+    """Seconds against n, or another option, on log axes; bands are the 10 and 90 % quantiles.
+
+    One panel per passes and dtype, and per value of whatever else differs between the points.
+    """
+    bands, tick = ("q10", "q90"), _seconds_tick
+    return _against(records, axis, "time of one call", lambda r: r.seconds, bands, names or {}, tick, ratios=True)
 
 
-def memory_figure(records: Sequence[Record], *, names: Mapping[str, str] | None = None) -> Figure:
-    """Peak extra bytes against n on log axes, one panel per passes and dtype."""
-    return _against_tokens(
-        records, "peak extra memory", lambda r: float(r.memory or "nan"), None, names or {}, _bytes_tick, ratios=False
-    )
+def memory_figure(records: Sequence[Record], *, names: Mapping[str, str] | None = None, axis: str = "tokens") -> Figure:
+    """Peak extra bytes in the same panels."""
+    value, tick = (lambda r: float(r.memory or "nan")), _bytes_tick
+    return _against(records, axis, "peak extra memory", value, None, names or {}, tick, ratios=False)
 
 
-def _against_tokens(records, label, value, band, names, tick, *, ratios: bool) -> Figure:
+def _against(records, axis, label, value, band, names, tick, *, ratios: bool) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    panels = list(dict.fromkeys((r.dtype, r.passes) for r in records))
+    options = dict.fromkeys(name for r in records for name in r.params if name != axis)
+    varied = [name for name in options if len({str(r.params.get(name)) for r in records}) > 1]
+
+    def panel(r: Record) -> tuple[Any, ...]:
+        return (r.dtype, r.passes, *(r.params.get(name) for name in varied))
+
+    def x_of(r: Record) -> float:
+        return float(r.params[axis])
+
+    panels = list(dict.fromkeys(map(panel, records)))
     if not panels:
         raise ValueError("plots: no records to draw")
     columns = min(2, len(panels))
@@ -106,12 +116,15 @@ def _against_tokens(records, label, value, band, names, tick, *, ratios: bool) -
     with styled():
         figure = Figure(figsize=(4.1 * columns, 3.1 * lines), layout="constrained")
         axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        ticks = sorted({r.tokens for r in records})
-        for ax, (dtype, passes) in zip(axes, panels, strict=False):
-            here = [r for r in records if (r.dtype, r.passes) == (dtype, passes)]
+        ticks = sorted({x_of(r) for r in records})
+        for ax, shown in zip(axes, panels, strict=False):
+            here = [r for r in records if panel(r) == shown]
+            title = [shown[1].replace("+", " + "), shown[0]]
+            title += [f"{name} {x}" for name, x in zip(varied, shown[2:], strict=True)]
             contenders = list(dict.fromkeys(r.contender for r in here))
             for at, name in enumerate(contenders):
-                points = sorted((r.tokens, r) for r in here if r.contender == name and value(r) == value(r))
+                drawn = (r for r in here if r.contender == name and value(r) == value(r))
+                points = sorted(((x_of(r), r) for r in drawn), key=lambda point: point[0])
                 if not points:
                     continue
                 xs, ys = [n for n, _ in points], [value(r) for _, r in points]
@@ -122,7 +135,7 @@ def _against_tokens(records, label, value, band, names, tick, *, ratios: bool) -
                 ax.plot(xs, ys, label=names.get(name, name), **style)
                 if ratios:
                     _write_ratio(ax, points)
-            ax.set(xscale="log", yscale="log", title=f"{passes.replace('+', ' + ')}, {dtype}")
+            ax.set(xscale="log", yscale="log", title=", ".join(title))
             ax.xaxis.set_major_locator(FixedLocator(ticks))
             ax.xaxis.set_minor_locator(NullLocator())
             ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens_tick(n)))
@@ -131,14 +144,14 @@ def _against_tokens(records, label, value, band, names, tick, *, ratios: bool) -
         for ax in axes[len(panels) :]:
             ax.remove()
         for ax in axes[max(0, len(panels) - columns) : len(panels)]:
-            ax.set_xlabel("n, tokens")
+            ax.set_xlabel("n, tokens" if axis == "tokens" else axis)
         for ax in axes[: len(panels) : columns]:
             ax.set_ylabel(label)
         axes[0].legend(loc="upper left")
     return figure
 
 
-def _write_ratio(ax: Axes, points: list[tuple[int, Record]]) -> None:
+def _write_ratio(ax: Axes, points: Sequence[tuple[float, Record]]) -> None:
     """The ratio at the longest length, beside its point."""
     n, last = points[-1]
     if last.ratio:

@@ -66,6 +66,7 @@ class Work:
         causal: for the baselines.
         shape: of the output, where it is not q's.
         rivals: baselines of this case alone, by name; made when their turn comes.
+        repeat: how often one call does the work; times are divided by it.
         setup: seconds that building what the call takes as given took.
         floor: passes -> bytes and flops that no implementation can do without.
         rates: (passes, seconds, {baseline: its seconds}) -> named numbers for the record.
@@ -80,6 +81,7 @@ class Work:
     causal: bool = True
     shape: tuple[int, ...] | None = None
     rivals: Mapping[str, Callable[[], Work]] = field(default_factory=dict)
+    repeat: int = 1
     setup: float | None = None
     floor: Callable[[str], tuple[float, float]] | None = None
     rates: Callable[[str, float, Mapping[str, float]], Mapping[str, float]] | None = None
@@ -395,6 +397,8 @@ def _point(
         x.requires_grad_(differentiated)
     calls = {who: _call(work, which, d_out) for who, work in works.items()}
     timings = compare(calls, device=device, seconds=seconds, most=most, once=once)
+    for who, timing in timings.items():
+        timing.rounds = [[x / works[who].repeat for x in one] for one in timing.rounds]
     env = {**env, "load": [env["load"], load_average()]}
     took = {who: statistics.median(t.samples) for who, t in timings.items() if t.samples}
     others = {who: x for who, x in took.items() if who != case.name}

@@ -71,6 +71,36 @@ def table(records: Sequence[Record], title: str = "") -> Table:
     return made
 
 
+def plain(records: Sequence[Record]) -> bool:
+    """Whether the records are lengths against one baseline, which `table` shows side by side."""
+    baselines = {r.contender for r in records if r.contender != r.bench}
+    return len(baselines) == 1 and not any(r.rates or r.floor or r.setup for r in records) and not _varied(records)
+
+
+def points(records: Sequence[Record], title: str = "") -> Table:
+    """One line for each contender at each point, with what varies, what was read off, and the ratios to baselines."""
+    from rich.table import Table
+
+    varied = _varied(records)
+    rates = list(dict.fromkeys(name for r in records for name in r.rates))
+    against = list(dict.fromkeys(name for r in records for name in r.ratios))
+    built, floors = any(r.setup for r in records), any(r.floor for r in records)
+    made = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    headings = ["dtype", "passes", "n", *varied, "", "time", "memory", *rates]
+    headings += ["set-up"] * built + ["floor", "share"] * floors + [f"/ {name}" for name in against]
+    for at, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if at < 2 or not heading else "right", no_wrap=True)
+    for r in records:
+        passes = r.passes.replace("forward", "fwd").replace("backward", "bwd")
+        who = f"{r.contender} {r.backend.removesuffix('_attention')}".strip()
+        cells = [r.dtype, passes, f"{r.tokens:,}", *(str(r.params.get(name, "")) for name in varied), who]
+        cells += [_time(r), size(r.memory), *(_number(r.rates.get(name)) for name in rates)]
+        cells += [seconds(r.setup) if r.setup else ""] * built
+        cells += ([seconds(r.floor["seconds"]), f"{r.floor['share']:.0%}"] if r.floor else ["", ""]) * floors
+        made.add_row(*cells, *(times(r.ratios[name]) if name in r.ratios else "" for name in against))
+    return made
+
+
 def notes(records: Sequence[Record]) -> list[str]:
     """What went wrong or was left out, one line each."""
     return [
@@ -107,6 +137,18 @@ def size(x: float | None) -> str:
 def visible(text: str) -> str:
     """Text as a reader may see it: control characters, which could steer a terminal, become U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _varied(records: Sequence[Record]) -> list[str]:
+    """Options other than the length that differ between points."""
+    names = dict.fromkeys(name for r in records for name in r.params if name != "tokens")
+    return [name for name in names if len({str(r.params.get(name)) for r in records}) > 1]
+
+
+def _number(x: float | None) -> str:
+    if x is None:
+        return ""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def _time(r: Record) -> str:

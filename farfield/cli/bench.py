@@ -14,6 +14,7 @@ EXAMPLES = examples(
     "farfield bench fma --device cpu",
     "farfield bench fma --tokens 4096,16384 --dtype float32 --passes forward --option rank=16",
     "farfield bench window --tokens 1k,2k,4k --no-record",
+    "farfield bench attend-random --device cuda -o density=0.1",
 )
 
 
@@ -27,10 +28,13 @@ def bench(
     list_: Annotated[bool, typer.Option("--list", help="Print the names of the benchmarks and stop.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "cpu",
     tokens: Annotated[str | None, unset("the benchmark's", "Sequence lengths; 4k is 4096.", metavar="N,N,...")] = None,
-    dtype: Annotated[list[str] | None, unset("float32 and bfloat16", "May be repeated.", metavar="DTYPE")] = None,
+    dtype: Annotated[list[str] | None, unset("the benchmark's", "May be repeated.", metavar="DTYPE")] = None,
     passes: Annotated[
         list[str] | None,
-        unset("both", "forward or forward+backward; may be repeated.", metavar="PASSES"),
+        unset("the benchmark's", "forward, backward or forward+backward; may be repeated.", metavar="PASSES"),
+    ] = None,
+    against: Annotated[
+        list[str] | None, unset("all of the benchmark's", "A baseline, or none; may be repeated.", metavar="NAME")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the benchmark.")
@@ -66,24 +70,32 @@ def bench(
         made = runner.run(
             name,
             device=device,
-            dtypes=tuple(dtype or ("float32", "bfloat16")),
-            passes=tuple(passes or runner.PASSES),
+            dtypes=tuple(dtype) if dtype else None,
+            passes=tuple(passes) if passes else None,
+            against=None if against is None else tuple(x for x in against if x != "none"),
             seconds=seconds,
             max_baseline_seconds=math.inf if longest is None else longest,
             out=out if record else None,
             progress=status.update,
             **grid,
         )
-    console.print(tables.table(made, f"{name}, {records.machine_name(device)}"))
+    title = f"{name}, {records.machine_name(device)}"
+    if tables.plain(made):
+        console.print(tables.table(made, title))
+    else:
+        # as wide as it is: a file or a pager scrolls
+        Console(highlight=False, width=max(console.width, 200)).print(tables.points(made, title))
     for note in tables.notes(made):
         console.print(note, style="yellow", markup=False, soft_wrap=True)
-    for (who, which, kind), slope in runner.memory_slopes(made).items():
+    for (who, which, kind), slope in runner.memory_slopes(made).items() if tables.plain(made) else ():
         console.print(f"memory of {who}, {which} {kind}: grows as n^{slope:.2f}", style="dim")
     if record:
         path = records.results_path(name, out, device)
         console.print(f"records  {path}", soft_wrap=True)
         everything = records.latest(records.load(path))
-        for what, figure in (("time", plots.time_figure(everything)), ("memory", plots.memory_figure(everything))):
+        axis = runner.get(name).axis
+        figures = plots.time_figure(everything, axis=axis), plots.memory_figure(everything, axis=axis)
+        for what, figure in zip(("time", "memory"), figures, strict=True):
             console.print(f"{what:<8} {plots.save(figure, path.with_name(f'{path.stem}-{what}.svg'))}", soft_wrap=True)
     if any(r.status == "failed" and r.contender == r.bench for r in made):
         raise typer.Exit(1)

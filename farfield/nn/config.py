@@ -32,6 +32,7 @@ class ModelConfig:
         mlp_ratio: hidden width of the MLP over width.
         tie: the output layer shares the embedding's weights.
         dropout: on what each half block adds.
+        checkpoint: keep only each block's input for backward and make the rest again there.
         kind: "decoder" or "encoder"; set by the model class, and what `build` reads.
     """
 
@@ -50,6 +51,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     tie: bool = True
     dropout: float = 0.0
+    checkpoint: bool = False
     kind: str = "decoder"
 
     def __post_init__(self):

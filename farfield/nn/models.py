@@ -94,8 +94,12 @@ class Transformer(nn.Module):
     def features(self, tokens: Int[Tensor, "B T"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
         """The normed residual stream that the output layer reads."""
         x = self._embed(tokens)
+        again = self.config.checkpoint and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, group)
+            if again:
+                x = checkpoint(block, x, group, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+            else:
+                x = block(x, group)
         return self.norm(x)
 
     def forward(self, tokens: Int[Tensor, "B T"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T V"]:
