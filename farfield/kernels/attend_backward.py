@@ -549,10 +549,17 @@ class Tiles(NamedTuple):
     registers: int | None = None
 
 
+def _float32_tiles(wide: int, size: int) -> Tiles:
+    """IEEE products run in registers, a whole row of D or E of either operand at a time: wide tiles spill."""
+    if wide > 128:
+        return Tiles(16, 16, 8, 1)
+    return Tiles(min(size, 32), 32, 8, 1) if wide > 64 else Tiles(min(size, 32), 32, 4, 2)
+
+
 def query_tiles(wide: int, size: int, dtype: torch.dtype, shares: bool) -> Tiles:
     """For attend_backward_queries: `size` queries share a list, `wide` is the wider of key and value tile."""
     if dtype == torch.float32:
-        return Tiles(min(size, 32), 32, 4, 1 if wide > 128 else 2)
+        return _float32_tiles(wide, size)
     if wide > 128:
         return Tiles(min(size, 64), 32, 8 if size >= 64 else 4, 2)
     return Tiles(min(size, 128), 64, 8 if size >= 128 or (size == 64 and wide == 128) else 4, 2)
@@ -561,7 +568,7 @@ def query_tiles(wide: int, size: int, dtype: torch.dtype, shares: bool) -> Tiles
 def row_tiles(wide: int, k_block: int, size: int, dtype: torch.dtype) -> Tiles:
     """For attend_backward_rows: `size` queries read a block of `k_block` rows at a time."""
     if dtype == torch.float32:
-        return Tiles(min(size, 32), 32, 4, 1 if wide > 128 else 2)
+        return _float32_tiles(wide, size)
     if wide > 128:
         return Tiles(min(size, 32), min(k_block, 64), 8 if k_block >= 64 else 4, 2)
     rows = min(k_block, 128)

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import farfield as ff
-from farfield.testing.units import assert_within
+from farfield.testing.units import assert_within, error_units
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from farfield.kernels import attend_backward as kernels
+from farfield.kernels import launch, transpose
 
 CASES = int(os.environ.get("FARFIELD_CASES", "200"))
 FIRST = int(os.environ.get("FARFIELD_SEED", "0"))
@@ -101,14 +104,19 @@ def gradients(q, sources, options, grads, dtype):
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
-def test_random_calls(seed):
+def test_random_calls(seed, monkeypatch):
     q, sources, options, grads, dtype = problem(seed)
     exact = gradients(q, sources, options, grads, torch.float64)
     got = gradients(q, sources, options, grads, dtype)
+    with monkeypatch.context() as m:
+        m.setattr(launch, "refusal", lambda call: "the same in PyTorch")
+        plain = gradients(q, sources, options, grads, dtype)
     terms = sum(len(r) for r, _ in sources) + q.shape[1] * q.shape[2]
     for name, x in got.items():
-        # a bias is float32, but its gradient no better than out
-        assert_within(x.to(dtype), exact[name], terms=terms, name=f"d{name}, seed {seed}, {dtype}")
+        # a bias is float32, but its gradient no better than out; where a query sees a row or two the terms of a
+        # gradient cancel, and no implementation that starts from a rounded out comes near it
+        units = max(3.0, 2.0 * error_units(plain[name].to(dtype), exact[name], terms=terms))
+        assert_within(x.to(dtype), exact[name], terms=terms, units=units, name=f"d{name}, seed {seed}, {dtype}")
 
 
 def lists(tokens, heads, q_block, k_block, picks, causal=False):
@@ -159,10 +167,10 @@ def test_fma(options, dtype):
     x = [torch.randn(2, h, 1500, 64, device="cuda").bfloat16().double().requires_grad_() for h in (4, 2, 2)]
     y = [t.detach().to(dtype).requires_grad_() for t in x]
     grad = torch.randn(2, 4, 1500, 64, device="cuda").bfloat16()
-    mech(*x).backward(grad.double())
-    mech(*y).backward(grad.to(dtype))
-    for a, b, name in zip(y, x, "qkv", strict=True):
-        assert_within(a.grad, b.grad, terms=1500, name=f"d{name}")
+    exact = torch.autograd.grad(mech(*x), x, grad.double())
+    got = torch.autograd.grad(mech(*y), y, grad.to(dtype))
+    for a, b, name in zip(got, exact, "qkv", strict=True):
+        assert_within(a, b, terms=1500, name=f"d{name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -170,13 +178,14 @@ def test_merged_sources_have_the_gradients_of_a_joint_call(dtype):
     near, far = lists(1024, 1, 64, 64, 3), lists(1024, 1, 64, 8, 20)
     x = [torch.randn(1, 2, 1024, 64, device="cuda").bfloat16().double().requires_grad_() for _ in range(5)]
     grad = torch.randn(1, 2, 1024, 64, device="cuda").bfloat16()
-    ff.attend(x[0], [(ff.Rows(x[1], x[2]), near), (ff.Rows(x[3], x[4]), far)]).out.backward(grad.double())
+    joint = ff.attend(x[0], [(ff.Rows(x[1], x[2]), near), (ff.Rows(x[3], x[4]), far)])
+    exact = torch.autograd.grad(joint.out, x, grad.double())
     y = [t.detach().to(dtype).requires_grad_() for t in x]
     parts = [ff.attend(y[0], ff.Rows(y[1], y[2]), near), ff.attend(y[0], ff.Rows(y[3], y[4]), far)]
-    ff.merge(*parts).out.backward(grad.to(dtype))
-    for n, (a, b) in enumerate(zip(y, x, strict=True)):
+    got = torch.autograd.grad(ff.merge(*parts).out, y, grad.to(dtype))
+    for n, (a, b) in enumerate(zip(got, exact, strict=True)):
         # two roundings of out more than a joint call has
-        assert_within(a.grad, b.grad, terms=1024, units=3.0 if dtype == torch.float32 else 4.0, name=f"gradient {n}")
+        assert_within(a, b, terms=1024, units=3.0 if dtype == torch.float32 else 4.0, name=f"gradient {n}")
 
 
 def test_a_graph_replays_the_same_gradients():
@@ -202,9 +211,6 @@ def test_a_graph_replays_the_same_gradients():
 
 
 def test_another_length_compiles_nothing():
-    from farfield.kernels import attend_backward as kernels
-    from farfield.kernels import transpose
-
     def variants():
         found = 0
         for name in ("attend_backward_queries", "attend_backward_rows", "sum_shares", "sum_pieces"):

@@ -29,9 +29,9 @@ def arguments(q, sources, position=None, group=None):
 
     plans = [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks) for _, p in sources]
     rows = [r for r, _ in sources]
-    per_row = ([per_head(getattr(r, name)) for r in rows] for name in ("bias", "end", "group"))
+    bias, end, row_group = ([per_head(getattr(r, name)) for r in rows] for name in ("bias", "end", "group"))
     return Call(
-        q, [r.k for r in rows], [r.v for r in rows], *per_row, per_head(position), per_head(group),
+        q, [r.k for r in rows], [r.v for r in rows], bias, end, row_group, per_head(position), per_head(group),
         [p.index for _, p in sources], [p.count for _, p in sources], plans, q.shape[-1] ** -0.5,
     )  # fmt: skip
 
