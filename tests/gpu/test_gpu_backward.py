@@ -97,9 +97,9 @@ def gradients(q, sources, options, grads, dtype):
         (ff.Rows(leaves[f"k{n}"], leaves[f"v{n}"], end, leaves.get(f"bias{n}"), group), layout)
         for n, (_, _, end, _, group, layout) in enumerate(cast)
     ]
-    out, lse = ff.attend(leaves["q"], given, **options)
-    d_out, d_lse = grads[0].to(out.dtype), grads[1].to(lse.dtype)
-    found = torch.autograd.grad([out, lse], list(leaves.values()), [d_out, d_lse])
+    got = ff.attend(leaves["q"], given, **options)
+    d_out, d_lse = grads[0].to(got.out.dtype), grads[1].to(got.lse.dtype)
+    found = torch.autograd.grad([got.out, got.lse], list(leaves.values()), [d_out, d_lse])
     return dict(zip(leaves, found, strict=True))
 
 
