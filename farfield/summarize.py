@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from farfield.ops import pool as op
+from farfield.ops.pool import Pooled, Tree
 from farfield.select.static import depth
 from farfield.types import Rows
 
@@ -60,6 +63,7 @@ class Pool(nn.Module):
     """Makes groups of `rank` rows: level 1 from blocks of tokens, every further level from pairs of groups."""
 
     whole = False  # a row stands for its whole group, not for its own segment of it
+    most: int | None = None  # levels that the pool can make
 
     def leaf(self, k: Tensor, v: Tensor, count: Tensor | None, rank: int) -> Groups:
         """Level 1 from blocks of tokens: k [B, G, N, m, D], v [B, G, N, m, E], count [B|1, 1, N, m] of 0 and 1."""
@@ -133,10 +137,15 @@ class FilterPool(MeanPool):
         self.logits = nn.Parameter(torch.randn(2, heads, rank, 2 * rank) / math.sqrt(2 * rank))
         self.gate = nn.Parameter(torch.zeros(2, heads, rank, 1))
 
+    def filters(self) -> tuple[Float[Tensor, "2 G p p2"], Float[Tensor, "p p2"]]:
+        """The filters of k and v, and the mean that they start from."""
+        rank = self.gate.shape[2]
+        mean = torch.eye(rank, device=self.gate.device).repeat_interleave(2, 1) / 2
+        return mean + self.gate * (self.logits.softmax(-1) - mean), mean
+
     def parent(self, pairs):
         rank = pairs.k.shape[3]
-        mean = torch.eye(rank, device=self.gate.device).repeat_interleave(2, 1) / 2
-        filters = mean + self.gate * (self.logits.softmax(-1) - mean)
+        filters, mean = self.filters()
         filters = filters.to(pairs.k.dtype)[:, None, :, None]  # [2, 1, G, 1, p, 2p]
         count = None
         if pairs.count is not None:
@@ -226,6 +235,7 @@ class ConvPool(Pool):
         self.v_weight = nn.ParameterList(nn.Parameter(mean.repeat(1, 1, value_width)) for mean in means)
         self.k_bias = nn.Parameter(torch.zeros(levels, rank, width))
         self.v_bias = nn.Parameter(torch.zeros(levels, rank, value_width))
+        self.most = levels
 
     def _grow(self, k, v, count, rank, first, pending):
         levels, waiting = [], []
@@ -320,40 +330,67 @@ def summarize(rows: Rows, *, block: int = 64, rank: int = 16, pool: Pool | None 
     hierarchy of means are ours.
     """
     check_rank(block, rank)
-    tokens = len(rows)
+    pool, tokens = pool or MeanPool(), len(rows)
     blocks = -(-tokens // block)
     levels = depth(blocks)
-    # so many blocks that every level is made of whole groups
-    padded = -(-blocks // 2 ** (levels - 1)) * 2 ** (levels - 1) if levels else 0
-    k, v = (to_blocks(x, block, padded) for x in (rows.k, rows.v))
-    present = None
-    if padded * block != tokens:
-        present = (torch.arange(padded * block, device=k.device) < tokens).to(k.dtype).view(1, 1, padded, block)
-    found = (pool or MeanPool()).grow(k, v, present, rank=rank, first=0, pending=())[0][:levels]
-    if len(found) < levels:
-        raise ValueError(
-            f"summarize: {tokens} tokens make {levels} levels, but the pool has {len(found)}; give it more"
-        )
-    found = [groups.cut(0, -(-blocks // 2**height)) for height, groups in enumerate(found)]
-    if not found:
+    if not levels:
         return Rows(rows.k[:, :, :0], rows.v[:, :, :0])
-    k, v = (torch.cat([x.flatten(2, 3) for x in xs], 2) for xs in ([g.k for g in found], [g.v for g in found]))
-    whole = pool is not None and pool.whole
-    bias, end, offsets = [], [], [0]
+    if pool.most is not None and pool.most < levels:
+        raise ValueError(f"summarize: {tokens} tokens make {levels} levels, but the pool has {pool.most}; give it more")
+    tree = Tree(block, rank, blocks, levels, complete=False, lo=0, hi=tokens)
+    found = pyramid(pool, rows.k, rows.v, tree)
+    offsets = tuple(rank * n for n in accumulate(tree.groups[:-1], initial=0))
+    end = found.span[1].clamp(max=tokens - 1)
+    return Rows(found.far_k, found.far_v, end=end, bias=found.bias, offsets=offsets)
+
+
+def pyramid(
+    pool: Pool,
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S E"],
+    tree: Tree,
+    present: Bool[Tensor, "#B S"] | None = None,
+) -> Pooled:
+    """All rows of `tree` in one buffer, by the kernels of ops.pool where they take the call.
+
+    Args:
+        present: leaves further tokens out.
+    """
+    learned = isinstance(pool, FilterPool)
+    linear = present is None and (learned or type(pool) is MeanPool)
+    if linear and not op.refusal(k, v, tree.rank, learned=learned):
+        return op.pool(k, v, pool.filters()[0] if isinstance(pool, FilterPool) else None, tree)
+    # so many blocks that every level is made of whole groups
+    padded = tree.blocks if tree.complete else tree.groups[-1] << (tree.levels - 1)
+    blocks_k, blocks_v = (to_blocks(x, tree.block, padded) for x in (k, v))
+    count = None
+    if present is not None or tree.lo or tree.hi < padded * tree.block:
+        at = torch.arange(padded * tree.block, device=k.device)
+        there = ((at >= tree.lo) & (at < tree.hi))[None]
+        if present is not None:
+            there = there & nn.functional.pad(present, (0, max(padded * tree.block - k.shape[2], 0)))
+        count = there.to(blocks_k.dtype).unflatten(1, (padded, tree.block))[:, None]
+    found = pool.grow(blocks_k, blocks_v, count, rank=tree.rank, first=0, pending=())[0]
+    found = [groups.cut(0, n) for groups, n in zip(found, tree.groups, strict=False)]
+    # the tokens before the levels
+    far = [[nn.functional.pad(x[:, :, : tree.lo], (0, 0, 0, tree.lead - tree.lo))] if tree.lo else [] for x in (k, v)]
+    bias = []
+    at = torch.arange(tree.lead, device=k.device)
+    span = [torch.stack([at, at])]
+    if tree.lo:
+        bias.append(torch.zeros_like(at, dtype=blocks_k.dtype).masked_fill(at >= tree.lo, float("-inf"))[None, None])
     for height, groups in enumerate(found):
-        n = torch.arange(len(groups), device=k.device)
-        each = math.log((block << height) / rank)
-        count = groups.count
-        bias.append(k.new_full((1, 1, len(n) * rank), each) if count is None else count.log().flatten(2))
-        end.append(span_of_rows(n, height, block, rank, whole)[1] - 1)
-        offsets.append(offsets[-1] + len(n) * rank)
-    return Rows(
-        k.to(rows.k.dtype),
-        v.to(rows.v.dtype),
-        end=torch.cat(end).clamp(max=tokens - 1),
-        bias=torch.cat(bias, -1),
-        offsets=tuple(offsets[:-1]),
-    )
+        for xs, x, like in zip(far, (groups.k, groups.v), (k, v), strict=True):
+            xs.append(x.flatten(2, 3).to(like.dtype))
+        each = math.log((tree.block << height) / tree.rank)
+        known = blocks_k.new_full((1, 1, len(groups) * tree.rank), each)
+        bias.append(known if groups.count is None else groups.count.log().flatten(2))
+        start, end = span_of_rows(torch.arange(len(groups), device=k.device), height, tree.block, tree.rank, pool.whole)
+        span.append(torch.stack([start, end - 1]))
+    far_k, far_v = (torch.cat(xs, 2) for xs in far)
+    batch = next((x.shape[0] for x in bias if x.shape[0] != 1), 1)
+    bias = torch.cat([x.expand(batch, -1, -1) for x in bias], 2)
+    return Pooled(k, v, far_k, far_v, bias, torch.cat(span, 1))
 
 
 def to_blocks(x: Float[Tensor, "B G S D"], block: int, blocks: int) -> Float[Tensor, "B G N m D"]:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from torch import Tensor
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.ops.merge import merge
+from farfield.ops.pool import Tree
 from farfield.packing import Packing
 from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii, tree_lists
 from farfield.summarize import (
@@ -43,6 +45,7 @@ from farfield.summarize import (
     Pool,
     check_rank,
     make_pool,
+    pyramid,
     span_of_rows,
     summarize,
     to_blocks,
@@ -210,9 +213,42 @@ class FMA(Mechanism):
             return no_tokens(q, v)
         if group is not None:
             return self._packed(q, k, v, Packing(group, self.block), rotary)
-        if self.causal:
-            return self._causal(q, k, v, None, rotary)[0]
-        return self._noncausal(q, k, v, rotary)
+        blocks, kept = -(-q.shape[2] // self.block), self.queries == "kept"
+        levels, radius = self._levels(blocks)
+        far, starts = Rows(k[:, :, :0], v[:, :, :0]), []
+        if levels:
+            # causal: all that the last query does not read one by one, in complete groups
+            done = blocks - 1 - radius[0] if self.causal else blocks
+            stop = done * self.block if self.causal else q.shape[2]
+            tree = Tree(self.block, self.rank, done, levels, self.causal, self.sinks, stop)
+            found = pyramid(self.pool, k, v, tree)
+            k, v = found.k, found.v
+            far_k = found.far_k if rotary is None else rotary(found.far_k, found.span.double().mean(0))
+            far = Rows(far_k, found.far_v, bias=found.bias)
+            starts = list(accumulate(tree.groups[:-1], initial=tree.lead // self.rank))
+        n = torch.arange(blocks, device=q.device)
+        near_list, far_list = self._lists(n, starts if kept else (), blocks)
+        turned = q
+        if rotary is not None:
+            at = torch.arange(q.shape[2], device=q.device)
+            turned, k = rotary(q, at), rotary(k, at)
+        sources = [(Rows(k, v), _layout(near_list, q, k, self.block, self.block, self.causal))]
+        if len(far) and (kept or self.sinks):
+            sources.append((far, _layout(far_list, q, far.k, self.block, self.rank)))
+        here = attend(turned, sources, scale=self.scale)
+        if kept:
+            return here.out
+        handed_down = self._pooled_queries(q, far, starts, blocks, rotary)
+        return here.out if handed_down is None else merge(here, handed_down).out
+
+    def _levels(self, blocks: int) -> tuple[int, tuple[int, ...]]:
+        """Levels that some query of so many blocks reads, and the radii of all."""
+        levels = 0
+        while (blocks - 1 >> levels) > radii(self.near, self.block, levels)[-1]:
+            levels += 1
+        levels = levels if self.pool.most is None else min(levels, self.pool.most)
+        self._reach(levels, blocks)
+        return levels, radii(self.near, self.block, levels)
 
     def extend(self, q, k, v, state: FMAState | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
@@ -223,19 +259,15 @@ class FMA(Mechanism):
             state = FMAState(0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),))
         if not q.shape[2]:
             return no_tokens(q, v), state
-        out, now = self._causal(q, k, v, state, rotary)
+        out, now = self._continue(q, k, v, state, rotary)
         return out, self._forget(now)
 
-    def _causal(self, q, k, v, state: FMAState | None, rotary) -> tuple[Tensor, FMAState]:
+    def _continue(self, q, k, v, state: FMAState, rotary) -> tuple[Tensor, FMAState]:
         """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
         m = self.block
-        seen, tokens, first = 0, q.shape[2], 0
-        if state is not None:
-            seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
-            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-        sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
-        if state is not None and seen >= self.sinks:
-            sinks = state.sink_k, state.sink_v
+        seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
+        k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+        sinks = (state.sink_k, state.sink_v) if seen >= self.sinks else (k[:, :, : self.sinks], v[:, :, : self.sinks])
         levels, grown = self._grow(k, v, state, tokens)
 
         # a query block reads one list: further blocks must start where the tree's do
@@ -258,11 +290,9 @@ class FMA(Mechanism):
         out = attend(q, sources, scale=self.scale, position=position).out[:, :, lead:]
         return out, FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
 
-    def _grow(self, k, v, state: FMAState | None, tokens: int) -> tuple[list[Level], list[Grown]]:
+    def _grow(self, k, v, state: FMAState, tokens: int) -> tuple[list[Level], list[Grown]]:
         """The levels and the pool's memory once every block that the last query no longer reads is summarized."""
-        levels, grown, first = [], [Grown(0, ())], 0
-        if state is not None:
-            levels, grown, first = list(state.levels), list(state.grown), state.first
+        levels, grown, first = list(state.levels), list(state.grown), state.first
         back = _summarized(tokens - self.rewind, self.block, self.near)
         # block by block only where `crop` may want to stop in between
         for stop in range(back, _summarized(tokens, self.block, self.near) + 1):
@@ -308,27 +338,6 @@ class FMA(Mechanism):
             grown=tuple(g for g in state.grown if g.blocks >= first),
         )
 
-    def _noncausal(self, q, k, v, rotary):
-        m, tokens = self.block, q.shape[2]
-        blocks = -(-tokens // m)
-        at = torch.arange(tokens, device=q.device)
-        n = torch.arange(blocks, device=q.device)
-        present = at >= self.sinks if self.sinks else None
-        levels = self._pyramid(k, v, None if present is None else present[None])
-        far, starts = self._far_rows(levels, [x[:, :, : self.sinks] for x in (k, v)], k, v, rotary)
-        self._reach(len(starts), blocks)
-        kept = self.queries == "kept"
-        near_list, far_list = self._lists(n, starts if kept else (), blocks)
-        turned, keys = (x if rotary is None else rotary(x, at) for x in (q, k))
-        sources = [(Rows(keys, v), _layout(near_list, q, k, m, m))]
-        if len(far) and (kept or self.sinks):
-            sources.append((far, _layout(far_list, q, far.k, m, self.rank)))
-        if kept:
-            return attend(turned, sources, scale=self.scale).out
-        near = attend(turned, sources, scale=self.scale)
-        handed_down = self._pooled_queries(q, far, starts, blocks, rotary)
-        return near.out if handed_down is None else merge(near, handed_down).out
-
     def _pooled_queries(self, q, far: Rows, starts: Sequence[int], blocks: int, rotary) -> Partial | None:
         """The far field read by mean queries of the rows' own sub-blocks, handed down to the tokens."""
         tokens, m, p = q.shape[2], self.block, self.rank
@@ -355,7 +364,8 @@ class FMA(Mechanism):
         q, k, v = (packing.fill(x) for x in (q, k, v))
         at = torch.arange(packing.tokens, device=q.device)
         within = at - packing.start.repeat_interleave(m, 1) * m
-        levels = self._pyramid(k, v, packing.present & (within >= self.sinks))
+        blocks = packing.tokens // m
+        levels = depth(blocks) if self.pool.most is None else min(depth(blocks), self.pool.most)
         # the sinks of document d are rows d * sinks ... of theirs
         documents = int(packing.document.max()) + 1
         first = torch.zeros(q.shape[0], documents + 1, dtype=torch.long, device=q.device)
@@ -365,78 +375,69 @@ class FMA(Mechanism):
         sink_at = first[:, :documents, None] * m + torch.arange(self.sinks, device=q.device)
         sink_at = sink_at.flatten(1).clamp(max=packing.tokens - 1)
         sinks = [x.gather(2, sink_at[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3])) for x in (k, v)]
-        far, starts = self._far_rows(levels, sinks, k, v, rotary, sink_at)
+        if rotary is not None and self.sinks:
+            sinks[0] = rotary(sinks[0], sink_at)
+        sinks = [_fill_groups(x, self.sinks, -self.sinks % self.rank) if self.sinks else x for x in sinks]
+        far, starts = Rows(k[:, :, :0], v[:, :, :0]), []
+        if levels:
+            tree = Tree(m, self.rank, blocks, levels, False, 0, packing.tokens)
+            found = pyramid(self.pool, k, v, tree, packing.present & (within >= self.sinks))
+            far_k = found.far_k if rotary is None else rotary(found.far_k, found.span.double().mean(0))
+            starts = list(accumulate(tree.groups[:-1], initial=sinks[0].shape[2] // self.rank))
+            known = self._sink_bias(sinks[0]).expand(found.bias.shape[0], -1, -1)
+            far = Rows(
+                torch.cat([sinks[0], far_k], 2),
+                torch.cat([sinks[1], found.far_v], 2),
+                bias=torch.cat([known, found.bias], 2),
+            )
         if rotary is not None:
             q, k = rotary(q, at), rotary(k, at)
         near_list, far_list = self._packed_lists(packing, starts)
         near = _layout(near_list, q, k, m, m, causal=self.causal)
         bias = packing.present.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None]
         sources = [(Rows(k, v, bias=bias), near)]
-        if len(far):
+        if starts:
             sources.append((far, _layout(far_list, q, far.k, m, self.rank)))
         return packing.restore(attend(q, sources, scale=self.scale).out)
-
-    def _pyramid(self, k, v, present: Tensor | None) -> list[Level]:
-        """All levels over all tokens; `present` [B|1, S] leaves tokens out."""
-        m, tokens = self.block, k.shape[2]
-        blocks = -(-tokens // m)
-        levels = depth(blocks)
-        if not levels:
-            return []
-        padded = -(-blocks // 2 ** (levels - 1)) * 2 ** (levels - 1)
-        if present is None and padded * m > tokens:
-            present = torch.ones(1, tokens, dtype=torch.bool, device=k.device)
-        count = None
-        if present is not None:
-            count = to_blocks(present[:, None, :, None].to(k.dtype), m, padded)[..., 0]
-        blocks_k, blocks_v = (to_blocks(x, m, padded) for x in (k, v))
-        groups = self.pool.grow(blocks_k, blocks_v, count, rank=self.rank, first=0, pending=())[0]
-        groups = [g.cut(0, -(-blocks // 2**height)) for height, g in enumerate(groups[:levels])]
-        return [self._level(g, height, 0, k, v) for height, g in enumerate(groups)]
 
     def _level(self, groups: Groups, height: int, first: int, k: Tensor, v: Tensor) -> Level:
         bias = None if groups.count is None else groups.count.log().flatten(2)
         return Level(first, groups.k.flatten(2, 3).to(k.dtype), groups.v.flatten(2, 3).to(v.dtype), bias)
 
     def _far_rows(
-        self,
-        levels: Sequence[Level],
-        sinks: Sequence[Tensor],
-        k: Tensor,
-        v: Tensor,
-        rotary: Rotary | None,
-        sink_at: Tensor | None = None,
+        self, levels: Sequence[Level], sinks: Sequence[Tensor], k: Tensor, v: Tensor, rotary: Rotary | None
     ) -> tuple[Rows, list[int]]:
         """Sinks and all levels in one buffer of groups of p rows, and what to add to a group's number to find it."""
         p, wide = self.rank, torch.promote_types(k.dtype, torch.float32)
-        sink_k, sink_v = sinks
-        if rotary is not None and sink_k.shape[2]:
-            sink_k = rotary(sink_k, torch.arange(sink_k.shape[2], device=k.device) if sink_at is None else sink_at)
-        # the sinks of a document fill whole groups
-        short = -self.sinks % p
-        keys, values = ([_fill_groups(x, self.sinks, short)] if self.sinks else [] for x in (sink_k, sink_v))
-        weights = []
-        if self.sinks:
-            bias = k.new_zeros(self.sinks + short, dtype=wide)
-            bias[self.sinks :] = float("-inf")
-            weights.append(bias.repeat(keys[0].shape[2] // (self.sinks + short))[None, None])
+        keys, values = ([_fill_groups(x, self.sinks, -self.sinks % p)] if self.sinks else [] for x in sinks)
+        weights = [self._sink_bias(x) for x in keys]
+        centres = [torch.arange(x.shape[2], device=k.device).double() for x in keys]
         starts, at = [], sum(x.shape[2] for x in keys) // p
         for height, level in enumerate(levels):
             groups = level.k.shape[2] // p
             starts.append(at - level.first)
             at += groups
-            n = torch.arange(level.first, level.first + groups, device=k.device)
-            keys.append(level.k if rotary is None else rotary(level.k, self._centres(n, height)))
+            keys.append(level.k)
             values.append(level.v)
-            known = level.bias
-            if known is None:
-                known = k.new_full((1, 1, groups * p), math.log((self.block << height) / p), dtype=wide)
-            weights.append(known)
+            each = math.log((self.block << height) / p)
+            weights.append(k.new_full((1, 1, groups * p), each, dtype=wide) if level.bias is None else level.bias)
+            if rotary is not None:
+                centres.append(self._centres(torch.arange(level.first, level.first + groups, device=k.device), height))
         if not keys:
             return Rows(k[:, :, :0], v[:, :, :0]), starts
         batch = next((w.shape[0] for w in weights if w.shape[0] != 1), 1)
-        bias = torch.cat([w.expand(batch, -1, -1) for w in weights], -1)
-        return Rows(torch.cat(keys, 2), torch.cat(values, 2), bias=bias.to(wide)), starts
+        bias = torch.cat([w.expand(batch, -1, -1) for w in weights], -1).to(wide)
+        far_k = torch.cat(keys, 2)
+        if rotary is not None:
+            far_k = rotary(far_k, torch.cat(centres))
+        return Rows(far_k, torch.cat(values, 2), bias=bias), starts
+
+    def _sink_bias(self, filled: Tensor) -> Tensor:
+        """[1, 1, rows]: 0 for the sinks, -inf for what fills their groups up."""
+        each = max(-(-self.sinks // self.rank) * self.rank, 1)
+        at = torch.arange(filled.shape[2], device=filled.device) % each
+        bias = torch.zeros_like(at, dtype=torch.promote_types(filled.dtype, torch.float32))
+        return bias.masked_fill(at >= self.sinks, float("-inf"))[None, None]
 
     def _lists(self, n: Tensor, starts: Sequence[int], blocks: int, first: int = 0):
         """Near and far lists of blocks n of a sequence of `blocks`, over tokens from block `first` and `_far_rows`."""

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.library import custom_op
 
+from farfield.ops import lists
 from farfield.types import Layout
 
 
@@ -238,6 +239,9 @@ def _tree_lists(
     sinks = torch.arange(sink_groups, device=n.device).expand(len(n), -1)
     far = pack_lists(torch.cat([sinks, *far], -1), torch.cat([(n > radius[0])[:, None].expand_as(sinks), *used], -1))
     return *near, *far
+
+
+_tree_lists.register_kernel("cuda")(lists.tree_lists)
 
 
 @_tree_lists.register_fake

@@ -1,0 +1,128 @@
+"""pool, the lists and FMA around them on a GPU, against the same calls in float64."""
+
+import pytest
+import torch
+
+import farfield as ff
+from farfield.ops.pool import Tree, pool
+from farfield.select.static import depth, radii, tree_lists
+from farfield.summarize import FilterPool, MeanPool, pyramid
+from farfield.testing.units import assert_within
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def whole(tokens, block, rank, lo=0):
+    blocks = -(-tokens // block)
+    return Tree(block, rank, blocks, depth(blocks), complete=False, lo=lo, hi=tokens)
+
+
+def complete(tokens, block, rank, lo=0):
+    blocks = (tokens - 1) // block - 1
+    return Tree(block, rank, blocks, blocks.bit_length(), complete=True, lo=lo, hi=blocks * block)
+
+
+def draw(*shape, seed=0):
+    gen = torch.Generator(device="cuda").manual_seed(seed)
+    return torch.randn(shape, generator=gen, device="cuda").bfloat16().double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("widths", [(16, 16), (64, 64), (80, 96), (112, 192), (256, 128)])
+@pytest.mark.parametrize("make", [whole, complete])
+@pytest.mark.parametrize(("sizes", "tokens", "lo"), [((64, 4), 4099, 3), ((128, 16), 9001, 0), ((16, 1), 2048, 7)])
+def test_against_float64(dtype, learned, widths, make, sizes, tokens, lo):
+    tree, rank = make(tokens, *sizes, lo=lo), sizes[1]
+    # views of [B, S, H, D]
+    x = [draw(2, tokens, 2, w, seed=i).transpose(1, 2).requires_grad_() for i, w in enumerate(widths)]
+    y = [t.detach().to(dtype).requires_grad_() for t in x]
+    pools = [(FilterPool(2, rank) if learned else MeanPool()).cuda() for _ in range(2)]
+    pools[0].double()
+    for a, b in zip(pools[0].parameters(), pools[1].parameters(), strict=True):
+        a.data = draw(*a.shape, seed=9)
+        b.data = a.data.float()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    exact, got = pyramid(pools[0], *x, tree), pyramid(pools[1], *y, tree)
+    for name in ("far_k", "far_v", "bias"):
+        assert_within(getattr(got, name), getattr(exact, name), terms=tokens, name=name)
+    assert torch.equal(got.span, exact.span)
+    given = [draw(*t.shape, seed=20 + i) for i, t in enumerate(exact[:4])]
+    torch.autograd.backward(list(exact[:4]), given)
+    torch.autograd.backward(list(got[:4]), [t.to(dtype) for t in given])
+    for name, a, b in zip("kv", y, x, strict=True):
+        assert_within(a.grad, b.grad, terms=tokens, name=f"d{name}")
+    for (name, a), b in zip(pools[1].named_parameters(), pools[0].parameters(), strict=True):
+        # children are read as they were stored
+        assert_within(a.grad.to(dtype), b.grad, terms=tokens, name=name)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 64, 517, 16_384])
+def test_lists(blocks, causal):
+    for near, sinks in ((1, 0), (2, 3), (5, 1)):
+        radius = radii(near, 1, depth(blocks))
+        starts = [sinks]
+        for height in range(len(radius) - 1):
+            starts.append(starts[-1] + -(-blocks // 2**height))
+        n = torch.arange(blocks)
+        want, got = (tree_lists(x, blocks, radius, starts[:-1], causal, sink_groups=sinks) for x in (n, n.cuda()))
+        for a, b in zip((*want[0], *want[1]), (*got[0], *got[1]), strict=True):
+            assert torch.equal(a, b.cpu())
+
+
+def test_offsets_beyond_int32():
+    tokens, tree = 1 << 21, whole(1 << 21, 64, 4)
+    base = torch.empty(tokens, 1088, device="cuda", dtype=torch.bfloat16)
+    k = base[None, None, :, -64:]
+    k.copy_(torch.randn(tokens, 64, device="cuda"))
+    got = pool(k, k, None, tree).far_k
+    starts, at = [0], torch.randint(0, tree.rows, (64,), generator=torch.Generator().manual_seed(0))
+    for groups in tree.groups:
+        starts.append(starts[-1] + groups * tree.rank)
+    for r in [*at.tolist(), starts[1] - 1, tree.rows - 1]:
+        height = sum(r >= s for s in starts[1:])
+        width = 16 << height
+        first = (r - starts[height]) * width
+        exact = k[0, 0, first : first + width].double().mean(0)
+        assert_within(got[0, 0, r], exact, terms=width, name=f"row {r}")
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_repeats_are_bitwise_equal(learned):
+    options = {"pool": "learned", "kv_heads": 2} if learned else {}
+    mech = ff.FMA(block=64, near=64, rank=4, **options).cuda()
+    x = [draw(1, h, 9000, 64, seed=h).bfloat16().requires_grad_() for h in (4, 2, 2)]
+
+    def run():
+        out = mech(*x)
+        return out, *torch.autograd.grad(out.square().sum(), [*x, *mech.parameters()])
+
+    first = run()
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_a_training_step_is_captured():
+    mech = ff.FMA(block=64, near=64, rank=4)
+    x = [draw(1, 2, 4096, 64, seed=i).bfloat16().requires_grad_() for i in range(3)]
+
+    def step():
+        out = mech(*x)
+        return out, *torch.autograd.grad(out, x, torch.ones_like(out))
+
+    want = step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for t in got:
+        t.detach().zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
