@@ -32,7 +32,7 @@ SHARED = ("near_index", "filters", "turns")
 
 @dataclass(frozen=True)
 class FMARing:
-    """FMA's decode state in fixed buffers. `FMA.ring(state)` makes one, `FMA.step` takes a token.
+    """FMA's decode state in fixed buffers. `FMA.ring` makes one of a state, `FMA.step` takes a token.
 
     The sequences of a batch may stand at different positions; each has a clock of its own. Changed in place by `step`,
     `reset_` and `reorder_`; the other methods return new rings. With L levels, radius R = near / m, R_l = R / 2^l

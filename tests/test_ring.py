@@ -29,7 +29,7 @@ def draw(tokens, batch=2, heads=H, kv_heads=G, width=D, value_width=E):
 
 
 def ring_of(mech, state, rotary=None, capacity=256):
-    return FMARing.from_state(state, capacity=capacity, sinks=mech.sinks, pool=mech.pool, rotary=rotary)
+    return mech.ring(state, capacity=capacity, rotary=rotary)
 
 
 def prefilled(mech, x, tokens, rotary=None, capacity=256):
@@ -94,12 +94,13 @@ def test_three_thousand_steps():
 
 
 def test_a_state_that_was_cropped():
-    mech = ff.FMA(block=8, near=8, rank=4, rewind=20)
+    mech = ff.FMA(block=8, near=8, rank=4, rewind=20, scale=0.7)
     x = draw(150)
     with torch.no_grad():
         _, state = mech.extend(*(y[:, :, :140] for y in x))
     ring = ring_of(mech, state.crop(19))
-    assert_within(stepped(ring, x, 121, 150), exactly(mech, x)[:, :, 121:], terms=150)
+    outs = [mech.step(*(y[:, :, t : t + 1] for y in x), ring) for t in range(121, 150)]
+    assert_within(torch.cat(outs, 2), exactly(mech, x)[:, :, 121:], terms=150)
 
 
 def test_bytes_follow_the_formula():
@@ -244,6 +245,10 @@ def test_refusals():
         FMARing.empty(1, 1, 6, capacity=10, rotary=Rope(8, share=1.0))
     ring = ring_of(mech, state, capacity=256)
     q, k, v = draw(1)
+    with pytest.raises(
+        ValueError, match=r"the ring has block, near, rank, sinks = \(8, 8, 4, 0\), the mechanism \(8, 8, 2, 0"
+    ):
+        ff.FMA(block=8, near=8, rank=2).step(q, k, v, ring)
     with pytest.raises(ValueError, match=r"takes q \[2, H, 1, 8\], k \[2, 2, 1, 8\] and v \[2, 2, 1, 6\], got"):
         ring.step(q, v, v)
     with pytest.raises(TypeError, match=r"holds torch.float32, got torch.float64"):

@@ -37,6 +37,7 @@ from farfield.ops.attend import attend
 from farfield.ops.merge import merge
 from farfield.ops.pool import Tree
 from farfield.packing import Packing
+from farfield.ring import FMARing
 from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii, tree_lists
 from farfield.summarize import (
     FilterPool,
@@ -510,6 +511,19 @@ class FMA(Mechanism):
         """The near and the far layout of a sequence, for pictures."""
         plan = multipole(tokens=tokens, block=self.block, near=self.near, rank=self.rank, causal=self.causal)
         return {"near": plan.near, "far": plan.far}
+
+    def ring(self, state: FMAState, *, capacity: int = 1 << 20, rotary: Rotary | None = None) -> FMARing:
+        """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens; see FMARing."""
+        return FMARing.from_state(state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, ring: FMARing) -> Tensor:
+        """`extend` by one token a sequence, in place and without gradients: what a CUDA graph captures."""
+        mine = self.block, self.near, self.rank, self.sinks
+        if ring.plan[:4] != mine:
+            raise ValueError(
+                f"fma: the ring has block, near, rank, sinks = {ring.plan[:4]}, the mechanism {mine}; make it by ring()"
+            )
+        return ring.step(q, k, v, scale=self.scale)
 
 
 def _summarized(tokens: int, block: int, near: int) -> int:

@@ -202,14 +202,14 @@ def _append_at(call: Append, t: int, b: Tensor, turned: Tensor) -> None:
     kinds = ((call.k, call.near_k, call.far_k, call.sum_k), (call.v, call.near_v, call.far_v, call.sum_v))
     for kind, (new, near, far, sums) in enumerate(kinds):
         x = new[b, :, 0]
-        placed = _turn(x, t, call.turns) if kind == 0 else x
+        placed = _turn(x, float(t), call.turns) if kind == 0 else x
         near[b, :, t % plan.near_rows] = placed
         if t < plan.sinks:
             far[b, :, t] = placed
         share = x.to(sums.dtype) / count if t >= plan.sinks else torch.zeros_like(x, dtype=sums.dtype)
         sums[b, :, 0, row] = share + sums[b, :, 0, row] if r % segment else share
     if call.turns.numel():
-        turned[b] = _turn(call.q[b], t, call.turns)
+        turned[b] = _turn(call.q[b], float(t), call.turns)
     call.position[b] = t
     if not r:
         open_block = n % (plan.near_rows // plan.block) * plan.block
