@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from farfield.kernels import attend_decode, attend_hopper
 from farfield.kernels.attend import attend_forward as _attend_forward
 from farfield.ops.attend import Call
 
@@ -32,9 +33,13 @@ def attend_forward(call: Call) -> tuple[Tensor, Tensor]:
     q, k, v, bias, end, row_group, position, group, index, count, plans, scale = call
     batch, heads, tokens, width = q.shape
     kv_heads, value_width = k[0].shape[1], v[0].shape[-1]
+    blocks = index[0].shape[2]
+    if batch * heads * tokens * value_width and attend_decode.wants(call):
+        return attend_decode.attend_decode(call)
+    if batch * heads * tokens * value_width and attend_hopper.wants(call):
+        return attend_hopper.forward(call)
     out = q.new_empty(batch, heads, tokens, value_width)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    blocks = index[0].shape[2]
     if not out.numel() or not blocks:
         return out, lse
     # query heads of one key head share a tile unless their lists or biases differ

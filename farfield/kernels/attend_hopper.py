@@ -1,0 +1,602 @@
+"""attend on Hopper GPUs, forward: warps with roles, in Gluon.
+
+A program stays on its multiprocessor and works through query tiles. Its loading warps only copy: they walk the lists
+and keep rings of keys and values filled, running ahead into the next tile; whole blocks come through the tensor memory
+accelerator, single rows and small groups through asynchronous copies. One or two groups of four computing warps own 64
+queries each: the product for the next rows is under way while the softmax of these is taken. Barriers in shared memory
+are all that passes between them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from farfield.ops.attend import Call
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+# Triton 3.7 has renamed it
+_sync = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def _place(item, blocks, heads, TILES: gl.constexpr):
+    """Item -> batch, head, query block, tile of the block."""
+    unit = item // TILES // blocks
+    return unit // heads, unit % heads, item // TILES % blocks, item % TILES
+
+
+@gluon.jit
+def _count(count, strides, b, h, n):
+    """How many entries this list has."""
+    return gl.load(count + b.to(gl.int64) * strides[0] + h.to(gl.int64) * strides[1] + n.to(gl.int64) * strides[2])
+
+
+@gluon.jit
+def _list(index, strides, b, h, n):
+    return index + b.to(gl.int64) * strides[0] + h.to(gl.int64) * strides[1] + n.to(gl.int64) * strides[2]
+
+
+@gluon.jit
+def _load_blocks(
+    q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
+    REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
+    BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    FAR: gl.constexpr,
+):  # fmt: skip
+    """Queries and the blocks of the first source, by one warp."""
+    BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
+    PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    step, turn = 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h, n, tile = _place(item, blocks, heads, TILES)
+        g = h // REPEAT
+        listed = _count(count, count_strides, b, h, n)
+        far_listed = 0
+        if FAR:
+            far_listed = _count(far_count, far_count_strides, b, h, n)
+        list_at = _list(index, index_strides, b, h, n)
+        for group in gl.static_range(GROUPS):
+            mbarrier.wait(q_empty.index(turn % Q_STAGES * GROUPS + group), turn // Q_STAGES & 1 ^ 1)
+        which = gl.arange(0, 2, PAIR)
+        counts.index(turn % Q_STAGES).store(gl.where(which == 0, listed, far_listed))
+        _sync()
+        for group in gl.static_range(GROUPS):
+            slot = turn % Q_STAGES * GROUPS + group
+            mbarrier.expect(q_full.index(slot), 64 * D * BYTES)
+            first = n * Q_BLOCK + (tile * GROUPS + group) * 64
+            tma.async_copy_global_to_shared(q, [b, h, first, 0], q_full.index(slot), q_ring.index(slot))
+        turn += 1
+        for j in range(listed):
+            row = gl.load(list_at + j) * BK
+            s, phase = step % STAGES, step // STAGES & 1
+            mbarrier.wait(k_empty.index(s), phase ^ 1)
+            mbarrier.expect(k_full.index(s), BK * D * BYTES)
+            tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s))
+            mbarrier.wait(v_empty.index(s), phase ^ 1)
+            mbarrier.expect(v_full.index(s), BK * E * BYTES)
+            tma.async_copy_global_to_shared(v, [b, g, row, 0], v_full.index(s), v_ring.index(s))
+            step += 1
+
+
+@gluon.jit
+def _load_rows(
+    far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
+    far_k_strides, far_v_strides, far_bias_strides, far_index_strides, far_count_strides, items, blocks, heads,
+    REPEAT: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
+    K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr, SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """The rows of the second source, gathered by two warps."""
+    across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [2, 1], [1, 0])
+    down: gl.constexpr = gl.SliceLayout(1, across)
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
+    columns = gl.arange(0, D, gl.SliceLayout(0, across))[None, :]
+    tiles = named._reinterpret(gl.int32, [SEGMENT // BF, BF], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    far_step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h, n, _ = _place(item, blocks, heads, TILES)
+        g = h // REPEAT
+        listed = _count(far_count, far_count_strides, b, h, n) * K_BLOCK
+        far_at = _list(far_index, far_index_strides, b, h, n)
+        k_at = far_k + b.to(gl.int64) * far_k_strides[0] + g.to(gl.int64) * far_k_strides[1]
+        v_at = far_v + b.to(gl.int64) * far_v_strides[0] + g.to(gl.int64) * far_v_strides[1]
+        bias_at = far_bias + b * far_bias_strides[0] + g * far_bias_strides[1]
+        for segment in range(0, listed, SEGMENT):
+            # the rows that many tiles' worth of the list names: one wait for them instead of one a tile
+            spot = segment + gl.arange(0, SEGMENT, flat)
+            place = gl.load(far_at + spot // K_BLOCK, mask=spot < listed, other=0) * K_BLOCK + spot % K_BLOCK
+            named.store(place)
+            for c in range(gl.minimum(SEGMENT, listed - segment + BF - 1) // BF):
+                start = segment + c * BF
+                row = tiles.index(c).load(down).to(gl.int64)[:, None]
+                there = (start + gl.arange(0, BF, down) < listed)[:, None]
+                f = far_step % FAR_STAGES
+                mbarrier.wait(far_empty.index(f), far_step // FAR_STAGES & 1 ^ 1)
+                # rows that are not there come as 0
+                k_from = k_at + row * far_k_strides[2] + columns
+                async_copy.async_copy_global_to_shared(fk_ring.index(f), k_from, mask=there)
+                v_from = v_at + row * far_v_strides[2] + columns
+                async_copy.async_copy_global_to_shared(fv_ring.index(f), v_from, mask=there)
+                if BIAS:
+                    there_b = start + gl.arange(0, BF, flat) < listed
+                    b_from = bias_at + tiles.index(c).load(flat)
+                    async_copy.async_copy_global_to_shared(bias_ring.index(f), b_from, mask=there_b)
+                async_copy.mbarrier_arrive(far_full.index(f), increment_count=False)
+                far_step += 1
+
+
+@gluon.jit
+def _hide(
+    scores, row, first, rows, reach, sinks, layout: gl.constexpr, BK: gl.constexpr,
+    CAUSAL: gl.constexpr, REACH: gl.constexpr,
+):  # fmt: skip
+    """-inf where the queries from `first` on must not see the rows from `row` on."""
+    whole = row + BK <= rows
+    if CAUSAL:
+        whole &= row + BK <= first + 1
+    if REACH:
+        whole &= (first + 64 - row <= reach) & (row + BK - first <= reach)
+    if not whole:
+        i = first + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+        r = row + gl.arange(0, BK, gl.SliceLayout(0, layout))[None, :]
+        seen = r < rows
+        if CAUSAL:
+            seen &= r <= i
+        if REACH:
+            seen &= ((i - r < reach) & (r - i < reach)) | (r < sinks)
+        scores = gl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _weigh(scores, bias_at, start, listed, factor, layout: gl.constexpr, BF: gl.constexpr, BIAS: gl.constexpr):
+    """Products as logits in units of log 2: scaled, with the rows' bias, -inf where no row was listed."""
+    scores = scores * factor
+    if BIAS:
+        scores += (bias_at.load(gl.SliceLayout(0, layout)) * LOG2E)[None, :]
+    if start + BF > listed:
+        there = start + gl.arange(0, BF, gl.SliceLayout(0, layout)) < listed
+        scores = gl.where(there[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _soften(scores, peak, mass):
+    """One step of the running softmax, in units of log 2: weights, peak, mass, and what the sums so far fade by."""
+    higher = gl.maximum(peak, gl.max(scores, 1))
+    # a query that has read nothing keeps peak = -inf, and -inf - -inf is nan
+    base = gl.where(higher == float("-inf"), 0.0, higher)
+    weights = gl.exp2(scores - base[:, None])
+    fade = gl.exp2(peak - base)
+    return weights, higher, mass * fade + gl.sum(weights, 1), fade
+
+
+@gluon.jit
+def _soften_scaled(scores, peak, mass, factor):
+    """The same from raw products: the factor, which is positive, goes into the exponent's multiply-add."""
+    higher = gl.maximum(peak, gl.max(scores, 1) * factor)
+    base = gl.where(higher == float("-inf"), 0.0, higher)
+    weights = gl.exp2(scores * factor - base[:, None])
+    fade = gl.exp2(peak - base)
+    return weights, higher, mass * fade + gl.sum(weights, 1), fade
+
+
+@gluon.jit
+def _compute(
+    out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+    out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+    GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
+    BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, REACH: gl.constexpr,
+    FAR: gl.constexpr, K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
+    per_row: gl.constexpr = gl.SliceLayout(1, score)
+    of_value: gl.constexpr = gl.SliceLayout(1, value)
+    dtype: gl.constexpr = q_ring.dtype
+    PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    factor = scale * LOG2E
+    step, far_step, turn = 0, 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h, n, tile = _place(item, blocks, heads, TILES)
+        list_at = _list(index, index_strides, b, h, n)
+        inside = (tile * GROUPS + GROUP) * 64
+        first = n * Q_BLOCK + inside
+
+        peak = gl.full([64], float("-inf"), gl.float32, per_row)
+        mass = gl.zeros([64], gl.float32, per_row)
+        acc = gl.zeros([64, E], gl.float32, value)
+        scores = gl.zeros([64, BK], gl.float32, score)
+        slot = turn % Q_STAGES * GROUPS + GROUP
+        queries = q_ring.index(slot).reshape([64, D])
+        mbarrier.wait(q_full.index(slot), turn // Q_STAGES & 1)
+        which = gl.arange(0, 2, PAIR)
+        pair = counts.index(turn % Q_STAGES).load(PAIR)
+        listed = gl.sum(gl.where(which == 0, pair, 0), 0)
+        far_listed = gl.sum(gl.where(which == 1, pair, 0), 0)
+        if listed > 0:
+            row = gl.load(list_at) * BK
+            s = step % STAGES
+            mbarrier.wait(k_full.index(s), step // STAGES & 1)
+            keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+            scores = warpgroup_mma(queries, keys, scores, use_acc=False)
+            _sync()
+            mbarrier.arrive(k_empty.index(s), count=1)
+            scores = _hide(scores, row, first, rows, reach, sinks, score, BK, CAUSAL, REACH)
+            weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+            operand = gl.convert_layout(weights.to(dtype), left)
+            for j in range(1, listed):
+                row = gl.load(list_at + j) * BK
+                last = step % STAGES
+                last_phase = step // STAGES & 1
+                step += 1
+                s = step % STAGES
+                mbarrier.wait(k_full.index(s), step // STAGES & 1)
+                keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+                product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(last), last_phase)
+                summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
+                scores = warpgroup_mma_wait(1, deps=[product])
+                _sync()
+                mbarrier.arrive(k_empty.index(s), count=1)
+                scores = _hide(scores, row, first, rows, reach, sinks, score, BK, CAUSAL, REACH)
+                weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+                acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
+                _sync()
+                mbarrier.arrive(v_empty.index(last), count=1)
+                acc = acc * gl.convert_layout(fade, of_value)[:, None]
+                operand = gl.convert_layout(weights.to(dtype), left)
+            last = step % STAGES
+            mbarrier.wait(v_full.index(last), step // STAGES & 1)
+            acc = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc)
+            _sync()
+            mbarrier.arrive(v_empty.index(last), count=1)
+            step += 1
+        if FAR:
+            far_score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
+            of_far: gl.constexpr = gl.SliceLayout(1, far_score)
+            peak = gl.convert_layout(peak, of_far)
+            mass = gl.convert_layout(mass, of_far)
+            far_scores = gl.zeros([64, BF], gl.float32, far_score)
+            if far_listed > 0:
+                f = far_step % FAR_STAGES
+                mbarrier.wait(far_full.index(f), far_step // FAR_STAGES & 1)
+                # these copies were ordinary writes to shared memory; the tensor cores read it another way
+                fence_async_shared()
+                far_scores = warpgroup_mma(queries, fk_ring.index(f).permute((1, 0)), far_scores, use_acc=False)
+                far_scores = _weigh(
+                    far_scores, bias_ring.index(f), 0, far_listed * K_BLOCK, factor, far_score, BF, BIAS
+                )
+                far_weights, peak, mass, far_fade = _soften(far_scores, peak, mass)
+                acc = acc * gl.convert_layout(far_fade, of_value)[:, None]
+                far_operand = gl.convert_layout(far_weights.to(dtype), left)
+                for start in range(BF, far_listed * K_BLOCK, BF):
+                    before = far_step % FAR_STAGES
+                    far_step += 1
+                    f = far_step % FAR_STAGES
+                    mbarrier.wait(far_full.index(f), far_step // FAR_STAGES & 1)
+                    fence_async_shared()
+                    product = warpgroup_mma(
+                        queries, fk_ring.index(f).permute((1, 0)), far_scores, use_acc=False, is_async=True
+                    )
+                    summed = warpgroup_mma(far_operand, fv_ring.index(before), acc, is_async=True)
+                    far_scores = warpgroup_mma_wait(1, deps=[product])
+                    far_scores = _weigh(
+                        far_scores, bias_ring.index(f), start, far_listed * K_BLOCK, factor, far_score, BF, BIAS
+                    )
+                    far_weights, peak, mass, far_fade = _soften(far_scores, peak, mass)
+                    acc, far_operand = warpgroup_mma_wait(0, deps=[summed, far_operand])
+                    _sync()
+                    mbarrier.arrive(far_empty.index(before), count=1)
+                    acc = acc * gl.convert_layout(far_fade, of_value)[:, None]
+                    far_operand = gl.convert_layout(far_weights.to(dtype), left)
+                f = far_step % FAR_STAGES
+                acc = warpgroup_mma(far_operand, fv_ring.index(f), acc)
+                _sync()
+                mbarrier.arrive(far_empty.index(f), count=1)
+                far_step += 1
+            peak = gl.convert_layout(peak, per_row)
+            mass = gl.convert_layout(mass, per_row)
+        _sync()
+        mbarrier.arrive(q_empty.index(slot), count=1)
+        turn += 1
+
+        # one division a query, not one a value
+        share = 1.0 / gl.where(mass > 0, mass, 1.0)
+        acc = acc * gl.convert_layout(share, of_value)[:, None]
+        at = first + gl.arange(0, 64, of_value)
+        asked = (at < tokens) & (inside + gl.arange(0, 64, of_value) < Q_BLOCK)
+        columns = gl.arange(0, E, gl.SliceLayout(0, value))
+        out_at = out + b.to(gl.int64) * out_strides[0] + h.to(gl.int64) * out_strides[1]
+        gl.store(out_at + at.to(gl.int64)[:, None] * out_strides[2] + columns[None, :], acc.to(dtype), asked[:, None])
+        at = first + gl.arange(0, 64, per_row)
+        asked = (at < tokens) & (inside + gl.arange(0, 64, per_row) < Q_BLOCK)
+        lse_at = lse + b.to(gl.int64) * lse_strides[0] + h.to(gl.int64) * lse_strides[1]
+        # log2(0) = -inf is what a query that read nothing has
+        gl.store(lse_at + at, (peak + gl.log2(mass)) * LN2, asked)
+
+
+VARIES = ["items", "blocks", "heads", "tokens", "rows", "reach", "sinks", "index_strides", "count_strides"]
+VARIES += ["lse_strides", "far_bias_strides", "far_index_strides", "far_count_strides"]
+
+
+@gluon.jit(do_not_specialize=VARIES)
+def attend_hopper(
+    q, k, v, out, lse, index, count, far_k, far_v, far_bias, far_index, far_count,
+    index_strides, count_strides, out_strides, lse_strides,
+    far_k_strides, far_v_strides, far_bias_strides, far_index_strides, far_count_strides,
+    items, blocks, heads, tokens, rows, reach, sinks, scale,
+    REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
+    BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, REACH: gl.constexpr,
+    FAR: gl.constexpr, K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr,
+    SEGMENT: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES * GROUPS, 1, 1, 64, D], q.layout)
+    k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BK, D], k.layout)
+    v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BK, E], v.layout)
+    # how many entries the two lists of a tile have
+    counts = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * GROUPS, 1], bars)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * GROUPS, 1], bars)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    for s in gl.static_range(Q_STAGES * GROUPS):
+        mbarrier.init(q_full.index(s), count=1)
+        mbarrier.init(q_empty.index(s), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=GROUPS)
+        mbarrier.init(v_empty.index(s), count=GROUPS)
+    fk_ring, fv_ring, bias_ring, far_full, far_empty = q_ring, q_ring, q_ring, q_full, q_empty
+    if FAR:
+        rows_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BF, D], q.dtype)
+        rows_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BF, E], q.dtype)
+        fk_ring = gl.allocate_shared_memory(q.dtype, [FAR_STAGES, BF, D], rows_k)
+        fv_ring = gl.allocate_shared_memory(q.dtype, [FAR_STAGES, BF, E], rows_v)
+        bias_ring = gl.allocate_shared_memory(gl.float32, [FAR_STAGES, BF], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        named = gl.allocate_shared_memory(gl.int32, [SEGMENT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        far_full = gl.allocate_shared_memory(gl.int64, [FAR_STAGES, 1], bars)
+        far_empty = gl.allocate_shared_memory(gl.int64, [FAR_STAGES, 1], bars)
+        for s in gl.static_range(FAR_STAGES):
+            # every loading thread reports its own copies
+            mbarrier.init(far_full.index(s), count=64)
+            mbarrier.init(far_empty.index(s), count=GROUPS)
+    fence_async_shared()
+
+    # constants stay constants only where they are written into the call
+    if GROUPS == 1 and FAR:
+        gl.warp_specialize([
+            (_compute, (
+                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+            )),
+            (_load_rows, (
+                far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
+                far_k_strides, far_v_strides, far_bias_strides, far_index_strides, far_count_strides,
+                items, blocks, heads, REPEAT, TILES, D, E, K_BLOCK, BF, FAR_STAGES, BIAS, SEGMENT,
+            )),
+            (_load_blocks, (
+                q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
+                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR,
+            )),
+        ], [2, 1], [REGISTERS, REGISTERS])  # fmt: skip
+    elif GROUPS == 1:
+        gl.warp_specialize([
+            (_compute, (
+                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+            )),
+            (_load_blocks, (
+                q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
+                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR,
+            )),
+        ], [1], [24])  # fmt: skip
+    elif FAR:
+        gl.warp_specialize([
+            (_compute, (
+                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+            )),
+            (_compute, (
+                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+            )),
+            (_load_rows, (
+                far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
+                far_k_strides, far_v_strides, far_bias_strides, far_index_strides, far_count_strides,
+                items, blocks, heads, REPEAT, TILES, D, E, K_BLOCK, BF, FAR_STAGES, BIAS, SEGMENT,
+            )),
+            (_load_blocks, (
+                q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
+                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR,
+            )),
+        ], [4, 2, 1], [(504 - REGISTERS) // 16 * 8, REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_compute, (
+                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+            )),
+            (_compute, (
+                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+            )),
+            (_load_blocks, (
+                q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
+                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """How a launch is cut.
+
+    Args:
+        groups: computing groups of 64 queries a program.
+        q_stages, stages, far_stages: tiles of queries, blocks, and tiles of gathered rows in flight.
+        far_rows: rows of a gathered tile.
+        programs: programs a multiprocessor.
+        registers: of a thread at the start of the kernel; None: all there are.
+        loading: registers of a thread that loads. The computing ones get the rest.
+    """
+
+    groups: int
+    stages: int
+    programs: int = 1
+    registers: int | None = None
+    q_stages: int = 2
+    far_rows: int = 64
+    far_stages: int = 2
+    loading: int = 24
+
+
+# (width, queries of a block, rows of a block, second source) -> tiles, by measurements on an H200; 64 stands for the
+# queries of blocks that do not split into 128
+TILES = {
+    (64, 128, 128, False): Tiles(2, 2),
+    (128, 128, 128, False): Tiles(2, 2),
+    (64, 64, 64, False): Tiles(1, 2, programs=3, registers=80),
+    (128, 64, 64, False): Tiles(1, 2, programs=2, registers=128),
+    (64, 64, 64, True): Tiles(1, 1, programs=3, registers=80, loading=40),
+    (128, 64, 64, True): Tiles(1, 2, programs=2, registers=128, q_stages=1, far_rows=32, loading=40),
+    (64, 128, 128, True): Tiles(2, 2, far_stages=4, loading=56),
+    (128, 128, 128, True): Tiles(2, 1, loading=56),
+    # not measured: they fit
+    (64, 64, 128, False): Tiles(1, 2, programs=2, registers=128),
+    (128, 64, 128, False): Tiles(1, 2),
+    (64, 128, 64, False): Tiles(2, 3),
+    (128, 128, 64, False): Tiles(2, 3),
+    (64, 64, 128, True): Tiles(1, 1, programs=2, registers=128, loading=40),
+    (128, 64, 128, True): Tiles(1, 1, far_rows=32, loading=40),
+    (64, 128, 64, True): Tiles(2, 2, loading=56),
+    (128, 128, 64, True): Tiles(2, 2, loading=56),
+}
+SEGMENT = 256  # gathered rows whose numbers are looked up at a time
+ALIGNED = 8  # elements of 16 bits in the 16 bytes that tensor memory accelerators and vector copies ask for
+
+
+def wants(call: Call) -> bool:
+    """Whether this kernel takes the call: whole blocks and gathered rows of 16-bit numbers, on a Hopper GPU."""
+    q, k, v, bias, end, row_group, position, group, _, _, plans, scale = call
+    if q.dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    if not q.shape[-1] == v[0].shape[-1] in (64, 128) or scale <= 0 or not k[0].shape[2]:
+        return False
+    if any(x.dim() > 1 for x in (position, group, *end, *row_group, bias[0])):
+        return False
+    if plans[0].q_block % 64 or plans[0].k_block not in (64, 128):
+        return False
+    if not all(_aligned(x) for x in (q, *k, *v)):
+        return False
+    if len(k) == 1:
+        return True
+    far, near_heads = plans[1], k[0].shape[1]
+    if far.causal or far.reach >= 0 or far.k_block not in (1, 2, 4, 8, 16, 32) or not k[1].shape[2]:
+        return False
+    return k[1].shape[1] == near_heads and (bias[1].dim() == 1 or bias[1].shape[1] in (1, near_heads))
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's."""
+    q, k, v, bias, _, _, _, _, index, count, plans, scale = call
+    batch, heads, tokens, width = q.shape
+    near, far, two = plans[0], plans[-1], len(k) > 1
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    blocks = index[0].shape[2]
+    tiles = TILES[width, 64 if near.q_block % 128 else 128, near.k_block, two]
+    parts = near.q_block // (64 * tiles.groups)
+    items = batch * heads * blocks * parts
+    far_bias = bias[-1].float().expand(batch, k[0].shape[1], -1) if bias[-1].dim() > 1 else lse
+    bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
+    attend_hopper[(min(items, _processors(q.device) * tiles.programs),)](
+        _descriptor(q, 64), _descriptor(k[0], near.k_block), _descriptor(v[0], near.k_block), out, lse,
+        index[0], count[0], k[-1], v[-1], far_bias, index[-1], count[-1],
+        _shared_strides(index[0]), _shared_strides(count[0]), out.stride(), lse.stride(),
+        k[-1].stride(), v[-1].stride(), far_bias.stride(), _shared_strides(index[-1]), _shared_strides(count[-1]),
+        items, blocks, heads, tokens, k[0].shape[2], near.reach, near.sinks, scale,
+        REPEAT=heads // k[0].shape[1], TILES=parts, GROUPS=tiles.groups, Q_BLOCK=near.q_block, BK=near.k_block,
+        D=width, E=width, Q_STAGES=tiles.q_stages, STAGES=tiles.stages, CAUSAL=bool(near.causal),
+        REACH=near.reach >= 0, FAR=two, K_BLOCK=far.k_block if two else 1, BF=tiles.far_rows,
+        FAR_STAGES=tiles.far_stages, BIAS=bias[-1].dim() > 1, SEGMENT=SEGMENT, REGISTERS=tiles.loading,
+        num_warps=4, **bounds,
+    )  # fmt: skip
+    return out, lse
+
+
+def _aligned(x: Tensor) -> bool:
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(s > 0 and s % ALIGNED == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+    )
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    # a dimension of one element may have any stride; the descriptor asks for an aligned one
+    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape, x.stride(), strict=True)]
+    strides[-1] = 1
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, x.shape[-1]], _swizzled(rows, x.shape[-1], x.dtype))
+
+
+@cache
+def _swizzled(rows: int, width: int, dtype: torch.dtype):
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], kind)
+
+
+def _shared_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of lists [1|B, 1|H, ...]: 0 where all share one."""
+    return tuple(0 if i < 2 and n == 1 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True)))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
