@@ -153,9 +153,9 @@ def _move_up(
                 after += tl.dot(shares, x, input_precision="ieee")
             else:
                 # row s of the parent is the mean of the pair's rows 2 s and 2 s + 1, as far as they are this group's
-                for side in tl.static_range(2):
-                    row = 2 * rows + side - odd * RANK
-                    share = _share((group - odd) * RANK + 2 * rows + side, width, SINKS)
+                for twin in tl.static_range(2):
+                    row = 2 * rows + twin - odd * RANK
+                    share = _share((group - odd) * RANK + 2 * rows + twin, width, SINKS)
                     there = held & ((row >= 0) & (row < RANK))[:, None]
                     more = tl.load(mine + row[:, None] * W + dims[None, :], mask=there, other=0.0)
                     after += share[:, None] * more
@@ -282,8 +282,18 @@ def _halves(dims, turns, PAIRS: tl.constexpr):
 def _turn(x, other, position, rate, side):
     # whole turns are dropped in float64: float32 angles are off by 0.06 rad at a million tokens
     turns = position * rate
-    angle = (turns - tl.floor(turns)).to(tl.float32) * TURN
-    return x * tl.cos(angle) + side * other * tl.sin(angle)
+    quarter = tl.floor(turns * 4 + 0.5)
+    angle = (turns - quarter * 0.25).to(tl.float32) * TURN
+    # polynomials of Cephes for an eighth of a turn to either side: the library's keep a table on the stack
+    square = angle * angle
+    sin = angle + angle * square * ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1)
+    cos = 1 - 0.5 * square
+    cos += square * square * ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2)
+    nth = quarter.to(tl.int64) & 3
+    odd, back = nth % 2 == 1, nth >= 2
+    sin, cos = tl.where(odd, cos, sin), tl.where(odd, -sin, cos)
+    sin, cos = tl.where(back, -sin, sin), tl.where(back, -cos, cos)
+    return x * cos + side * other * sin
 
 
 def refusal(call: Append) -> str | None:
