@@ -12,8 +12,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are compiled here", allow_module_level=True)
 
-from farfield.kernels import launch
+from farfield.kernels import append, attend_backward, attend_decode, launch, lists, pool
+from farfield.nn import Rope
+from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
+from farfield.ops.pool import Tree
+from farfield.ring import FMARing
+from farfield.select import static
 from farfield.testing import compiled
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -85,16 +90,105 @@ CALLS = {
 }
 
 
-def forward(case):
+# the backward has two kernels a source more, and so fewer cases
+BACKWARD = {name: CALLS[name] for name in (
+    "fma-64", "fma-80", "fma-128", "fma-256", "fma-m128-64", "fma-m128-128", "blocks128-64", "blocks128-128",
+    "blocks64-64", "blocks64-128", "fma-fp16-64", "fma-fp32-64", "values-wider", "everything",
+)}  # fmt: skip
+DECODE = {
+    "1": (FMA, {"tokens": 1, "q_block": 1, "heads": 32, "kv_heads": 8, "width": 128}),
+    "64": (FMA, {"tokens": 1, "q_block": 1, "heads": 32, "kv_heads": 8, "width": 128, "batch": 64}),
+    "width64": (FMA, {"tokens": 1, "q_block": 1, "heads": 8, "kv_heads": 8, "width": 64}),
+    "fp32": (FMA, {"tokens": 1, "q_block": 1, "width": 128, "dtype": "fp32"}),
+    "everything": (ALL, {"tokens": 3, "q_block": 4, "position": True, "group": True}),
+}
+# dtype, width, value width, block, rank, learned
+POOL = {
+    "64-m64-p4": ("bf16", 64, 64, 64, 4, False),
+    "128-m64-p4": ("bf16", 128, 128, 64, 4, False),
+    "64-m64-p16": ("bf16", 64, 64, 64, 16, False),
+    "128-m128-p16": ("bf16", 128, 128, 128, 16, False),
+    "80-m64-p16": ("bf16", 80, 40, 64, 16, False),
+    "256-m64-p16": ("bf16", 256, 256, 64, 16, False),
+    "fp16": ("fp16", 64, 64, 64, 16, False),
+    "fp32": ("fp32", 128, 128, 64, 16, False),
+    "learned": ("bf16", 64, 64, 64, 16, True),
+    "learned-fp32": ("fp32", 64, 64, 64, 4, True),
+}
+
+
+def forward(case, **changes):
     sources, options = case
-    launch.attend_forward(call(sources, **options))
+    launch.attend_forward(call(sources, **{**options, **changes}))
 
 
-# (kernel, case) -> what launches it
-LAUNCHES = {f"forward-{name}": (lambda case=case: forward(case)) for name, case in CALLS.items()}
+def backward(case, **changes):
+    sources, options = case
+    made = call(sources, **{**options, **changes})
+    out = empty(*made.q.shape[:3], made.v[0].shape[-1], dtype=made.q.dtype)
+    lse = empty(*made.q.shape[:3], dtype=torch.float32)
+    attend_backward.attend_backward(made, out, lse, out, lse, True)
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+def decode(case):
+    sources, options = case
+    made = call(sources, **options)
+    assert attend_decode.wants(made)
+    attend_decode.attend_decode(made)
+
+
+def pooling(case, tokens=5000):
+    dtype, width, value_width, block, rank, learned = case
+    blocks = -(-tokens // block)
+    tree = Tree(block, rank, blocks, static.depth(blocks), False, 0, tokens)
+    kind = DTYPES[dtype]
+    k, v = empty(1, 2, tokens, width, dtype=kind), empty(1, 2, tokens, value_width, dtype=kind)
+    none = empty(0, dtype=torch.float32)
+    filters = empty(2, 2, rank, 2 * rank, dtype=torch.float32) if learned else none
+    far_k, far_v, _, _ = pool.forward(k, v, filters, tree)
+    pool.backward(k, v, far_k, far_v, far_k if learned else none, far_v if learned else none, filters, tokens, tree)
+
+
+def listing(causal, tokens=5000):
+    blocks = -(-tokens // 64)
+    levels = static.depth(blocks)
+    lists.build(empty(blocks, dtype=torch.int64), blocks, static.radii(128, 64, levels), [0] * levels, causal, 0, 1)
+
+
+def appending(batch=1, width=128, dtype="bf16", sinks=0, rotary=None):
+    ring = FMARing.empty(
+        batch, 8, width, capacity=1 << 20, sinks=sinks, rotary=rotary, dtype=DTYPES[dtype], device="meta"
+    )
+    token = [empty(batch, h, 1, width, dtype=DTYPES[dtype]) for h in (32, 8, 8)]
+    held = (getattr(ring, name) for name in Append._fields[3:-1])
+    append.launch(Append(*token, *held, ring.plan))
+
+
+# kernel-case -> what launches it
+LAUNCHES = {
+    **{f"forward-{name}": (lambda case=case: forward(case)) for name, case in CALLS.items()},
+    **{f"backward-{name}": (lambda case=case: backward(case)) for name, case in BACKWARD.items()},
+    **{f"decode-{name}": (lambda case=case: decode(case)) for name, case in DECODE.items()},
+    **{f"pool-{name}": (lambda case=case: pooling(case)) for name, case in POOL.items()},
+    "lists-causal": lambda: listing(True),
+    "lists-noncausal": lambda: listing(False),
+    "append": appending,
+    "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
+    "append-fp32": lambda: appending(width=64, dtype="fp32"),
+}
+
+
+# one case for each row of a tile table; the rest with FARFIELD_TILES=all, since each takes seconds of a compiler
+MORE = (
+    "forward-fma-32", "forward-fma-96", "forward-fma-112", "forward-fma-192", "forward-blocks64-64", "forward-window",
+    "forward-noncausal", "forward-values-wider", "forward-one-query", "forward-fma-fp16-128", "backward-fma-80",
+    "backward-fma-m128-64", "backward-blocks64-64", "backward-fma-fp16-64", "backward-values-wider", "pool-128-m64-p4",
+    "pool-64-m64-p16", "pool-256-m64-p16", "pool-fp16", "pool-learned-fp32", "append-fp32",
+)  # fmt: skip
+EVERY = os.environ.get("FARFIELD_TILES") == "all"
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if EVERY or name not in MORE])
 def test_compiles_for_hopper(name):
     with compiled.recording() as launches:
         LAUNCHES[name]()
@@ -105,7 +199,7 @@ def test_compiles_for_hopper(name):
 
 
 def test_an_allowance_that_is_not_needed_goes():
-    assert SPILLS.keys() <= LAUNCHES.keys()
+    assert {*SPILLS, *MORE} <= LAUNCHES.keys()
 
 
 @pytest.mark.parametrize("name", ["fma-64", "blocks128-64"])
@@ -132,9 +226,14 @@ def hashes(launch_at):
     return {name: len(kernels) for name, kernels in found.items()}
 
 
+PLAIN = ((source(128, causal=True),), {"q_block": 128})
 AT_LENGTH = {
-    "forward-fma": lambda n: launch.attend_forward(call(FMA, tokens=n)),
-    "forward-blocks": lambda n: launch.attend_forward(call((source(128, causal=True),), tokens=n, q_block=128)),
+    "forward-fma": lambda n: forward((FMA, {}), tokens=n),
+    "forward-blocks": lambda n: forward(PLAIN, tokens=n),
+    "backward-fma": lambda n: backward((FMA, {}), tokens=n),
+    "backward-blocks": lambda n: backward(PLAIN, tokens=n),
+    "pool": lambda n: pooling(POOL["64-m64-p4"], n),
+    "lists": lambda n: listing(True, n),
 }
 
 

@@ -1,0 +1,116 @@
+"""Every kernel once or twice on small shapes, for NVIDIA's memory checkers:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+    compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+
+Without PyTorch's caching each tensor is an allocation of its own, so that a read past its end is seen.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+import farfield as ff
+
+
+def qkv(tokens, *, batch=1, heads=4, kv_heads=2, width=64, value_width=None, dtype=torch.bfloat16):
+    shapes = ((heads, width), (kv_heads, width), (kv_heads, value_width or width))
+    return [torch.randn(batch, h, tokens, w, device="cuda").to(dtype).requires_grad_() for h, w in shapes]
+
+
+def both(f, x):
+    """Forward and backward."""
+    out = f(*x)
+    grads = torch.autograd.grad(out, [*x], torch.randn_like(out))
+    for t in (out, *grads):
+        assert t.isfinite().all()
+
+
+def fma(tokens=300, dtype=torch.bfloat16, width=64, value_width=None, **options):
+    options = {"block": 16, "near": 32, "rank": 4} | options
+    shape = {"kv_heads": 2, "width": width} if options.get("pool") == "learned" else {}
+    mech = ff.FMA(**options, **shape).to("cuda")
+    both(mech, qkv(tokens, width=width, value_width=value_width, dtype=dtype))
+
+
+def blocks(block, width, dtype=torch.bfloat16, tokens=530, heads=2):
+    count = -(-tokens // block)
+    index = torch.rand(1, heads, count, count, device="cuda").argsort(-1)[..., : max(1, count // 2)]
+    index = index.sort(-1).values.to(torch.int32)
+    used = torch.full(index.shape[:3], index.shape[3], dtype=torch.int32, device="cuda")
+    layout = ff.Layout(index, used, block, block, tokens, tokens)
+    x = qkv(tokens, heads=heads, kv_heads=heads, width=width, dtype=dtype)
+    both(lambda q, k, v: ff.attend(q, ff.Rows(k, v), layout).out, x)
+
+
+def everything():
+    """Bias, ends, groups, positions, reach, lists a head, single rows."""
+    tokens, rows = 130, 200
+    q, k, v = *qkv(tokens)[:1], *qkv(rows)[1:]
+    gen = {"device": "cuda"}
+    sources = []
+    for k_block in (1, 16):
+        count = -(-rows // k_block)
+        index = torch.rand(1, 4, 9, count, **gen).argsort(-1)[..., :9].sort(-1).values.to(torch.int32)
+        used = torch.randint(0, 10, (1, 4, 9), dtype=torch.int32, **gen)
+        layout = ff.Layout(index, used, 16, k_block, tokens, rows, True, 60, 2)
+        bias = torch.randn(1, 4, rows, **gen).requires_grad_()
+        end, group = torch.randint(0, 150, (1, 2, rows), **gen), torch.randint(0, 2, (1, 2, rows), **gen)
+        sources.append((ff.Rows(k, v, end, bias, group), layout))
+    position = torch.randint(0, 150, (tokens,), **gen)
+    group = torch.randint(0, 2, (1, 1, tokens), **gen)
+    part = ff.attend(q, sources, position=position, group=group)
+    torch.autograd.grad(part.out.sum(), [q, k, v, *(rows.bias for rows, _ in sources)])
+
+
+def decode(dtype=torch.bfloat16, batch=2, **options):
+    mech = ff.FMA(**{"block": 16, "near": 32, "rank": 4} | options)
+    q, k, v = (x.detach() for x in qkv(130, batch=batch, heads=8, dtype=dtype))
+    _, state = mech.extend(*(x[:, :, :90] for x in (q, k, v)))
+    ring = mech.ring(state, capacity=1024)
+    for t in range(90, 130):
+        assert mech.step(*(x[:, :, t : t + 1] for x in (q, k, v)), ring).isfinite().all()
+
+
+SUITE = {
+    "fma": fma,
+    "fma, block 64": lambda: fma(400, block=64, near=64),
+    "fma, block 128, width 128": lambda: fma(700, block=128, near=128, rank=16, width=128),
+    "fma, float32": lambda: fma(dtype=torch.float32),
+    "fma, float16, sinks": lambda: fma(dtype=torch.float16, sinks=3),
+    "fma, widths 80 and 40": lambda: fma(width=80, value_width=40),
+    "fma, noncausal": lambda: fma(causal=False),
+    "fma, learned": lambda: fma(pool="learned"),
+    "blocks of 128, width 64": lambda: blocks(128, 64),
+    "blocks of 128, width 128": lambda: blocks(128, 128),
+    "blocks of 64, width 64": lambda: blocks(64, 64),
+    "blocks of 64, width 128": lambda: blocks(64, 128),
+    "blocks of 32, float32": lambda: blocks(32, 64, torch.float32),
+    "everything": everything,
+    "decode": decode,
+    "decode, one sequence, sinks": lambda: decode(batch=1, sinks=3),
+    "decode, float32": lambda: decode(dtype=torch.float32),
+}
+
+
+def main() -> int:
+    chosen = sys.argv[1:] or [*SUITE]
+    failed = 0
+    for name in chosen:
+        torch.manual_seed(0)
+        try:
+            SUITE[name]()
+            torch.cuda.synchronize()
+            print(f"ran     {name}", flush=True)
+        except Exception:
+            failed += 1
+            print(f"failed  {name}: {traceback.format_exc().splitlines()[-1]}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
