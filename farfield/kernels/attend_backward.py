@@ -26,9 +26,9 @@ from farfield.ops.attend import Call
 LOG2E = tl.constexpr(1.4426950408889634)
 
 SMALL = 32  # smaller row blocks leave shares
-PIECE = 64  # shares that one program adds up
-READS = 32  # readers of a large row block that are never cut into pieces
-SCRATCH = 2 << 30  # bytes of shares at a time; no less than those of one unit
+PIECE = 32  # readers of a small row block that are added up together; even
+NUMBERS = 2048  # what a program that adds up shares holds at a time
+READS = 32  # readers of a large row block that are never cut into pieces; even
 FAR = 1 << 24  # elements from row to row; 128 times as many must fit 32 bits
 
 
@@ -256,17 +256,18 @@ def _load(at, there, dims, WIDTH: tl.constexpr, TILE: tl.constexpr, ALL: tl.cons
     return tile
 
 
-ROWS_VARY = ["heads", "tokens", "blocks", "rows", "row_blocks", "pieces", "most", "reach", "sinks", "segment_strides"]
+ROWS_VARY = ["heads", "tokens", "blocks", "rows", "row_blocks", "pieces", "most", "base", "reach", "sinks"]
+ROWS_VARY += ["segment_strides"]
 ROWS_VARY += [f"{name}_strides" for name in ("position", "group", "bias", "end", "row_group")]
 
 
 @triton.jit(do_not_specialize=ROWS_VARY)
 def attend_backward_rows(
-    q, d_out, delta, shift, position, group, k, v, bias, end, row_group, start, reader,
+    q, d_out, delta, shift, position, group, k, v, bias, end, row_group, start, reader, key,
     d_k, d_v, d_bias, sum_k, sum_v, sum_bias,
     q_strides, d_out_strides, position_strides, group_strides, k_strides, v_strides, bias_strides, end_strides,
     row_group_strides, segment_strides,
-    heads, tokens, blocks, rows, row_blocks, pieces, most, reach, sinks, scale,
+    heads, tokens, blocks, rows, row_blocks, pieces, most, base, reach, sinks, scale,
     STACK: tl.constexpr, Q_BLOCK: tl.constexpr, BQ: tl.constexpr,
     REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, BK: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, POSITION: tl.constexpr,
@@ -281,8 +282,9 @@ def attend_backward_rows(
     units = heads // STACK
     b, u = unit // units, unit % units
     g = u // REPEAT
-    start += (b * segment_strides[0] + u * segment_strides[1]) * (row_blocks + 1)
-    m, begin, stop, piece = piece_of(start, x, row_blocks, most)
+    segment = b * segment_strides[0] + u * segment_strides[1]
+    start += segment * (row_blocks + 1)
+    m, begin, stop, piece = piece_of(start, key, base + segment * (row_blocks + 1), x, row_blocks, most)
     if begin > stop:
         return
 
@@ -432,63 +434,106 @@ def _readers(
     return acc_k, acc_v, acc_b
 
 
-SUMS_VARY = ["first", "units", "blocks", "picks", "rows", "row_blocks", "pieces", "most", "segment_strides"]
+SUMS_VARY = ["first", "units", "blocks", "picks", "rows", "row_blocks", "pieces", "most", "base", "segment_strides"]
 
 
 @triton.jit(do_not_specialize=SUMS_VARY)
 def sum_shares(
-    share_k, share_v, d_k, d_v, sum_k, sum_v, start, reader, segment_strides,
-    first, units, blocks, picks, rows, row_blocks, pieces, most,
+    share_k, share_v, d_k, d_v, sum_k, sum_v, start, reader, key, segment_strides,
+    first, units, blocks, picks, rows, row_blocks, pieces, most, base,
     K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
-    READERS: tl.constexpr, TILES: tl.constexpr,
+    NUMBERS: tl.constexpr, MANY: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Add up the shares of one row block, or of one piece of its readers: SIZE numbers of dk or of dv."""
+    """Add up shares, SIZE numbers of dk or of dv: of a run of row blocks, or of one piece of a row block's readers."""
     PARTS_K: tl.constexpr = (K_BLOCK * D + SIZE_K - 1) // SIZE_K
     PARTS_V: tl.constexpr = (K_BLOCK * E + SIZE_V - 1) // SIZE_V
+    runs = (row_blocks + MANY - 1) // MANY
     pid = tl.program_id(0).to(tl.int64)
-    part, x = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % (row_blocks + pieces)
-    local = pid // (PARTS_K + PARTS_V) // (row_blocks + pieces)
+    part, x = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % (runs + pieces)
+    local = pid // (PARTS_K + PARTS_V) // (runs + pieces)
     unit = first + local
-    start += (unit // units * segment_strides[0] + unit % units * segment_strides[1]) * (row_blocks + 1)
-    m, begin, stop, piece = piece_of(start, x, row_blocks, most)
-    if begin > stop:
-        return
-    reader += begin
-    count = (stop - begin).to(tl.int32)
-    if part < PARTS_K:
-        _sum(
-            share_k, d_k, sum_k, reader, count, local * blocks, picks, unit, local, m, piece, pieces, rows, part,
-            K_BLOCK, D, SIZE_K, READERS, TILES,
-        )  # fmt: skip
+    segment = unit // units * segment_strides[0] + unit % units * segment_strides[1]
+    start += segment * (row_blocks + 1)
+    if x < runs:
+        run = x * MANY + tl.arange(0, MANY)
+        there = run < row_blocks
+        from_ = tl.load(start + run, mask=there, other=0)
+        each = tl.load(start + run + 1, mask=there, other=0) - from_
+        there &= each <= most
+        each = tl.where(there, each, 0)
+        if part < PARTS_K:
+            _sum_run(
+                share_k, d_k, reader + from_, each, there, local * blocks, picks, unit, run, rows, part,
+                K_BLOCK, D, SIZE_K, TILES,
+            )  # fmt: skip
+        else:
+            _sum_run(
+                share_v, d_v, reader + from_, each, there, local * blocks, picks, unit, run, rows, part - PARTS_K,
+                K_BLOCK, E, SIZE_V, TILES,
+            )  # fmt: skip
     else:
-        _sum(
-            share_v, d_v, sum_v, reader, count, local * blocks, picks, unit, local, m, piece, pieces, rows,
-            part - PARTS_K, K_BLOCK, E, SIZE_V, READERS, TILES,
-        )  # fmt: skip
+        key0 = base + segment * (row_blocks + 1)
+        _m, begin, stop, piece = piece_of(start, key, key0, x - runs + row_blocks, row_blocks, most)
+        if begin <= stop:
+            at = local * pieces + piece
+            count = (stop - begin).to(tl.int32)
+            if part < PARTS_K:
+                _sum_piece(
+                    share_k, sum_k, reader + begin, count, local * blocks, picks, at, part,
+                    K_BLOCK, D, SIZE_K, NUMBERS // SIZE_K, TILES,
+                )  # fmt: skip
+            else:
+                _sum_piece(
+                    share_v, sum_v, reader + begin, count, local * blocks, picks, at, part - PARTS_K,
+                    K_BLOCK, E, SIZE_V, NUMBERS // SIZE_V, TILES,
+                )  # fmt: skip
 
 
 @triton.jit
-def _sum(
-    share, grad, sums, reader, count, list0, picks, unit, local, m, piece, pieces, rows, part,
+def _sum_run(
+    share, grad, reader, count, there, list0, picks, unit, m, rows, part,
+    K_BLOCK: tl.constexpr, X: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Every row block of the run takes its next readers, four at a time: most have no more."""
+    at = part.to(tl.int32) * SIZE + tl.arange(0, SIZE)
+    acc = tl.zeros([m.shape[0], SIZE], tl.float32)
+    for x in range(0, tl.max(count), 4):
+        for y in tl.static_range(4):
+            own = x + y < count
+            entry = tl.load(reader + x + y, mask=own, other=0)
+            for tile in tl.static_range(TILES):
+                line = ((list0 + entry // picks) * TILES + tile) * picks + entry % picks
+                acc += _share(share, line, own, at, K_BLOCK * X, SIZE)
+    there = there[:, None] & (at < K_BLOCK * X)[None, :]
+    there &= m[:, None] * (K_BLOCK * X) + at < rows.to(tl.int64) * X
+    grad += unit * rows * X
+    tl.store(grad + m[:, None] * (K_BLOCK * X) + at, acc.to(grad.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _sum_piece(
+    share, sums, reader, count, list0, picks, piece, part,
     K_BLOCK: tl.constexpr, X: tl.constexpr, SIZE: tl.constexpr, READERS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, READERS)
     at = part.to(tl.int32) * SIZE + tl.arange(0, SIZE)
     acc = tl.zeros([READERS, SIZE], tl.float32)
-    # the entries of the next step are read ahead: its shares cannot be asked for before
-    entry = tl.load(reader + lanes, mask=lanes < count, other=0)
-    for x in range(0, count, READERS):
-        there = (x + lanes < count)[:, None] & (at < K_BLOCK * X)[None, :]
-        n, p = entry // picks, entry % picks
-        entry = tl.load(reader + x + READERS + lanes, mask=x + READERS + lanes < count, other=0)
-        for tile in tl.static_range(TILES):
-            line = ((list0 + n) * TILES + tile) * picks + p
-            acc += tl.load(share + line[:, None] * (K_BLOCK * X) + at, mask=there, other=0.0).to(tl.float32)
-    total = tl.sum(acc, 0)
-    if piece < 0:
-        _put(grad, total, unit, m, rows, at, K_BLOCK, X)
-    else:
-        tl.store(sums + (local * pieces + piece) * (K_BLOCK * X) + at, total, mask=at < K_BLOCK * X)
+    for x in range(0, count, 2 * READERS):
+        for y in tl.static_range(2):
+            own = x + y * READERS + lanes < count
+            entry = tl.load(reader + x + y * READERS + lanes, mask=own, other=0)
+            for tile in tl.static_range(TILES):
+                line = ((list0 + entry // picks) * TILES + tile) * picks + entry % picks
+                acc += _share(share, line, own, at, K_BLOCK * X, SIZE)
+    tl.store(sums + piece * (K_BLOCK * X) + at, tl.sum(acc, 0), mask=at < K_BLOCK * X)
+
+
+@triton.jit
+def _share(share, line, own, at, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    there = own[:, None]
+    if WIDTH % SIZE:
+        there &= (at < WIDTH)[None, :]
+    return tl.load(share + line[:, None] * WIDTH + at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -512,6 +557,11 @@ def sum_pieces(
     part, run, local = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % runs, pid // (PARTS_K + PARTS_V) // runs
     unit = first + local
     start += (unit // units * segment_strides[0] + unit % units * segment_strides[1]) * (row_blocks + 1)
+    many = run * MANY + tl.arange(0, MANY)
+    there = many < row_blocks
+    sizes = tl.load(start + many + 1, mask=there, other=0) - tl.load(start + many, mask=there, other=0)
+    if tl.max(sizes) <= most:
+        return
     zero = tl.load(start)
     for m in range(run * MANY, tl.minimum(run * MANY + MANY, row_blocks)):
         begin = (tl.load(start + m) - zero).to(tl.int64)
@@ -562,7 +612,12 @@ def query_tiles(wide: int, size: int, dtype: torch.dtype, shares: bool) -> Tiles
         return _float32_tiles(wide, size)
     if wide > 128:
         return Tiles(min(size, 64), 32, 8 if size >= 64 else 4, 2)
-    return Tiles(min(size, 128), 64, 8 if size >= 128 or (size == 64 and wide == 128) else 4, 2)
+    if shares:
+        # bound by latency: small tiles, so that many programs are at work
+        return Tiles(min(size, 128), 32, 8 if size >= 128 else 4, 2)
+    if wide <= 64:
+        return Tiles(min(size, 64), 64, 4, 3)
+    return Tiles(min(size, 128), 64, 8 if size >= 64 else 4, 3)
 
 
 def row_tiles(wide: int, k_block: int, size: int, dtype: torch.dtype) -> Tiles:
@@ -571,8 +626,9 @@ def row_tiles(wide: int, k_block: int, size: int, dtype: torch.dtype) -> Tiles:
         return _float32_tiles(wide, size)
     if wide > 128:
         return Tiles(min(size, 32), min(k_block, 64), 8 if k_block >= 64 else 4, 2)
-    rows = min(k_block, 128)
-    return Tiles(min(size, 64), rows, 8 if rows >= 128 or (rows == 64 and wide == 128) else 4, 2)
+    if k_block >= 128:
+        return Tiles(min(size, 64 if wide <= 64 else 32), 128, 8, 3)
+    return Tiles(min(size, 64), k_block, 8 if k_block == 64 and wide == 128 else 4, 2)
 
 
 class _Source(NamedTuple):
@@ -645,7 +701,7 @@ def attend_backward(
         per_source |= {f"{name}{n}": x for name, x in s.flags.items()}
         per_source |= {f"REPEAT{n}": s.repeat, f"K_BLOCK{n}": k_block, f"BK{n}": tiles.rows}
         per_source |= {f"SHARES{n}": s.small, f"D_BIAS{n}": s.small and bias_grad and s.flags["BIAS"]}
-    for begin, stop in _slices(sources, plans, batch * units, lists * blocks, q):
+    for begin, stop in _slices(sources, plans, batch * units, lists * blocks):
         count = (stop - begin) * blocks * lists
         shares = [_shares(s, p, count, q, bias_grad) for s, p in zip(sources, plans, strict=True)]
         pairs = [(*s.tensors, *shares[n]) for n, s in ((0, first), (-1, last))]
@@ -670,10 +726,11 @@ def attend_backward(
         ]
         k_tiles = -(-plan.k_block // tiles.rows)
         attend_backward_rows[(batch * units * (s.row_blocks + readers.pieces) * k_tiles,)](
-            q, d_out, delta, shift, position, group, *s.tensors[:5], readers.start, readers.reader, *grad, *pieces,
+            q, d_out, delta, shift, position, group, *s.tensors[:5], readers.start, readers.reader,
+            readers.key, *grad, *pieces,
             q.stride(), d_out.stride(), *asking, *s.strides[:5], readers.strides,
-            heads, tokens, blocks, s.rows, s.row_blocks, readers.pieces, readers.most, plan.reach, plan.sinks, scale,
-            BQ=tiles.queries, REPEAT=s.repeat, K_BLOCK=plan.k_block, BK=tiles.rows, **sizes,
+            heads, tokens, blocks, s.rows, s.row_blocks, readers.pieces, readers.most, readers.base, plan.reach,
+            plan.sinks, scale, BQ=tiles.queries, REPEAT=s.repeat, K_BLOCK=plan.k_block, BK=tiles.rows, **sizes,
             POSITION=asked["POSITION"], D_BIAS=grad[2].numel() > 0, **s.flags,
             PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
         )  # fmt: skip
@@ -748,11 +805,11 @@ def _transposed(sources: list[_Source], plans) -> list[Readers]:
     return transpose(index, count, [s.row_blocks for s in sources], [s.small for s in sources], most)
 
 
-def _slices(sources, plans, units: int, lists: int, q: Tensor) -> list[tuple[int, int]]:
-    """Units whose shares fit the scratch memory together."""
-    width = q.shape[-1] + sources[0].v.shape[-1]
+def _slices(sources, plans, units: int, lists: int) -> list[tuple[int, int]]:
+    """Units whose shares together take no more memory than the keys and values; one at least."""
     rows = sum(s.index.shape[3] * p.k_block for s, p in zip(sources, plans, strict=True) if s.small)
-    step = max(1, min(units, SCRATCH // max(1, rows * lists * width * q.element_size())))
+    held = units * sum(s.rows for s in sources) // max(s.repeat for s in sources)
+    step = max(1, min(units, held // max(1, rows * lists)))
     return [(begin, min(begin + step, units)) for begin in range(0, units, step)]
 
 
@@ -777,11 +834,14 @@ def _add_up(source: _Source, k_block, shares, grad, readers: Readers, begin, sto
         (*shares[:2], *grad[:2], *pieces[:2], sizes["D"], sizes["E"]),
         *([(shares[2], shares[2], grad[2], grad[2], pieces[2], pieces[2], 1, 0)] if grad[2].numel() else []),
     ):
-        parts = _parts(k_block, d, e, 256)
-        sum_shares[((stop - begin) * (source.row_blocks + readers.pieces) * parts.programs,)](
-            share_k, share_v, d_k, d_v, sum_k, sum_v, readers.start, readers.reader, readers.strides,
+        parts = _parts(k_block, d, e, NUMBERS // 4)
+        many = NUMBERS // max(parts.d, parts.e)
+        runs = -(-source.row_blocks // many)
+        sum_shares[((stop - begin) * (runs + readers.pieces) * parts.programs,)](
+            share_k, share_v, d_k, d_v, sum_k, sum_v, readers.start, readers.reader, readers.key, readers.strides,
             begin, units, blocks, source.index.shape[3], source.rows, source.row_blocks, readers.pieces, readers.most,
-            K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, READERS=8, TILES=lists, num_warps=2,
+            readers.base, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, NUMBERS=NUMBERS, MANY=many,
+            TILES=lists, num_warps=4,
         )  # fmt: skip
     _join_pieces(source, k_block, pieces, grad, readers, begin, stop, units, sizes)
 

@@ -23,11 +23,14 @@ class Readers(NamedTuple):
     """The transposed lists of one source.
 
     `start` [segments, M + 1] counts from the first entry of the sort; `reader` [entries], at those places, holds the
-    entry n * P + p within its segment, or n alone.
+    entry n * P + p within its segment, or n alone, and `key` what was sorted: row block m of a segment has the number
+    base + segment * (M + 1) + m.
     """
 
     start: Tensor
     reader: Tensor
+    key: Tensor
+    base: int
     strides: tuple[int, int]  # what batch and unit add to the number of a segment
     most: int  # entries of a piece
     pieces: int  # numbers of pieces in a segment
@@ -80,7 +83,7 @@ def transpose(
     Args:
         index: [1|B, 1|H, N, P] each.
         by_entry: `reader` holds entries n * P + p rather than query blocks n.
-        most: entries of a piece.
+        most: entries of a piece; even.
     """
     device = index[0].device
     entries = sum(x.numel() for x in index)
@@ -110,38 +113,39 @@ def transpose(
         # a list names a row block once: none has more entries than there are query blocks
         cut = blocks > limit
         found.append(
-            Readers(start, reader, strides, limit if cut else WHOLE, 2 * blocks * picks // limit + 1 if cut else 0)
-        )
+            Readers(
+                start, reader, ordered, base, strides,
+                limit if cut else WHOLE, 2 * blocks * picks // limit + 1 if cut else 0,
+            )
+        )  # fmt: skip
         base += segments * (m + 1)
         shift += x.numel()
     return found
 
 
 @triton.jit
-def piece_of(start, x, row_blocks, most):
+def piece_of(start, key, key0, x, row_blocks, most):
     """Row block, first and last entry, and number of piece of program x of a segment's row blocks and pieces.
 
-    Numbers below `row_blocks` are those of uncut row blocks. Nothing to do: first > last.
+    Numbers below `row_blocks` are those of uncut row blocks. `key0` is the key of the segment's row block 0. Nothing to
+    do: first > last.
     """
-    begin = tl.load(start)
     piece = x - row_blocks
-    # the last row block whose pieces start at or before this one
-    low = tl.minimum(x, row_blocks - 1)
-    high = low
+    m = x
     if piece >= 0:
-        low = low * 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        before = 2 * (tl.load(start + middle) - begin).to(tl.int64) // most <= piece
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-    first = tl.load(start + low).to(tl.int64)
-    last = tl.load(start + low + 1).to(tl.int64)
+        # this entry of the sort belongs to the row block that the piece belongs to, if it belongs to any
+        at = tl.load(start) + (piece + 1) * (most // 2) - 1
+        end = tl.load(start + row_blocks)
+        m = tl.load(key + at, mask=at < end, other=0).to(tl.int64) - key0
+        m = tl.where(at < end, m, row_blocks)
+    there = m < row_blocks
+    first = tl.load(start + m, mask=there, other=0).to(tl.int64)
+    last = tl.load(start + m + 1, mask=there, other=0).to(tl.int64)
     cut = last - first > most
     if piece >= 0:
-        own = first + (piece - 2 * (first - begin) // most) * most
+        own = first + (piece - 2 * (first - tl.load(start)) // most) * most
         last = tl.where(cut & (own < last), tl.minimum(last, own + most), -1)
         first = tl.where(cut, own, 0)
     else:
         last = tl.where(cut, -1, last)
-    return low, first, last, piece
+    return m, first, last, piece

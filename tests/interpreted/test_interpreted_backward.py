@@ -127,7 +127,7 @@ def test_transposed_lists():
     order = torch.rand(2, 3, 9, 7, generator=gen).argsort(-1)
     index = [order[..., :4].sort(-1).values.int(), order[:1, :1, :, 3:5].sort(-1).values.int()]
     count = [torch.randint(0, x.shape[-1] + 1, x.shape[:3], generator=gen, dtype=torch.int32) for x in index]
-    found = transpose(index, count, [7, 7], [False, True], [64, 3])
+    found = transpose(index, count, [7, 7], [False, True], [64, 4])
     for x, c, whole, readers in zip(index, count, (False, True), found, strict=True):
         expected = algebra.transpose(ff.Layout(x, c, 1, 1, 9, 7))
         starts = readers.start.view_as(expected.start)
@@ -137,4 +137,4 @@ def test_transposed_lists():
                 got = readers.reader[starts[b, h, 0] : starts[b, h, -1]]
                 picks = x.shape[-1] if whole else 1
                 assert torch.equal(got // picks, expected.query[b, h, : len(got)])
-    assert [x.pieces for x in found] == [0, 2 * 18 // 3 + 1]
+    assert [x.pieces for x in found] == [0, 2 * 18 // 4 + 1]
