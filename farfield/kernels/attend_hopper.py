@@ -43,36 +43,46 @@ def _place(item, blocks, heads, TILES: gl.constexpr):
 
 
 @gluon.jit
-def _count(count, strides, b, h, n):
-    """How many entries this list has."""
-    return gl.load(count + b.to(gl.int64) * strides[0] + h.to(gl.int64) * strides[1] + n.to(gl.int64) * strides[2])
+def _list(b, h, n, batch_lists, head_lists):
+    """Number of this list; its lists are 0 apart where batches or heads share them."""
+    return b.to(gl.int64) * batch_lists + h * head_lists + n
 
 
 @gluon.jit
-def _list(index, strides, b, h, n):
-    return index + b.to(gl.int64) * strides[0] + h.to(gl.int64) * strides[1] + n.to(gl.int64) * strides[2]
+def _rows_of(index, count, at, picks, rows, K_BLOCK: gl.constexpr):
+    """How many rows list `at` names: whole blocks, but for the end of a short last one."""
+    listed = gl.load(count + at)
+    named = listed * K_BLOCK
+    if (rows % K_BLOCK != 0) & (listed > 0):
+        last = gl.load(index + at * picks + listed - 1)
+        named -= gl.maximum((last + 1) * K_BLOCK - rows, 0)
+    return named
 
 
 @gluon.jit
 def _load_blocks(
     q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
+    block_rows, index, count, picks, batch_lists, head_lists,
+    far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
     REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
-    FAR: gl.constexpr,
+    FAR: gl.constexpr, K_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Queries and the blocks of the first source, by one warp."""
     BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
     PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     step, turn = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         b, h, n, tile = _place(item, blocks, heads, TILES)
         g = h // REPEAT
-        listed = _count(count, count_strides, b, h, n)
+        at = _list(b, h, n, batch_lists, head_lists)
+        listed = gl.load(count + at)
         far_listed = 0
         if FAR:
-            far_listed = _count(far_count, far_count_strides, b, h, n)
-        list_at = _list(index, index_strides, b, h, n)
+            far_at = _list(b, h, n, far_batch_lists, far_head_lists)
+            far_listed = _rows_of(far_index, far_count, far_at, far_picks, far_rows, K_BLOCK)
+        list_at = index + at * picks
         for group in gl.static_range(GROUPS):
             mbarrier.wait(q_empty.index(turn % Q_STAGES * GROUPS + group), turn // Q_STAGES & 1 ^ 1)
         which = gl.arange(0, 2, PAIR)
@@ -88,6 +98,8 @@ def _load_blocks(
             row = gl.load(list_at + j) * BK
             s, phase = step % STAGES, step // STAGES & 1
             mbarrier.wait(k_empty.index(s), phase ^ 1)
+            block_rows.index(s).store(gl.full([1], row, gl.int32, ONE))
+            _sync()
             mbarrier.expect(k_full.index(s), BK * D * BYTES)
             tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s))
             mbarrier.wait(v_empty.index(s), phase ^ 1)
@@ -99,8 +111,8 @@ def _load_blocks(
 @gluon.jit
 def _load_rows(
     far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
-    far_k_strides, far_v_strides, far_bias_strides, far_index_strides, far_count_strides, items, blocks, heads,
-    REPEAT: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
+    far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists, far_rows,
+    items, blocks, heads, REPEAT: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
     K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr, SEGMENT: gl.constexpr,
 ):  # fmt: skip
     """The rows of the second source, gathered by two warps."""
@@ -113,11 +125,12 @@ def _load_rows(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         b, h, n, _ = _place(item, blocks, heads, TILES)
         g = h // REPEAT
-        listed = _count(far_count, far_count_strides, b, h, n) * K_BLOCK
-        far_at = _list(far_index, far_index_strides, b, h, n)
+        at = _list(b, h, n, far_batch_lists, far_head_lists)
+        listed = _rows_of(far_index, far_count, at, far_picks, far_rows, K_BLOCK)
+        far_at = far_index + at * far_picks
         k_at = far_k + b.to(gl.int64) * far_k_strides[0] + g.to(gl.int64) * far_k_strides[1]
         v_at = far_v + b.to(gl.int64) * far_v_strides[0] + g.to(gl.int64) * far_v_strides[1]
-        bias_at = far_bias + b * far_bias_strides[0] + g * far_bias_strides[1]
+        bias_at = far_bias + b.to(gl.int64) * bias_batch + g.to(gl.int64) * bias_head
         for segment in range(0, listed, SEGMENT):
             # the rows that many tiles' worth of the list names: one wait for them instead of one a tile
             spot = segment + gl.arange(0, SEGMENT, flat)
@@ -201,8 +214,8 @@ def _soften_scaled(scores, peak, mass, factor):
 @gluon.jit
 def _compute(
     out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
-    out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+    block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+    items, blocks, heads, tokens, rows, reach, sinks, scale,
     GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, REACH: gl.constexpr,
@@ -215,11 +228,11 @@ def _compute(
     of_value: gl.constexpr = gl.SliceLayout(1, value)
     dtype: gl.constexpr = q_ring.dtype
     PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     factor = scale * LOG2E
     step, far_step, turn = 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         b, h, n, tile = _place(item, blocks, heads, TILES)
-        list_at = _list(index, index_strides, b, h, n)
         inside = (tile * GROUPS + GROUP) * 64
         first = n * Q_BLOCK + inside
 
@@ -235,9 +248,9 @@ def _compute(
         listed = gl.sum(gl.where(which == 0, pair, 0), 0)
         far_listed = gl.sum(gl.where(which == 1, pair, 0), 0)
         if listed > 0:
-            row = gl.load(list_at) * BK
             s = step % STAGES
             mbarrier.wait(k_full.index(s), step // STAGES & 1)
+            row = gl.max(block_rows.index(s).load(ONE), 0)
             keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
             scores = warpgroup_mma(queries, keys, scores, use_acc=False)
             _sync()
@@ -245,13 +258,13 @@ def _compute(
             scores = _hide(scores, row, first, rows, reach, sinks, score, BK, CAUSAL, REACH)
             weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
             operand = gl.convert_layout(weights.to(dtype), left)
-            for j in range(1, listed):
-                row = gl.load(list_at + j) * BK
+            for _ in range(1, listed):
                 last = step % STAGES
                 last_phase = step // STAGES & 1
                 step += 1
                 s = step % STAGES
                 mbarrier.wait(k_full.index(s), step // STAGES & 1)
+                row = gl.max(block_rows.index(s).load(ONE), 0)
                 keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
                 product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(last), last_phase)
@@ -284,13 +297,11 @@ def _compute(
                 # these copies were ordinary writes to shared memory; the tensor cores read it another way
                 fence_async_shared()
                 far_scores = warpgroup_mma(queries, fk_ring.index(f).permute((1, 0)), far_scores, use_acc=False)
-                far_scores = _weigh(
-                    far_scores, bias_ring.index(f), 0, far_listed * K_BLOCK, factor, far_score, BF, BIAS
-                )
+                far_scores = _weigh(far_scores, bias_ring.index(f), 0, far_listed, factor, far_score, BF, BIAS)
                 far_weights, peak, mass, far_fade = _soften(far_scores, peak, mass)
                 acc = acc * gl.convert_layout(far_fade, of_value)[:, None]
                 far_operand = gl.convert_layout(far_weights.to(dtype), left)
-                for start in range(BF, far_listed * K_BLOCK, BF):
+                for start in range(BF, far_listed, BF):
                     before = far_step % FAR_STAGES
                     far_step += 1
                     f = far_step % FAR_STAGES
@@ -301,9 +312,7 @@ def _compute(
                     )
                     summed = warpgroup_mma(far_operand, fv_ring.index(before), acc, is_async=True)
                     far_scores = warpgroup_mma_wait(1, deps=[product])
-                    far_scores = _weigh(
-                        far_scores, bias_ring.index(f), start, far_listed * K_BLOCK, factor, far_score, BF, BIAS
-                    )
+                    far_scores = _weigh(far_scores, bias_ring.index(f), start, far_listed, factor, far_score, BF, BIAS)
                     far_weights, peak, mass, far_fade = _soften(far_scores, peak, mass)
                     acc, far_operand = warpgroup_mma_wait(0, deps=[summed, far_operand])
                     _sync()
@@ -317,34 +326,34 @@ def _compute(
                 far_step += 1
             peak = gl.convert_layout(peak, per_row)
             mass = gl.convert_layout(mass, per_row)
+        # one division a query, not one a value
+        share = 1.0 / gl.where(mass > 0, mass, 1.0)
+        acc = acc * gl.convert_layout(share, of_value)[:, None]
+        # the queries are done with: their place in shared memory is where the result leaves from
+        q_ring.index(slot).reshape([64, D]).store(acc.to(dtype))
+        fence_async_shared()
+        _sync()
+        tma.async_copy_shared_to_global(out, [b, h, first, 0], q_ring.index(slot))
+        at = first + gl.arange(0, 64, per_row)
+        lse_at = lse + (b.to(gl.int64) * heads + h) * tokens
+        # log2(0) = -inf is what a query that read nothing has
+        gl.store(lse_at + at, (peak + gl.log2(mass)) * LN2, at < tokens)
+        tma.store_wait(0)
         _sync()
         mbarrier.arrive(q_empty.index(slot), count=1)
         turn += 1
 
-        # one division a query, not one a value
-        share = 1.0 / gl.where(mass > 0, mass, 1.0)
-        acc = acc * gl.convert_layout(share, of_value)[:, None]
-        at = first + gl.arange(0, 64, of_value)
-        asked = (at < tokens) & (inside + gl.arange(0, 64, of_value) < Q_BLOCK)
-        columns = gl.arange(0, E, gl.SliceLayout(0, value))
-        out_at = out + b.to(gl.int64) * out_strides[0] + h.to(gl.int64) * out_strides[1]
-        gl.store(out_at + at.to(gl.int64)[:, None] * out_strides[2] + columns[None, :], acc.to(dtype), asked[:, None])
-        at = first + gl.arange(0, 64, per_row)
-        asked = (at < tokens) & (inside + gl.arange(0, 64, per_row) < Q_BLOCK)
-        lse_at = lse + b.to(gl.int64) * lse_strides[0] + h.to(gl.int64) * lse_strides[1]
-        # log2(0) = -inf is what a query that read nothing has
-        gl.store(lse_at + at, (peak + gl.log2(mass)) * LN2, asked)
 
-
-VARIES = ["items", "blocks", "heads", "tokens", "rows", "reach", "sinks", "index_strides", "count_strides"]
-VARIES += ["lse_strides", "far_bias_strides", "far_index_strides", "far_count_strides"]
+# what varies with the length or the step must not make another kernel. Inside a tuple it would: the strides of the far
+# rows are multiples of their width at any length
+VARIES = ["items", "blocks", "heads", "tokens", "rows", "reach", "sinks", "picks", "batch_lists", "head_lists"]
+VARIES += ["bias_batch", "bias_head", "far_picks", "far_batch_lists", "far_head_lists", "far_rows"]
 
 
 @gluon.jit(do_not_specialize=VARIES)
 def attend_hopper(
-    q, k, v, out, lse, index, count, far_k, far_v, far_bias, far_index, far_count,
-    index_strides, count_strides, out_strides, lse_strides,
-    far_k_strides, far_v_strides, far_bias_strides, far_index_strides, far_count_strides,
+    q, k, v, out, lse, index, count, far_k, far_v, far_bias, far_index, far_count, far_k_strides, far_v_strides,
+    picks, batch_lists, head_lists, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists, far_rows,
     items, blocks, heads, tokens, rows, reach, sinks, scale,
     REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
@@ -358,6 +367,8 @@ def attend_hopper(
     v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BK, E], v.layout)
     # how many entries the two lists of a tile have
     counts = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # where the block of a stage begins
+    block_rows = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * GROUPS, 1], bars)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * GROUPS, 1], bars)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
@@ -393,84 +404,88 @@ def attend_hopper(
         gl.warp_specialize([
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
-                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                items, blocks, heads, tokens, rows, reach, sinks, scale,
                 0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_load_rows, (
                 far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
-                far_k_strides, far_v_strides, far_bias_strides, far_index_strides, far_count_strides,
-                items, blocks, heads, REPEAT, TILES, D, E, K_BLOCK, BF, FAR_STAGES, BIAS, SEGMENT,
+                far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists,
+                far_rows, items, blocks, heads, REPEAT, TILES, D, E, K_BLOCK, BF, FAR_STAGES, BIAS, SEGMENT,
             )),
             (_load_blocks, (
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
-                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR,
+                block_rows, index, count, picks, batch_lists, head_lists,
+                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
+                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
             )),
         ], [2, 1], [REGISTERS, REGISTERS])  # fmt: skip
     elif GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
-                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                items, blocks, heads, tokens, rows, reach, sinks, scale,
                 0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_load_blocks, (
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
-                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR,
+                block_rows, index, count, picks, batch_lists, head_lists,
+                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
+                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
             )),
         ], [1], [24])  # fmt: skip
     elif FAR:
         gl.warp_specialize([
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
-                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                items, blocks, heads, tokens, rows, reach, sinks, scale,
                 0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
-                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                items, blocks, heads, tokens, rows, reach, sinks, scale,
                 1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_load_rows, (
                 far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
-                far_k_strides, far_v_strides, far_bias_strides, far_index_strides, far_count_strides,
-                items, blocks, heads, REPEAT, TILES, D, E, K_BLOCK, BF, FAR_STAGES, BIAS, SEGMENT,
+                far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists,
+                far_rows, items, blocks, heads, REPEAT, TILES, D, E, K_BLOCK, BF, FAR_STAGES, BIAS, SEGMENT,
             )),
             (_load_blocks, (
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
-                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR,
+                block_rows, index, count, picks, batch_lists, head_lists,
+                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
+                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
             )),
         ], [4, 2, 1], [(504 - REGISTERS) // 16 * 8, REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
-                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                items, blocks, heads, tokens, rows, reach, sinks, scale,
                 0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, index_strides, fk_ring, fv_ring, bias_ring, far_full, far_empty,
-                out_strides, lse_strides, items, blocks, heads, tokens, rows, reach, sinks, scale,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                items, blocks, heads, tokens, rows, reach, sinks, scale,
                 1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_load_blocks, (
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                index, count, index_strides, count_strides, far_count, far_count_strides, items, blocks, heads,
-                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR,
+                block_rows, index, count, picks, batch_lists, head_lists,
+                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
+                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -505,9 +520,9 @@ TILES = {
     (64, 64, 64, False): Tiles(1, 2, programs=3, registers=80),
     (128, 64, 64, False): Tiles(1, 2, programs=2, registers=128),
     (64, 64, 64, True): Tiles(1, 1, programs=3, registers=80, loading=40),
-    (128, 64, 64, True): Tiles(1, 2, programs=2, registers=128, q_stages=1, far_rows=32, loading=40),
-    (64, 128, 128, True): Tiles(2, 2, far_stages=4, loading=56),
-    (128, 128, 128, True): Tiles(2, 1, loading=56),
+    (128, 64, 64, True): Tiles(1, 1, programs=2, registers=128, far_rows=32, loading=40),
+    (64, 128, 128, True): Tiles(1, 1, programs=2, registers=128, loading=40),
+    (128, 128, 128, True): Tiles(2, 1, q_stages=1, far_stages=3, loading=56),
     # not measured: they fit
     (64, 64, 128, False): Tiles(1, 2, programs=2, registers=128),
     (128, 64, 128, False): Tiles(1, 2),
@@ -548,24 +563,27 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     q, k, v, bias, _, _, _, _, index, count, plans, scale = call
     batch, heads, tokens, width = q.shape
     near, far, two = plans[0], plans[-1], len(k) > 1
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     blocks = index[0].shape[2]
     tiles = TILES[width, 64 if near.q_block % 128 else 128, near.k_block, two]
     parts = near.q_block // (64 * tiles.groups)
     items = batch * heads * blocks * parts
-    far_bias = bias[-1].float().expand(batch, k[0].shape[1], -1) if bias[-1].dim() > 1 else lse
+    near_lists = _lists(index[0], count[0])
+    far_lists = _lists(index[1], count[1]) if two else near_lists
+    weighted = bias[-1].dim() > 1
+    far_bias = bias[-1].float().contiguous() if weighted else lse
+    bias_strides = [0 if n == 1 else s for n, s in zip(far_bias.shape[:2], far_bias.stride(), strict=False)]
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     attend_hopper[(min(items, _processors(q.device) * tiles.programs),)](
-        _descriptor(q, 64), _descriptor(k[0], near.k_block), _descriptor(v[0], near.k_block), out, lse,
-        index[0], count[0], k[-1], v[-1], far_bias, index[-1], count[-1],
-        _shared_strides(index[0]), _shared_strides(count[0]), out.stride(), lse.stride(),
-        k[-1].stride(), v[-1].stride(), far_bias.stride(), _shared_strides(index[-1]), _shared_strides(count[-1]),
+        _descriptor(q, 64), _descriptor(k[0], near.k_block), _descriptor(v[0], near.k_block), _descriptor(out, 64),
+        lse, *near_lists[:2], k[-1], v[-1], far_bias, *far_lists[:2],
+        k[-1].stride(), v[-1].stride(), *near_lists[2:], *bias_strides, *far_lists[2:], k[-1].shape[2],
         items, blocks, heads, tokens, k[0].shape[2], near.reach, near.sinks, scale,
         REPEAT=heads // k[0].shape[1], TILES=parts, GROUPS=tiles.groups, Q_BLOCK=near.q_block, BK=near.k_block,
         D=width, E=width, Q_STAGES=tiles.q_stages, STAGES=tiles.stages, CAUSAL=bool(near.causal),
         REACH=near.reach >= 0, FAR=two, K_BLOCK=far.k_block if two else 1, BF=tiles.far_rows,
-        FAR_STAGES=tiles.far_stages, BIAS=bias[-1].dim() > 1, SEGMENT=SEGMENT, REGISTERS=tiles.loading,
+        FAR_STAGES=tiles.far_stages, BIAS=weighted, SEGMENT=SEGMENT, REGISTERS=tiles.loading,
         num_warps=4, **bounds,
     )  # fmt: skip
     return out, lse
@@ -592,9 +610,11 @@ def _swizzled(rows: int, width: int, dtype: torch.dtype):
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], kind)
 
 
-def _shared_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of lists [1|B, 1|H, ...]: 0 where all share one."""
-    return tuple(0 if i < 2 and n == 1 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True)))
+def _lists(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
+    """Lists [1|B, 1|H, N, P] one behind the other, how long each is, how far those of batches and heads are apart."""
+    batches, heads, blocks, picks = index.shape
+    apart = 0 if batches == 1 else heads * blocks, 0 if heads == 1 else blocks
+    return index.contiguous(), count.contiguous(), picks, *apart
 
 
 @cache
