@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import attend_backward_hopper as hopper
 from farfield.kernels.transpose import Readers, piece_of, transpose
 from farfield.ops.attend import Call
 
@@ -616,7 +617,8 @@ def query_tiles(wide: int, size: int, dtype: torch.dtype, shares: bool) -> Tiles
         # bound by latency: small tiles, so that many programs are at work
         return Tiles(min(size, 128), 32, 8 if size >= 128 else 4, 2)
     if wide <= 64:
-        return Tiles(min(size, 64), 64, 4, 3)
+        # three programs a multiprocessor
+        return Tiles(min(size, 64), 64, 4, 3, 168 if size >= 64 else None)
     return Tiles(min(size, 128), 64, 8 if size >= 64 else 4, 3)
 
 
@@ -628,7 +630,7 @@ def row_tiles(wide: int, k_block: int, size: int, dtype: torch.dtype) -> Tiles:
         return Tiles(min(size, 32), min(k_block, 64), 8 if k_block >= 64 else 4, 2)
     if k_block >= 128:
         return Tiles(min(size, 64 if wide <= 64 else 32), 128, 8, 3)
-    return Tiles(min(size, 64), k_block, 8 if k_block == 64 and wide == 128 else 4, 2)
+    return Tiles(min(size, 64 if wide <= 64 else 32), k_block, 8 if k_block == 64 and wide == 128 else 4, 2)
 
 
 class _Source(NamedTuple):
@@ -724,6 +726,14 @@ def attend_backward(
             torch.empty(batch * units * readers.pieces * plan.k_block * x, dtype=torch.float32, device=q.device)
             for x in (width, value_width, 1)
         ]
+        plain = not (asked["POSITION"] or asked["GROUP"] or any(x for name, x in s.flags.items() if name != "CAUSAL"))
+        if plain and hopper.wants_rows(q, d_out, s.k, s.v, plan.k_block, q_block):
+            hopper.rows_backward(
+                q, d_out, s.k, s.v, shift, delta, readers, grad[:2], pieces[:2], q_block=q_block, k_block=plan.k_block,
+                stack=stack, repeat=s.repeat, blocks=blocks, causal=s.flags["CAUSAL"], scale=scale,
+            )  # fmt: skip
+            _join_pieces(s, plan.k_block, pieces, grad, readers, 0, batch * units, units, sizes)
+            continue
         k_tiles = -(-plan.k_block // tiles.rows)
         attend_backward_rows[(batch * units * (s.row_blocks + readers.pieces) * k_tiles,)](
             q, d_out, delta, shift, position, group, *s.tensors[:5], readers.start, readers.reader,

@@ -1,0 +1,410 @@
+"""attend on Hopper GPUs, backward: dk and dv of large row blocks, by warps with roles, in Gluon.
+
+A program stays on its multiprocessor and works through row blocks and pieces of the readers of others, as
+attend_backward_rows does. One warp only copies: rows of a block, then tile after tile the queries that read it with
+their dout, shift and delta, in rings that run ahead into the next row block. Each group of four computing warps owns 64
+rows, whose dk and dv stay in registers: the two products of the next tile are under way together with the two sums of
+the last one while weights are taken.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from farfield.kernels.attend_hopper import _aligned, _descriptor, _processors
+from farfield.kernels.transpose import Readers
+
+LOG2E = gl.constexpr(1.4426950408889634)
+TOLD = gl.constexpr(4)  # row blocks that the loading warp may run ahead, as long as most of them are nothing to do
+
+# Triton 3.7 has renamed it
+_sync = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def _load(
+    q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+    told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
+    shift, delta, start, reader, key, segment_strides, items, heads, blocks, row_blocks, pieces, most, base,
+    STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Everything that the products take, by one warp."""
+    BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
+    FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    TILES: gl.constexpr = Q_BLOCK // BQ
+    units = heads // STACK
+    step, turn, message = 0, 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        unit, x = item // (row_blocks + pieces), item % (row_blocks + pieces)
+        b, u = unit // units, unit % units
+        g = u // REPEAT
+        segment = b * segment_strides[0] + u * segment_strides[1]
+        start_at = start + segment * (row_blocks + 1)
+        zero = gl.load(start_at)
+        # as transpose.piece_of
+        piece = x - row_blocks
+        at = zero + (piece + 1) * (most // 2) - 1
+        found = (piece >= 0) & (at < gl.load(start_at + row_blocks))
+        owner = (gl.load(key + at, mask=found, other=0) - base).to(gl.int32) - segment * (row_blocks + 1)
+        m = gl.where(piece >= 0, gl.where(found, owner, row_blocks), x)
+        there = m < row_blocks
+        first = gl.load(start_at + m, mask=there, other=0)
+        last = gl.load(start_at + m + 1, mask=there, other=0)
+        cut = last - first > most
+        own = first + (piece - (2 * (first - zero)) // most) * most
+        begin = gl.where(piece >= 0, own, first)
+        part = gl.where(cut & (own < last), gl.minimum(last - own, most), -1)
+        count = gl.where(piece >= 0, part, gl.where(cut, -1, last - first))
+
+        slot = message % TOLD
+        mbarrier.wait(told_empty.index(slot), message // TOLD & 1 ^ 1)
+        which = gl.arange(0, 4, FOUR)
+        word = gl.where(which == 0, count, gl.where(which == 1, m, gl.where(which == 2, piece, begin)))
+        told.index(slot).store(word)
+        _sync()
+        mbarrier.arrive(told_full.index(slot), count=1)
+        message += 1
+        if count > 0:
+            s = turn % K_STAGES
+            mbarrier.wait(k_empty.index(s), turn // K_STAGES & 1 ^ 1)
+            mbarrier.expect(k_full.index(s), GROUPS * 64 * (D + E) * BYTES)
+            for group in gl.static_range(GROUPS):
+                row = (m * GROUPS + group) * 64
+                tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s * GROUPS + group))
+                tma.async_copy_global_to_shared(v, [b, g, row, 0], k_full.index(s), v_ring.index(s * GROUPS + group))
+            turn += 1
+            for j in range(count * (STACK * TILES)):
+                n = gl.load(reader + begin + j // (STACK * TILES))
+                h = u * STACK + j // TILES % STACK
+                i = n * Q_BLOCK + j % TILES * BQ
+                s = step % STAGES
+                mbarrier.wait(empty.index(s), step // STAGES & 1 ^ 1)
+                mbarrier.expect(q_full.index(s), BQ * D * BYTES)
+                tma.async_copy_global_to_shared(q, [b, h, i, 0], q_full.index(s), q_ring.index(s))
+                mbarrier.expect(d_full.index(s), BQ * E * BYTES)
+                tma.async_copy_global_to_shared(d_out, [b, h, i, 0], d_full.index(s), d_ring.index(s))
+                stat = (b * heads + h).to(gl.int64) * (blocks * Q_BLOCK) + i + gl.arange(0, BQ, flat)
+                async_copy.async_copy_global_to_shared(shift_ring.index(s), shift + stat)
+                async_copy.async_copy_global_to_shared(delta_ring.index(s), delta + stat)
+                async_copy.mbarrier_arrive(stat_full.index(s), increment_count=False)
+                step += 1
+
+
+@gluon.jit
+def _weigh(scores, shift_at, row, i, factor, layout: gl.constexpr, BQ: gl.constexpr, CAUSAL: gl.constexpr):
+    """Products of 64 rows and BQ queries as softmax weights; 0 where the query is before the row."""
+    weights = gl.exp2(scores * factor - shift_at.load(gl.SliceLayout(0, layout))[None, :])
+    if CAUSAL:
+        past = row + 63 <= i
+        if not past:
+            rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+            queries = i + gl.arange(0, BQ, gl.SliceLayout(0, layout))[None, :]
+            weights = gl.where(rows <= queries, weights, 0.0)
+    return weights
+
+
+@gluon.jit
+def _query(reader, begin, j, Q_BLOCK: gl.constexpr, BQ: gl.constexpr, STACK: gl.constexpr, CAUSAL: gl.constexpr):
+    """The first query of a tile; without CAUSAL nobody asks."""
+    i = 0
+    if CAUSAL:
+        TILES: gl.constexpr = Q_BLOCK // BQ
+        i = gl.load(reader + begin + j // (STACK * TILES)) * Q_BLOCK + j % TILES * BQ
+    return i
+
+
+@gluon.jit
+def _compute(
+    d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+    told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
+    reader, items, rows, row_blocks, pieces, scale,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    AHEAD: gl.constexpr,
+):  # fmt: skip
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])
+    of_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    left_k: gl.constexpr = gl.DotOperandLayout(0, of_k, 2)
+    left_v: gl.constexpr = gl.DotOperandLayout(0, of_v, 2)
+    of_query: gl.constexpr = gl.SliceLayout(0, score)
+    dtype: gl.constexpr = q_ring.dtype
+    FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    factor = scale * LOG2E
+    step, turn, message = 0, 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        slot = message % TOLD
+        mbarrier.wait(told_full.index(slot), message // TOLD & 1)
+        which = gl.arange(0, 4, FOUR)
+        word = told.index(slot).load(FOUR)
+        count = gl.sum(gl.where(which == 0, word, 0), 0)
+        m = gl.sum(gl.where(which == 1, word, 0), 0)
+        piece = gl.sum(gl.where(which == 2, word, 0), 0)
+        begin = gl.sum(gl.where(which == 3, word, 0), 0)
+        _sync()
+        mbarrier.arrive(told_empty.index(slot), count=1)
+        message += 1
+        if count >= 0:
+            row = (m * GROUPS + GROUP) * 64
+            acc_k = gl.zeros([64, D], gl.float32, of_k)
+            acc_v = gl.zeros([64, E], gl.float32, of_v)
+            if count > 0:
+                own = turn % K_STAGES * GROUPS + GROUP
+                keys = k_ring.index(own).reshape([64, D])
+                values = v_ring.index(own).reshape([64, E])
+                mbarrier.wait(k_full.index(turn % K_STAGES), turn // K_STAGES & 1)
+                scores = gl.zeros([64, BQ], gl.float32, score)
+                d_weights = gl.zeros([64, BQ], gl.float32, score)
+                if AHEAD:
+                    s = step % STAGES
+                    phase = step // STAGES & 1
+                    mbarrier.wait(q_full.index(s), phase)
+                    queries = q_ring.index(s).reshape([BQ, D]).permute((1, 0))
+                    product = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
+                    mbarrier.wait(d_full.index(s), phase)
+                    d_tile = d_ring.index(s).reshape([BQ, E]).permute((1, 0))
+                    d_product = warpgroup_mma(values, d_tile, d_weights, use_acc=False, is_async=True)
+                    mbarrier.wait(stat_full.index(s), phase)
+                    i = _query(reader, begin, 0, Q_BLOCK, BQ, STACK, CAUSAL)
+                    scores = warpgroup_mma_wait(1, deps=[product])
+                    scores = _weigh(scores, shift_ring.index(s), row, i, factor, score, BQ, CAUSAL)
+                    d_weights = warpgroup_mma_wait(0, deps=[d_product])
+                    d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
+                    weights = gl.convert_layout(scores.to(dtype), left_v)
+                    d_scores = gl.convert_layout(d_weights.to(dtype), left_k)
+                    for j in range(1, count * (STACK * (Q_BLOCK // BQ))):
+                        before = step % STAGES
+                        step += 1
+                        s = step % STAGES
+                        phase = step // STAGES & 1
+                        mbarrier.wait(q_full.index(s), phase)
+                        queries = q_ring.index(s).reshape([BQ, D]).permute((1, 0))
+                        product = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
+                        mbarrier.wait(d_full.index(s), phase)
+                        d_tile = d_ring.index(s).reshape([BQ, E]).permute((1, 0))
+                        d_product = warpgroup_mma(values, d_tile, d_weights, use_acc=False, is_async=True)
+                        sum_of_v = warpgroup_mma(weights, d_ring.index(before).reshape([BQ, E]), acc_v, is_async=True)
+                        sum_of_k = warpgroup_mma(d_scores, q_ring.index(before).reshape([BQ, D]), acc_k, is_async=True)
+                        mbarrier.wait(stat_full.index(s), phase)
+                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, CAUSAL)
+                        scores = warpgroup_mma_wait(3, deps=[product])
+                        scores = _weigh(scores, shift_ring.index(s), row, i, factor, score, BQ, CAUSAL)
+                        d_weights = warpgroup_mma_wait(2, deps=[d_product])
+                        d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
+                        acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
+                        acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
+                        _sync()
+                        mbarrier.arrive(empty.index(before), count=1)
+                        weights = gl.convert_layout(scores.to(dtype), left_v)
+                        d_scores = gl.convert_layout(d_weights.to(dtype), left_k)
+                    before = step % STAGES
+                    step += 1
+                    sum_of_v = warpgroup_mma(weights, d_ring.index(before).reshape([BQ, E]), acc_v, is_async=True)
+                    sum_of_k = warpgroup_mma(d_scores, q_ring.index(before).reshape([BQ, D]), acc_k, is_async=True)
+                    acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
+                    acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
+                    _sync()
+                    mbarrier.arrive(empty.index(before), count=1)
+                else:
+                    for j in range(count * (STACK * (Q_BLOCK // BQ))):
+                        s = step % STAGES
+                        phase = step // STAGES & 1
+                        mbarrier.wait(q_full.index(s), phase)
+                        queries = q_ring.index(s).reshape([BQ, D])
+                        product = warpgroup_mma(keys, queries.permute((1, 0)), scores, use_acc=False, is_async=True)
+                        mbarrier.wait(d_full.index(s), phase)
+                        d_tile = d_ring.index(s).reshape([BQ, E])
+                        d_product = warpgroup_mma(
+                            values, d_tile.permute((1, 0)), d_weights, use_acc=False, is_async=True
+                        )
+                        mbarrier.wait(stat_full.index(s), phase)
+                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, CAUSAL)
+                        scores = warpgroup_mma_wait(1, deps=[product])
+                        scores = _weigh(scores, shift_ring.index(s), row, i, factor, score, BQ, CAUSAL)
+                        weights = gl.convert_layout(scores.to(dtype), left_v)
+                        sum_of_v = warpgroup_mma(weights, d_tile, acc_v, is_async=True)
+                        d_weights = warpgroup_mma_wait(1, deps=[d_product])
+                        d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
+                        d_scores = gl.convert_layout(d_weights.to(dtype), left_k)
+                        sum_of_k = warpgroup_mma(d_scores, queries, acc_k, is_async=True)
+                        acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
+                        acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
+                        _sync()
+                        mbarrier.arrive(empty.index(s), count=1)
+                        step += 1
+                _sync()
+                mbarrier.arrive(k_empty.index(turn % K_STAGES), count=1)
+                turn += 1
+            acc_k = acc_k * scale
+            unit = (item // (row_blocks + pieces)).to(gl.int64)
+            lanes_k = gl.arange(0, 64, gl.SliceLayout(1, of_k))
+            lanes_v = gl.arange(0, 64, gl.SliceLayout(1, of_v))
+            at_k = lanes_k[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, of_k))[None, :]
+            at_v = lanes_v[:, None] * E + gl.arange(0, E, gl.SliceLayout(0, of_v))[None, :]
+            if piece < 0:
+                line = unit * rows + row
+                gl.store(d_k + line * D + at_k, acc_k.to(d_k.dtype.element_ty), mask=(row + lanes_k < rows)[:, None])
+                gl.store(d_v + line * E + at_v, acc_v.to(d_v.dtype.element_ty), mask=(row + lanes_v < rows)[:, None])
+            else:
+                line = (unit * pieces + piece) * (GROUPS * 64) + GROUP * 64
+                gl.store(sum_k + line * D + at_k, acc_k)
+                gl.store(sum_v + line * E + at_v, acc_v)
+
+
+VARIES = ["segment_strides", "items", "heads", "blocks", "rows", "row_blocks", "pieces", "most", "base"]
+
+
+@gluon.jit(do_not_specialize=VARIES)
+def attend_backward_rows_hopper(
+    q, d_out, k, v, shift, delta, start, reader, key, d_k, d_v, sum_k, sum_v,
+    segment_strides, items, heads, blocks, rows, row_blocks, pieces, most, base, scale,
+    STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    AHEAD: gl.constexpr, LOADING: gl.constexpr,
+):  # fmt: skip
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_ring = gl.allocate_shared_memory(k.dtype, [K_STAGES * GROUPS, 1, 1, 64, D], k.layout)
+    v_ring = gl.allocate_shared_memory(v.dtype, [K_STAGES * GROUPS, 1, 1, 64, E], v.layout)
+    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BQ, D], q.layout)
+    d_ring = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, 1, BQ, E], d_out.layout)
+    shift_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
+    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
+    # readers (none to do: -1), row block, piece and first reader of an item
+    told = gl.allocate_shared_memory(gl.int32, [TOLD, 4], plain)
+    told_full = gl.allocate_shared_memory(gl.int64, [TOLD, 1], bars)
+    told_empty = gl.allocate_shared_memory(gl.int64, [TOLD, 1], bars)
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
+    k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    d_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    stat_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    for s in gl.static_range(TOLD):
+        mbarrier.init(told_full.index(s), count=1)
+        mbarrier.init(told_empty.index(s), count=GROUPS)
+    for s in gl.static_range(K_STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=GROUPS)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(s), count=1)
+        mbarrier.init(d_full.index(s), count=1)
+        # every loading thread reports its own copies
+        mbarrier.init(stat_full.index(s), count=32)
+        mbarrier.init(empty.index(s), count=GROUPS)
+    fence_async_shared()
+
+    # constants stay constants only where they are written into the call
+    if GROUPS == 1:
+        gl.warp_specialize([
+            (_compute, (
+                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
+                reader, items, rows, row_blocks, pieces, scale,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD,
+            )),
+            (_load, (
+                q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
+                shift, delta, start, reader, key, segment_strides, items, heads, blocks, row_blocks, pieces, most, base,
+                STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES,
+            )),
+        ], [1], [LOADING])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_compute, (
+                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
+                reader, items, rows, row_blocks, pieces, scale,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD,
+            )),
+            (_compute, (
+                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
+                reader, items, rows, row_blocks, pieces, scale,
+                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD,
+            )),
+            (_load, (
+                q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
+                shift, delta, start, reader, key, segment_strides, items, heads, blocks, row_blocks, pieces, most, base,
+                STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """How a launch is cut.
+
+    Args:
+        queries: of a tile.
+        k_stages, stages: row blocks and tiles of queries in flight.
+        ahead: the products of a tile are under way while those of the tile before are added up; takes registers.
+        programs: a multiprocessor.
+        registers: of a thread at the start of the kernel; None: all there are.
+    """
+
+    queries: int
+    k_stages: int
+    stages: int
+    ahead: bool
+    programs: int = 1
+    registers: int | None = None
+
+
+# width, rows of a block -> tiles
+TILES = {
+    (64, 128): Tiles(64, 2, 4, True),
+    (128, 128): Tiles(64, 2, 2, False),
+    (64, 64): Tiles(64, 2, 4, False, programs=2, registers=128),
+    (128, 64): Tiles(32, 1, 3, True, programs=2, registers=128),
+}
+LOADING = 40  # registers of the thread that loads, where one group computes
+
+
+def rows_backward(
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, shift: Tensor, delta: Tensor, readers: Readers, grads, sums,
+    *, q_block: int, k_block: int, stack: int, repeat: int, blocks: int, causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """What attend_backward_rows computes, written into `grads` and, by pieces, into `sums`."""
+    batch, heads, _, width = q.shape
+    rows = k.shape[2]
+    row_blocks = -(-rows // k_block)
+    items = batch * (heads // stack) * (row_blocks + readers.pieces)
+    tiles = TILES[width, k_block]
+    bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
+    attend_backward_rows_hopper[(min(items, _processors(q.device) * tiles.programs),)](
+        _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
+        shift, delta, readers.start, readers.reader, readers.key, *grads, *sums,
+        readers.strides, items, heads, blocks, rows, row_blocks, readers.pieces, readers.most, readers.base, scale,
+        STACK=stack, REPEAT=repeat, GROUPS=k_block // 64, Q_BLOCK=q_block, BQ=tiles.queries, D=width, E=v.shape[-1],
+        K_STAGES=tiles.k_stages, STAGES=tiles.stages, CAUSAL=causal, AHEAD=tiles.ahead, LOADING=LOADING,
+        num_warps=4, **bounds,
+    )  # fmt: skip
+
+
+def wants_rows(q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, k_block: int, q_block: int) -> bool:
+    """Whether shapes and strides suit; nothing but a causal layout may ride along."""
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.shape[-1] == v.shape[-1]
+        and (q.shape[-1], k_block) in TILES
+        and q_block % 64 == 0
+        and all(_aligned(x) for x in (q, d_out, k, v))
+    )
