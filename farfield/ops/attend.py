@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
+from farfield.ops.eager import eager, recorded
 from farfield.types import Layout, Partial, Rows
 
 
@@ -81,26 +82,69 @@ def attend(
     joint softmax over near and far rows is Fast Multipole Attention's (arXiv:2310.11960).
     """
     sources = _check(q, [(rows, layout)] if isinstance(rows, Rows) else rows, position, group)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     none = q.new_empty(0)
-    out, lse = _forward(
+    call = Call(
         q,
         [r.k for r, _ in sources],
         [r.v for r, _ in sources],
-        [
-            none if r.bias is None else _per_head(r.bias).to(torch.promote_types(q.dtype, torch.float32))
-            for r, _ in sources
-        ],
+        [none if r.bias is None else _weights(r.bias, q) for r, _ in sources],
         [none if r.end is None else _per_head(r.end) for r, _ in sources],
         [none if r.group is None else _per_head(r.group) for r, _ in sources],
         none if position is None else _per_head(position),
         none if group is None else _per_head(group),
         [p.index for _, p in sources],
         [p.count for _, p in sources],
-        [x for _, p in sources for x in Plan(p.q_block, p.k_block, p.causal, _limit(p.reach), p.sinks)],
-        scale,
+        [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks) for _, p in sources],
+        q.shape[3] ** -0.5 if scale is None else float(scale),
     )
+    weighed = q, *call.k, *call.v, *call.bias
+    if not eager(*weighed):
+        out, lse = _forward(*call._replace(plans=_flat(call.plans)))
+    elif recorded(*weighed):
+        out, lse = _Attend.apply(call, *weighed)
+    else:
+        out, lse = _attend(call)
     return Partial(out, lse)
+
+
+def _attend(call: Call) -> tuple[Tensor, Tensor]:
+    """out and lse, by whatever takes the call."""
+    from farfield.cpu.attend import forward
+
+    if call.q.is_cuda:
+        from farfield.kernels import launch
+
+        # no kernel for this dtype, width or number of sources: the same sums in PyTorch
+        forward = forward if launch.refusal(call) else launch.attend_forward
+    return _plainly(forward, call)
+
+
+def _gradients(call: Call, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, bias_grad: bool) -> list[Tensor]:
+    """Of q, each k, each v and each bias, by whatever takes the call."""
+    from farfield.cpu.attend import backward
+
+    if call.q.is_cuda:
+        from farfield.kernels import attend_backward, launch
+
+        backward = backward if launch.refusal(call) else attend_backward.attend_backward
+    return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)
+
+
+class _Attend(torch.autograd.Function):
+    """The operation below without the dispatcher; lists of tensors are flat here."""
+
+    @staticmethod
+    def forward(ctx, call: Call, *weighed: Tensor):
+        out, lse = _attend(call)
+        ctx.plans, ctx.scale, ctx.sources = call.plans, call.scale, len(call.k)
+        _keep(ctx, out, lse, call)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        out, lse, call = _kept(ctx)
+        bias_grad = any(ctx.needs_input_grad[-ctx.sources :])
+        return None, *_differentiated(call, d_out, d_lse, out, lse, bias_grad)
 
 
 # The schema is flat: an absent tensor is an empty one, because lists of optional tensors carry no gradient.
@@ -121,22 +165,7 @@ def _forward(
     plan: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    from farfield.cpu.attend import forward
-
-    return _plainly(forward, Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale))
-
-
-@_forward.register_kernel("cuda")
-def _(q, k, v, bias, end, row_group, position, group, index, count, plan, scale):
-    from farfield.kernels.launch import attend_forward, refusal
-
-    call = Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
-    if refusal(call):
-        # no kernel for this dtype, width or number of sources: the same sums in PyTorch
-        from farfield.cpu.attend import forward
-    else:
-        forward = attend_forward
-    return _plainly(forward, call)
+    return _attend(Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale))
 
 
 @_forward.register_fake
@@ -165,24 +194,8 @@ def _backward(
     scale: float,
     bias_grad: bool,
 ) -> list[Tensor]:
-    from farfield.cpu.attend import backward
-
     call = Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
-    return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)
-
-
-@_backward.register_kernel("cuda")
-def _(
-    d_out, d_lse, out, lse, q, k, v, bias, end, row_group, position, group, index, count, plan, scale, bias_grad
-):  # fmt: skip
-    from farfield.kernels.launch import refusal
-
-    call = Call(q, k, v, bias, end, row_group, position, group, index, count, _plans(plan), scale)
-    if refusal(call):
-        from farfield.cpu.attend import backward
-    else:
-        from farfield.kernels.attend_backward import attend_backward as backward
-    return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)
+    return _gradients(call, d_out, d_lse, out, lse, bias_grad)
 
 
 @_backward.register_fake
@@ -191,23 +204,38 @@ def _(d_out, d_lse, out, lse, q, k, v, bias, *rest):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, bias, end, row_group, position, group, index, count, ctx.plan, ctx.scale = inputs
-    ctx.sources = len(k)
-    ctx.save_for_backward(*output, q, position, group, *k, *v, *bias, *end, *row_group, *index, *count)
+    *tensors, plan, ctx.scale = inputs
+    ctx.plans, ctx.sources = _plans(plan), len(inputs[1])
+    _keep(ctx, *output, Call(*tensors, ctx.plans, ctx.scale))
 
 
 def _differentiate(ctx, d_out, d_lse):
     # lse has a gradient of its own: merge() weighs partial results by it
-    out, lse, q, position, group, *rest = ctx.saved_tensors
+    out, lse, call = _kept(ctx)
+    grads = _differentiated(call, d_out, d_lse, out, lse, any(ctx.needs_input_grad[3]))
     n = ctx.sources
-    k, v, bias, end, row_group, index, count = (rest[i * n : (i + 1) * n] for i in range(7))
-    grads = _backward(
-        d_out, d_lse, out, lse, q, k, v, bias, end, row_group, position, group, index, count, ctx.plan, ctx.scale,
-        any(ctx.needs_input_grad[3]),
-    )  # fmt: skip
     d_q, d_k, d_v, d_bias = grads[0], grads[1 : n + 1], grads[n + 1 : 2 * n + 1], grads[2 * n + 1 :]
     nothing = [None] * n
     return d_q, d_k, d_v, d_bias, nothing, nothing, None, None, nothing, nothing, None, None
+
+
+def _keep(ctx, out: Tensor, lse: Tensor, call: Call) -> None:
+    q, k, v, bias, end, row_group, position, group, index, count, _, _ = call
+    ctx.save_for_backward(out, lse, q, position, group, *k, *v, *bias, *end, *row_group, *index, *count)
+
+
+def _kept(ctx) -> tuple[Tensor, Tensor, Call]:
+    out, lse, q, position, group, *rest = ctx.saved_tensors
+    n = ctx.sources
+    k, v, bias, end, row_group, index, count = (rest[i * n : (i + 1) * n] for i in range(7))
+    return out, lse, Call(q, k, v, bias, end, row_group, position, group, index, count, ctx.plans, ctx.scale)
+
+
+def _differentiated(call: Call, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, bias_grad: bool):
+    # the registered operation refuses a gradient of its gradients
+    if torch.is_grad_enabled() or not eager(d_out, d_lse, call.q):
+        return _backward(d_out, d_lse, out, lse, *call._replace(plans=_flat(call.plans)), bias_grad)
+    return _gradients(call, d_out, d_lse, out, lse, bias_grad)
 
 
 def _refuse(ctx, *grads):
@@ -220,7 +248,10 @@ _backward.register_autograd(_refuse)
 
 def _plainly(implementation, call: Call, *more):
     """What is computed in float32 stays so, whatever autocast would make of it."""
-    with torch.autocast(call.q.device.type, enabled=False):
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device):
+        return implementation(call, *more)
+    with torch.autocast(device, enabled=False):
         return implementation(call, *more)
 
 
@@ -229,8 +260,15 @@ def _plans(flat: Sequence[int]) -> list[Plan]:
     return [Plan(*flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
-def _limit(reach: int | None) -> int:
-    return -1 if reach is None else reach
+def _flat(plans: Sequence[Plan]) -> list[int]:
+    return [x for plan in plans for x in plan]
+
+
+def _weights(bias: Tensor, q: Tensor) -> Tensor:
+    """Per head, in float32 or wider."""
+    bias = _per_head(bias)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return bias if bias.dtype == wide else bias.to(wide)
 
 
 def _per_head(x: Tensor) -> Tensor:
@@ -240,32 +278,33 @@ def _per_head(x: Tensor) -> Tensor:
 
 def _check(
     q: Tensor, given: Sequence[tuple[Rows, Layout | None]], position: Tensor | None, group: Tensor | None
-) -> list[tuple[Rows, Layout]]:
+) -> Sequence[tuple[Rows, Layout]]:
     """The sources, once everything fits together."""
-    sources: list[tuple[Rows, Layout]] = []
     if not given:
         raise ValueError("attend: needs at least one (rows, layout) source")
     if not q.is_floating_point() or q.dim() != 4:
         raise TypeError(f"attend: q must be floating point [B, H, T, D], got {q.dtype} {list(q.shape)}")
     batch, heads, tokens, _ = q.shape
+    sources: list[tuple[Rows, Layout]] = []
+    grouped = False
     for n, (rows, layout) in enumerate(given):
         if not isinstance(rows, Rows) or not isinstance(layout, Layout):
             raise TypeError(
                 f"attend: source {n} must be (Rows, Layout), got ({type(rows).__name__}, {type(layout).__name__})"
             )
         sources.append((rows, layout))
-        _check_source(f"attend: source {n}", q, rows, layout)
-        if layout.q_block != sources[0][1].q_block:
-            raise ValueError(
-                f"attend: all layouts must share a q_block, got {sources[0][1].q_block} and {layout.q_block}"
-            )
-        if rows.v.shape[-1] != sources[0][0].v.shape[-1]:
-            raise ValueError(
-                f"attend: all sources must share a value width, got {sources[0][0].v.shape[-1]} and {rows.v.shape[-1]}"
-            )
-        if (rows.group is None) != (group is None) and rows.group is not None:
-            raise ValueError(f"attend: source {n} has row groups but the queries have none; pass group=")
-    if group is not None and all(rows.group is None for rows, _ in sources):
+        value_width = _check_source(f"attend: source {n}", q, rows, layout)
+        if not n:
+            q_block, first_width = layout.q_block, value_width
+        elif layout.q_block != q_block:
+            raise ValueError(f"attend: all layouts must share a q_block, got {q_block} and {layout.q_block}")
+        elif value_width != first_width:
+            raise ValueError(f"attend: all sources must share a value width, got {first_width} and {value_width}")
+        if rows.group is not None:
+            grouped = True
+            if group is None:
+                raise ValueError(f"attend: source {n} has row groups but the queries have none; pass group=")
+    if group is not None and not grouped:
         raise ValueError("attend: the queries have groups but no source has; set Rows.group")
     for name, x in (("position", position), ("group", group)):
         if x is not None:
@@ -275,43 +314,45 @@ def _check(
     return sources
 
 
-def _check_source(who: str, q: Tensor, rows: Rows, layout: Layout) -> None:
+def _check_source(who: str, q: Tensor, rows: Rows, layout: Layout) -> int:
+    """The value width, once the source fits the queries."""
+    dtype, device = q.dtype, q.device
     batch, heads, tokens, width = q.shape
-    k, v = rows.k, rows.v
-    for name, x in (("k", k), ("v", v)):
+    for name, x in (("k", rows.k), ("v", rows.v)):
         if x.dim() != 4 or x.shape[0] != batch:
             raise ValueError(f"{who}: {name} must be [B={batch}, G, S, width], got {list(x.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{who}: {name} is {x.dtype} but q is {q.dtype}; use one dtype")
-        if x.device != q.device:
-            raise ValueError(f"{who}: {name} is on {x.device}, q on {q.device}")
-    if k.shape[1:3] != v.shape[1:3] or k.shape[3] != width:
-        raise ValueError(f"{who}: k {list(k.shape)} and v {list(v.shape)} do not fit q {list(q.shape)}")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"{who}: {heads} query heads are not a multiple of {k.shape[1]} key heads")
+        if x.dtype != dtype:
+            raise TypeError(f"{who}: {name} is {x.dtype} but q is {dtype}; use one dtype")
+        if x.device != device:
+            raise ValueError(f"{who}: {name} is on {x.device}, q on {device}")
+    _, kv_heads, many, key_width = rows.k.shape
+    _, value_heads, value_rows, value_width = rows.v.shape
+    if kv_heads != value_heads or many != value_rows or key_width != width:
+        raise ValueError(f"{who}: k {list(rows.k.shape)} and v {list(rows.v.shape)} do not fit q {list(q.shape)}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{who}: {heads} query heads are not a multiple of {kv_heads} key heads")
     if layout.tokens != tokens:
         raise ValueError(
             f"{who}: the layout was built for {layout.tokens} queries, but q has {tokens}. Build the layout for this T."
         )
-    if layout.rows != k.shape[2]:
+    if layout.rows != many:
         raise ValueError(
-            f"{who}: the layout was built for {layout.rows} rows, but there are {k.shape[2]}. "
+            f"{who}: the layout was built for {layout.rows} rows, but there are {many}. "
             "Build the layout for these rows."
         )
-    if layout.index.shape[0] not in (1, batch) or layout.index.shape[1] not in (1, heads):
-        raise ValueError(f"{who}: index must be [1|{batch}, 1|{heads}, N, P], got {list(layout.index.shape)}")
-    if layout.index.device != q.device:
-        raise ValueError(f"{who}: the layout is on {layout.index.device}, q on {q.device}; use layout.to(device)")
-    kv_heads = k.shape[1]
-    for name, x, allowed in (
-        ("end", rows.end, (1, kv_heads)),
-        ("group", rows.group, (1, kv_heads)),
-        ("bias", rows.bias, (1, kv_heads, heads)),
-    ):
+    index = layout.index
+    list_batch, list_heads = index.shape[:2]
+    if list_batch not in (1, batch) or list_heads not in (1, heads):
+        raise ValueError(f"{who}: index must be [1|{batch}, 1|{heads}, N, P], got {list(index.shape)}")
+    if index.device != device:
+        raise ValueError(f"{who}: the layout is on {index.device}, q on {device}; use layout.to(device)")
+    for name, x in (("end", rows.end), ("group", rows.group), ("bias", rows.bias)):
         if x is not None:
-            _check_per_row(who, name, x, batch, allowed, k.shape[2], "S", integer=name != "bias")
-            if x.device != q.device:
-                raise ValueError(f"{who}: {name} is on {x.device}, q on {q.device}")
+            allowed = (1, kv_heads, heads) if name == "bias" else (1, kv_heads)
+            _check_per_row(who, name, x, batch, allowed, many, "S", integer=name != "bias")
+            if x.device != device:
+                raise ValueError(f"{who}: {name} is on {x.device}, q on {device}")
+    return value_width
 
 
 def _check_per_row(
