@@ -67,6 +67,15 @@ def attend_backward_queries(
     units = heads // STACK
     b, u = (first + local) // units, (first + local) % units
 
+    # everything waits for the lists, so they are asked for first
+    index0 += b * index0_strides[0] + u * index0_strides[1] + n * index0_strides[2]
+    listed0 = tl.load(count0 + b * count0_strides[0] + u * count0_strides[1] + n * count0_strides[2])
+    entry0 = _entries(index0, 0, picks0, K_BLOCK0, BK0)
+    if SOURCES > 1:
+        index1 += b * index1_strides[0] + u * index1_strides[1] + n * index1_strides[2]
+        listed1 = tl.load(count1 + b * count1_strides[0] + u * count1_strides[1] + n * count1_strides[2])
+        entry1 = _entries(index1, 0, picks1, K_BLOCK1, BK1)
+
     row = tile * BQ + tl.arange(0, BQ)
     h = u * STACK + row // Q_BLOCK
     i = n * Q_BLOCK + row % Q_BLOCK
@@ -101,34 +110,45 @@ def attend_backward_queries(
     list0 = (local * blocks + n) * TILES + tile
     acc = _source(
         acc, q_tile, d_tile, at, mine, shift_row, delta_row, scale, b, u, n, list0, rows0, picks0, reach0, sinks0,
-        dims, values, k0, v0, bias0, end0, group0, index0, count0, d_k0, d_v0, d_bias0,
-        k0_strides, v0_strides, bias0_strides, end0_strides, group0_strides, index0_strides, count0_strides,
+        dims, values, k0, v0, bias0, end0, group0, index0, listed0, entry0, d_k0, d_v0, d_bias0,
+        k0_strides, v0_strides, bias0_strides, end0_strides, group0_strides,
         D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT0, K_BLOCK0, BK0, POSITION, CAUSAL0, REACH0, BIAS0, END0, GROUP0,
-        SHARES0, D_BIAS0, PRECISION,
+        SHARES0, D_BIAS0, SHARES0 or SHARES1, PRECISION,
     )  # fmt: skip
     if SOURCES > 1:
         acc = _source(
             acc, q_tile, d_tile, at, mine, shift_row, delta_row, scale, b, u, n, list0, rows1, picks1, reach1, sinks1,
-            dims, values, k1, v1, bias1, end1, group1, index1, count1, d_k1, d_v1, d_bias1,
-            k1_strides, v1_strides, bias1_strides, end1_strides, group1_strides, index1_strides, count1_strides,
+            dims, values, k1, v1, bias1, end1, group1, index1, listed1, entry1, d_k1, d_v1, d_bias1,
+            k1_strides, v1_strides, bias1_strides, end1_strides, group1_strides,
             D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT1, K_BLOCK1, BK1, POSITION, CAUSAL1, REACH1, BIAS1, END1, GROUP1,
-            SHARES1, D_BIAS1, PRECISION,
+            SHARES1, D_BIAS1, SHARES0 or SHARES1, PRECISION,
         )  # fmt: skip
     kept = asked[:, None] & (dims < D)[None, :]
     tl.store(d_q + line[:, None] * D + dims, (acc * scale).to(d_q.dtype.element_ty), mask=kept)
 
 
 @triton.jit
+def _entries(index, x, picks, K_BLOCK: tl.constexpr, BK: tl.constexpr):
+    """The entries of a list that name its rows x .. x + BK - 1: one entry, where a tile is within a row block."""
+    if K_BLOCK % BK == 0:
+        entry = tl.load(index + x // K_BLOCK, mask=x // K_BLOCK < picks, other=0)
+    else:
+        slot = (x + tl.arange(0, BK)) // K_BLOCK
+        entry = tl.load(index + slot, mask=slot < picks, other=0)
+    return entry
+
+
+@triton.jit
 def _source(
     acc, q_tile, d_tile, at, mine, shift, delta, scale, b, u, n, list_, rows, picks, reach, sinks, dims, values,
-    k, v, bias, end, group, index, count, d_k, d_v, d_bias,
-    k_strides, v_strides, bias_strides, end_strides, group_strides, index_strides, count_strides,
+    k, v, bias, end, group, index, listed, entry, d_k, d_v, d_bias,
+    k_strides, v_strides, bias_strides, end_strides, group_strides,
     D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, Q_BLOCK: tl.constexpr,
     REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, BK: tl.constexpr, POSITION: tl.constexpr,
     CAUSAL: tl.constexpr, REACH: tl.constexpr, BIAS: tl.constexpr, END: tl.constexpr, GROUP: tl.constexpr,
-    SHARES: tl.constexpr, D_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARES: tl.constexpr, D_BIAS: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq what the rows of one source give, of which block n of unit (b, u) has a list."""
+    """Add to dq what the rows of one source give, of which block n of unit (b, u) has a list; SHORT: a short one."""
     BLOCKED: tl.constexpr = K_BLOCK % BK == 0
     g = u // REPEAT
     k += b * k_strides[0] + g * k_strides[1]
@@ -136,14 +156,13 @@ def _source(
     bias += b * bias_strides[0] + u * bias_strides[1]
     end += b * end_strides[0] + g * end_strides[1]
     group += b * group_strides[0] + g * group_strides[1]
-    index += b * index_strides[0] + u * index_strides[1] + n * index_strides[2]
     d_k += list_ * picks * K_BLOCK * D
     d_v += list_ * picks * K_BLOCK * E
     d_bias += list_ * picks * K_BLOCK
-    listed = tl.load(count + b * count_strides[0] + u * count_strides[1] + n * count_strides[2])
-    # whole row blocks that every query of the block sees come first, and need no mask: lists ascend
+    # whole row blocks that every query of the block sees come first, and need no mask: lists ascend; which those are
+    # a short list is read sooner than told
     plain = listed * 0
-    if BLOCKED and not (SHARES or REACH or GROUP or (CAUSAL and (END or POSITION))):
+    if BLOCKED and not (SHORT or REACH or GROUP or (CAUSAL and (END or POSITION))):
         plain = listed
         limit = n * 0 + rows
         if CAUSAL:
@@ -153,13 +172,14 @@ def _source(
             plain -= 1
             stop = _stop(index, plain, K_BLOCK)
         acc = _walk(
-            acc, q_tile, d_tile, at, mine, shift, delta, scale, 0, plain * K_BLOCK, rows, reach, sinks, dims, values,
-            k, v, bias, end, group, index, d_k, d_v, d_bias, k_strides[2], v_strides[2],
+            acc, q_tile, d_tile, at, mine, shift, delta, scale, entry, 0, plain * K_BLOCK, picks, rows, reach, sinks,
+            dims, values, k, v, bias, end, group, index, d_k, d_v, d_bias, k_strides[2], v_strides[2],
             D, E, D_TILE, E_TILE, K_BLOCK, BK, False, False, BIAS, False, False, SHARES, D_BIAS, False, PRECISION,
         )  # fmt: skip
+        entry = _entries(index, plain * K_BLOCK, picks, K_BLOCK, BK)
     return _walk(
-        acc, q_tile, d_tile, at, mine, shift, delta, scale, plain * K_BLOCK, listed * K_BLOCK, rows, reach, sinks,
-        dims, values, k, v, bias, end, group, index, d_k, d_v, d_bias, k_strides[2], v_strides[2],
+        acc, q_tile, d_tile, at, mine, shift, delta, scale, entry, plain * K_BLOCK, listed * K_BLOCK, picks, rows,
+        reach, sinks, dims, values, k, v, bias, end, group, index, d_k, d_v, d_bias, k_strides[2], v_strides[2],
         D, E, D_TILE, E_TILE, K_BLOCK, BK, CAUSAL, REACH, BIAS, END, GROUP, SHARES, D_BIAS, True, PRECISION,
     )  # fmt: skip
 
@@ -172,7 +192,7 @@ def _stop(index, listed, K_BLOCK: tl.constexpr):
 
 @triton.jit
 def _walk(
-    acc, q_tile, d_tile, at, mine, shift, delta, scale, begin, listed, rows, reach, sinks, dims, values,
+    acc, q_tile, d_tile, at, mine, shift, delta, scale, entry, begin, listed, picks, rows, reach, sinks, dims, values,
     k, v, bias, end, group, index, d_k, d_v, d_bias, k_stride, v_stride,
     D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, K_BLOCK: tl.constexpr,
     BK: tl.constexpr, CAUSAL: tl.constexpr, REACH: tl.constexpr, BIAS: tl.constexpr, END: tl.constexpr,
@@ -183,16 +203,10 @@ def _walk(
     lanes = tl.arange(0, BK)
     k_lanes = lanes[:, None] * k_stride + dims[None, :]
     v_lanes = lanes[:, None] * v_stride + values[None, :]
-    # the entries of the next tile are read ahead: its rows cannot be asked for before
-    if BLOCKED:
-        entry = tl.load(index + begin // K_BLOCK, mask=begin < listed, other=0)
-    else:
-        entry = tl.load(index + (begin + lanes) // K_BLOCK, mask=begin + lanes < listed, other=0)
     for x in range(begin, listed, BK):
         slot = x + lanes
         if BLOCKED:
             row0 = entry.to(tl.int64) * K_BLOCK + x % K_BLOCK
-            entry = tl.load(index + (x + BK) // K_BLOCK, mask=x + BK < listed, other=0)
             row = row0 + lanes
             there = row < rows
             k_at = k + row0 * k_stride + k_lanes
@@ -202,9 +216,10 @@ def _walk(
             # Triton 3.6 concludes that every row is a multiple of K_BLOCK, and shares comparisons between rows by it
             row = tl.multiple_of(row, 1)
             there = (slot < listed) & (row < rows)
-            entry = tl.load(index + (slot + BK) // K_BLOCK, mask=slot + BK < listed, other=0)
             k_at = k + row[:, None] * k_stride + dims
             v_at = v + row[:, None] * v_stride + values
+        # read ahead: the rows of the next tile cannot be asked for before
+        entry = _entries(index, x + BK, picks, K_BLOCK, BK)
         k_tile = _load(k_at, there, dims, D, D_TILE, not MASKED)
         v_tile = _load(v_at, there, values, E, E_TILE, not MASKED)
         # [BQ, BK], in units of log 2

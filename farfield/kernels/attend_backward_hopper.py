@@ -402,9 +402,9 @@ def wants_rows(q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, k_block: int, q_b
     """Whether shapes and strides suit; nothing but a causal layout may ride along."""
     return (
         q.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.shape[-1] == v.shape[-1]
         and (q.shape[-1], k_block) in TILES
         and q_block % 64 == 0
         and all(_aligned(x) for x in (q, d_out, k, v))
+        and torch.cuda.get_device_capability(q.device)[0] == 9
     )
