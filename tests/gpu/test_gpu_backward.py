@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from farfield.kernels import attend_backward as kernels
+from farfield.kernels import attend_backward_hopper as hopper
 from farfield.kernels import launch, transpose
 
 CASES = int(os.environ.get("FARFIELD_CASES", "200"))
@@ -142,6 +143,28 @@ def test_rows_that_all_queries_read(k_block, dtype):
         assert_within(x, exact[name], terms=4096, name=f"d{name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+def test_whole_blocks(width, block, causal, shared, dtype, monkeypatch):
+    # pieces too: everybody reads row block 0
+    monkeypatch.setattr(kernels, "READS", 2)
+    called = []
+    monkeypatch.setattr(
+        hopper, "rows_backward", lambda *x, run=hopper.rows_backward, **y: called.append(1) or run(*x, **y)
+    )
+    q, d_out = (torch.randn(2, 1900, 4, width, device="cuda").bfloat16().double().transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(2, 2, 1900, width, device="cuda").bfloat16().double() for _ in range(2))
+    sources = [(ff.Rows(k, v), lists(1900, 1 if shared else 4, block, block, 5, causal))]
+    grads = d_out, torch.randn(2, 4, 1900, device="cuda").double()
+    exact = gradients(q, sources, {}, grads, torch.float64)
+    for name, x in gradients(q, sources, {}, grads, dtype).items():
+        assert_within(x, exact[name], terms=1900, name=f"d{name}")
+    assert called or torch.cuda.get_device_capability()[0] != 9
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeats_are_bitwise_equal(dtype):
     q, k, v, d_out = (torch.randn(1, 4, 2048, 64, device="cuda").bfloat16().double() for _ in range(4))
@@ -216,6 +239,7 @@ def test_another_length_compiles_nothing():
         found = 0
         for name in ("attend_backward_queries", "attend_backward_rows", "sum_shares", "sum_pieces"):
             found += sum(len(x[0]) for x in getattr(kernels, name).device_caches.values())
+        found += sum(len(x[0]) for x in hopper.attend_backward_rows_hopper.device_caches.values())
         return found + sum(len(x[0]) for f in (transpose._keys, transpose._spans) for x in f.device_caches.values())
 
     counts = []
