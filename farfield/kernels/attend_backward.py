@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels import attend_backward_hopper as hopper
-from farfield.kernels.transpose import Readers, piece_of, transpose
+from farfield.kernels.transpose import Readers, piece_of, step, transpose
 from farfield.ops.attend import Call
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -670,7 +670,7 @@ class _Source(NamedTuple):
 
     @property
     def strides(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(x.stride() if x.dim() > 1 else (0, 0) for x in self.tensors)
+        return tuple(step(x) for x in self.tensors)
 
 
 def attend_backward(
@@ -705,7 +705,7 @@ def attend_backward(
     tiles = query_tiles(max(d_tile, e_tile), size, q.dtype, any(s.small for s in sources))
     q, d_out, out, lse, d_lse = _dense(q), _dense(d_out), out.contiguous(), lse.contiguous(), d_lse.contiguous()
     position, group = _per_head(position, batch, heads), _per_head(group, batch, heads)
-    asking = [x.stride() if x.dim() > 1 else (0, 0) for x in (position, group)]
+    asking = [step(x) for x in (position, group)]
     asked = {"POSITION": position.dim() > 1, "GROUP": group.dim() > 1}
     delta, shift = torch.empty(2, batch, heads, blocks * q_block, dtype=torch.float32, device=q.device)
 

@@ -36,7 +36,7 @@ class Readers(NamedTuple):
     pieces: int  # numbers of pieces in a segment
 
 
-@triton.jit(do_not_specialize=["base", "blocks", "picks", "row_blocks", "total"])
+@triton.jit(do_not_specialize=["index_strides", "count_strides", "base", "blocks", "picks", "row_blocks", "total"])
 def _keys(
     index, count, keys, index_strides, count_strides, base, blocks, picks, row_blocks, total,
     HEADS: tl.constexpr, SIZE: tl.constexpr,
@@ -75,6 +75,16 @@ def _spans(
     tl.store(reader + shift + at, (entry % per_segment // per_list).to(tl.int32), mask=at < total)
 
 
+def step(x: Tensor) -> tuple[int, ...]:
+    """Strides of [1|B, 1|H, ...], 0 where all share one: those would change with the length, and with them the kernel.
+
+    What is 1-D is absent.
+    """
+    if x.dim() == 1:
+        return 0, 0
+    return tuple(0 if n == 1 else s for n, s in zip(x.shape[:2], x.stride(), strict=False)) + x.stride()[2:]
+
+
 def transpose(
     index: list[Tensor], count: list[Tensor], row_blocks: list[int], by_entry: list[bool], most: list[int]
 ) -> list[Readers]:
@@ -93,7 +103,7 @@ def transpose(
     for x, c, m in zip(index, count, row_blocks, strict=True):
         if x.numel():
             _keys[(triton.cdiv(x.numel(), size),)](
-                x, c, keys[shift:], x.stride(), c.stride(), base, x.shape[2], x.shape[3], m, x.numel(),
+                x, c, keys[shift:], step(x), step(c), base, x.shape[2], x.shape[3], m, x.numel(),
                 HEADS=x.shape[1], SIZE=size,
             )  # fmt: skip
         base += x.shape[0] * x.shape[1] * (m + 1)
