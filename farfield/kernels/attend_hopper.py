@@ -63,7 +63,7 @@ def _rows_of(index, count, at, picks, rows, K_BLOCK: gl.constexpr):
 def _load_blocks(
     q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     block_rows, index, count, picks, batch_lists, head_lists,
-    far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
+    far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows, items, blocks, heads,
     REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
     FAR: gl.constexpr, K_BLOCK: gl.constexpr,
@@ -77,7 +77,10 @@ def _load_blocks(
         b, h, n, tile = _place(item, blocks, heads, TILES)
         g = h // REPEAT
         at = _list(b, h, n, batch_lists, head_lists)
-        listed = gl.load(count + at)
+        filled = gl.load(count + at)
+        # an empty list reads one block behind the last row, which is hidden: a branch around the products is compiled
+        # wrongly (ptxas 12.8: the products of the second source then read from anywhere)
+        listed = gl.maximum(filled, 1)
         far_listed = 0
         if FAR:
             far_at = _list(b, h, n, far_batch_lists, far_head_lists)
@@ -95,7 +98,7 @@ def _load_blocks(
             tma.async_copy_global_to_shared(q, [b, h, first, 0], q_full.index(slot), q_ring.index(slot))
         turn += 1
         for j in range(listed):
-            row = gl.load(list_at + j) * BK
+            row = gl.where(j < filled, gl.load(list_at + j, mask=j < filled, other=0) * BK, rows)
             s, phase = step % STAGES, step // STAGES & 1
             mbarrier.wait(k_empty.index(s), phase ^ 1)
             block_rows.index(s).store(gl.full([1], row, gl.int32, ONE))
@@ -247,44 +250,43 @@ def _compute(
         pair = counts.index(turn % Q_STAGES).load(PAIR)
         listed = gl.sum(gl.where(which == 0, pair, 0), 0)
         far_listed = gl.sum(gl.where(which == 1, pair, 0), 0)
-        if listed > 0:
+        s = step % STAGES
+        mbarrier.wait(k_full.index(s), step // STAGES & 1)
+        row = gl.max(block_rows.index(s).load(ONE), 0)
+        keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+        scores = warpgroup_mma(queries, keys, scores, use_acc=False)
+        _sync()
+        mbarrier.arrive(k_empty.index(s), count=1)
+        scores = _hide(scores, row, first, rows, reach, sinks, score, BK, CAUSAL, REACH)
+        weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+        operand = gl.convert_layout(weights.to(dtype), left)
+        for _ in range(1, listed):
+            last = step % STAGES
+            last_phase = step // STAGES & 1
+            step += 1
             s = step % STAGES
             mbarrier.wait(k_full.index(s), step // STAGES & 1)
             row = gl.max(block_rows.index(s).load(ONE), 0)
             keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
-            scores = warpgroup_mma(queries, keys, scores, use_acc=False)
+            product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(last), last_phase)
+            summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[product])
             _sync()
             mbarrier.arrive(k_empty.index(s), count=1)
             scores = _hide(scores, row, first, rows, reach, sinks, score, BK, CAUSAL, REACH)
             weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
-            operand = gl.convert_layout(weights.to(dtype), left)
-            for _ in range(1, listed):
-                last = step % STAGES
-                last_phase = step // STAGES & 1
-                step += 1
-                s = step % STAGES
-                mbarrier.wait(k_full.index(s), step // STAGES & 1)
-                row = gl.max(block_rows.index(s).load(ONE), 0)
-                keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
-                product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(last), last_phase)
-                summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
-                scores = warpgroup_mma_wait(1, deps=[product])
-                _sync()
-                mbarrier.arrive(k_empty.index(s), count=1)
-                scores = _hide(scores, row, first, rows, reach, sinks, score, BK, CAUSAL, REACH)
-                weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
-                acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-                _sync()
-                mbarrier.arrive(v_empty.index(last), count=1)
-                acc = acc * gl.convert_layout(fade, of_value)[:, None]
-                operand = gl.convert_layout(weights.to(dtype), left)
-            last = step % STAGES
-            mbarrier.wait(v_full.index(last), step // STAGES & 1)
-            acc = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc)
+            acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             _sync()
             mbarrier.arrive(v_empty.index(last), count=1)
-            step += 1
+            acc = acc * gl.convert_layout(fade, of_value)[:, None]
+            operand = gl.convert_layout(weights.to(dtype), left)
+        last = step % STAGES
+        mbarrier.wait(v_full.index(last), step // STAGES & 1)
+        acc = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc)
+        _sync()
+        mbarrier.arrive(v_empty.index(last), count=1)
+        step += 1
         if FAR:
             far_score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
             of_far: gl.constexpr = gl.SliceLayout(1, far_score)
@@ -417,8 +419,8 @@ def attend_hopper(
             (_load_blocks, (
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 block_rows, index, count, picks, batch_lists, head_lists,
-                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
-                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
+                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
+                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
             )),
         ], [2, 1], [REGISTERS, REGISTERS])  # fmt: skip
     elif GROUPS == 1:
@@ -433,8 +435,8 @@ def attend_hopper(
             (_load_blocks, (
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 block_rows, index, count, picks, batch_lists, head_lists,
-                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
-                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
+                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
+                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
             )),
         ], [1], [24])  # fmt: skip
     elif FAR:
@@ -461,8 +463,8 @@ def attend_hopper(
             (_load_blocks, (
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 block_rows, index, count, picks, batch_lists, head_lists,
-                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
-                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
+                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
+                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
             )),
         ], [4, 2, 1], [(504 - REGISTERS) // 16 * 8, REGISTERS, REGISTERS])  # fmt: skip
     else:
@@ -484,8 +486,8 @@ def attend_hopper(
             (_load_blocks, (
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 block_rows, index, count, picks, batch_lists, head_lists,
-                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, items, blocks, heads,
-                REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
+                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
+                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
