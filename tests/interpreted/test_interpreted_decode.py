@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import farfield as ff
 from farfield.kernels import attend_decode as decode
 from farfield.kernels.append import launch, refusal
+from farfield.kernels.attend import Tiles
 from farfield.nn import Rope
 from farfield.ops import append as op
 from farfield.ops.attend import Call, Plan
@@ -155,7 +156,7 @@ def test_random_calls(seed, splits):
     ]
     call = arguments(q.to(dtype), small, position, group)
     assert decode.wants(call)
-    with mock.patch.object(decode, "_tile", return_value=(splits, 16, 4, 2)):
+    with mock.patch.object(decode, "_tiles", return_value=Tiles(16, 16, 4, 2, splits, 8)):
         got, got_lse = decode.attend_decode(call)
     terms = sum(len(r) for r, _ in sources)
     assert_within(got, out, terms=terms)
