@@ -60,6 +60,8 @@ def attend_backward_queries(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (STACK * Q_BLOCK + BQ - 1) // BQ
+    # where registers are scarce, masks cost more than the look at the list that saves them
+    SHORT: tl.constexpr = (SHARES0 or SHARES1) and max(D_TILE, E_TILE) <= 128 and q.dtype.element_ty != tl.float32
     # int64: token * stride passes 2**31 at long context
     pid = tl.program_id(0).to(tl.int64)
     # the last blocks of a causal sequence have the longest lists: they go first
@@ -113,7 +115,7 @@ def attend_backward_queries(
         dims, values, k0, v0, bias0, end0, group0, index0, listed0, entry0, d_k0, d_v0, d_bias0,
         k0_strides, v0_strides, bias0_strides, end0_strides, group0_strides,
         D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT0, K_BLOCK0, BK0, POSITION, CAUSAL0, REACH0, BIAS0, END0, GROUP0,
-        SHARES0, D_BIAS0, SHARES0 or SHARES1, PRECISION,
+        SHARES0, D_BIAS0, SHORT, PRECISION,
     )  # fmt: skip
     if SOURCES > 1:
         acc = _source(
@@ -121,7 +123,7 @@ def attend_backward_queries(
             dims, values, k1, v1, bias1, end1, group1, index1, listed1, entry1, d_k1, d_v1, d_bias1,
             k1_strides, v1_strides, bias1_strides, end1_strides, group1_strides,
             D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT1, K_BLOCK1, BK1, POSITION, CAUSAL1, REACH1, BIAS1, END1, GROUP1,
-            SHARES1, D_BIAS1, SHARES0 or SHARES1, PRECISION,
+            SHARES1, D_BIAS1, SHORT, PRECISION,
         )  # fmt: skip
     kept = asked[:, None] & (dims < D)[None, :]
     tl.store(d_q + line[:, None] * D + dims, (acc * scale).to(d_q.dtype.element_ty), mask=kept)
