@@ -10,6 +10,7 @@ import farfield as ff
 from farfield.nn import Rope
 from farfield.ring import FMARing
 from farfield.summarize import FilterPool, MeanPool
+from farfield.testing import contract, inputs
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
@@ -21,12 +22,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def filled_memory(monkeypatch):
+def filled_memory():
     """What no kernel has written is NaN."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with inputs.on("cuda"), contract.poisoned_memory():
+        yield
 
 
 def problem(seed):
