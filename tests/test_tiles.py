@@ -152,7 +152,8 @@ def pooling(case, tokens=5000):
 def listing(causal, tokens=5000):
     blocks = -(-tokens // 64)
     levels = static.depth(blocks)
-    lists.build(empty(blocks, dtype=torch.int64), blocks, static.radii(128, 64, levels), [0] * levels, causal, 0, 1)
+    radius = static.radii(128, 64, levels)
+    lists.build(0, blocks, radius, [0] * levels, causal, 0, 1, torch.device("meta"))
 
 
 def appending(batch=1, width=128, dtype="bf16", sinks=0, rotary=None):

@@ -36,17 +36,32 @@ def _clear(index, filled, inside, picks):
 
 
 # what varies with the length must not make another kernel
-VARIES = ["many", "blocks", "levels", "radius", "first", "sink_groups", "near_picks", "far_picks", "starts"]
+VARIES = ["start", "blocks", "levels", "radius", "first", "sink_groups"]
+VARIES += [f"starts{i}" for i in range(LEVELS // 2)]
 
 
 @triton.jit(do_not_specialize=VARIES)
 def tree_lists(
-    n, near, near_count, far, far_count, many, blocks, levels, radius, first, sink_groups, near_picks, far_picks,
-    starts, CAUSAL: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr,
+    near, near_count, far, far_count, start, blocks, levels, radius, first, sink_groups,
+    starts0: tl.int64, starts1: tl.int64, starts2: tl.int64, starts3: tl.int64, starts4: tl.int64, starts5: tl.int64,
+    starts6: tl.int64, starts7: tl.int64, starts8: tl.int64, starts9: tl.int64, starts10: tl.int64,
+    starts11: tl.int64, starts12: tl.int64, starts13: tl.int64,
+    CAUSAL: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """starts: two levels' in one number, the lower level's in its lower half; a tuple would be specialised."""
+    starts = (
+        starts0, starts1, starts2, starts3, starts4, starts5, starts6, starts7, starts8, starts9, starts10, starts11,
+        starts12, starts13,
+    )  # fmt: skip
+    SIDES: tl.constexpr = 1 if CAUSAL else 2
+    near_picks, far_picks, own = SIDES * radius + 1, sink_groups, radius
+    for _ in range(levels):
+        above = (own + 1) // 2
+        far_picks += SIDES * (2 * above - own + 1)
+        own = above
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = at < many
-    n = tl.load(n + at, mask=inside, other=0).to(tl.int32)
+    inside = at < blocks - start
+    n = start + at.to(tl.int32)
 
     near += at * near_picks
     low = tl.maximum(n - radius, 0)
@@ -64,31 +79,35 @@ def tree_lists(
     for level in tl.static_range(LEVELS):
         above = (own + 1) // 2
         if level < levels:
+            offset = (starts[level // 2] >> (32 * (level % 2))).to(tl.int32)
             group = n >> level
             parent = group >> 1
             left = tl.maximum(2 * (parent - above), 0)
-            filled = _run(far, left, group - own - 1, filled, starts[level], inside, 2)
+            filled = _run(far, left, group - own - 1, filled, offset, inside, 2)
             if not CAUSAL:
                 last = tl.minimum(((blocks - 1) >> level), 2 * (parent + above) + 1)
-                filled = _run(far, group + own + 1, last, filled, starts[level], inside, 2)
+                filled = _run(far, group + own + 1, last, filled, offset, inside, 2)
         own = above
     tl.store(far_count + at, filled, mask=inside)
     _clear(far, filled, inside, far_picks)
 
 
 def build(
-    n: Tensor, blocks: int, radius: Sequence[int], starts: Sequence[int], causal: bool, first: int, sink_groups: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    start: int, blocks: int, radius: Sequence[int], starts: Sequence[int], causal: bool, first: int, sink_groups: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """near and far index and count, int32; the contract is select.static's."""
-    many, sides = len(n), 1 if causal else 2
+    many, sides = blocks - start, 1 if causal else 2
     near_picks = sides * radius[0] + 1
     far_picks = sink_groups + sum(sides * (2 * above - own + 1) for own, above in pairwise(radius))
     near, near_count, far, far_count = (
-        n.new_empty(shape, dtype=torch.int32) for shape in ((many, near_picks), (many,), (many, far_picks), (many,))
+        torch.empty(shape, dtype=torch.int32, device=device)
+        for shape in ((1, 1, many, near_picks), (1, 1, many), (1, 1, many, far_picks), (1, 1, many))
     )
-    padded = (*starts, *[0] * (LEVELS - len(starts)))
-    tree_lists[(triton.cdiv(many, TILE),)](
-        n, near, near_count, far, far_count, many, blocks, len(starts), radius[0], first, sink_groups, near_picks,
-        far_picks, padded, CAUSAL=causal, LEVELS=LEVELS, TILE=TILE, num_warps=2,
+    padded = (*starts, *(0,) * (LEVELS - len(starts)))
+    pairs = [(high << 32) | (low & 0xFFFFFFFF) for low, high in zip(padded[::2], padded[1::2], strict=True)]
+    tree_lists[(-(-many // TILE),)](
+        near, near_count, far, far_count, start, blocks, len(starts), radius[0], first, sink_groups,
+        *pairs, CAUSAL=causal, LEVELS=LEVELS, TILE=TILE, num_warps=2,
     )  # fmt: skip
     return near, near_count, far, far_count

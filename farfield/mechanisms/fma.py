@@ -216,7 +216,7 @@ class FMA(Mechanism):
             return self._packed(q, k, v, Packing(group, self.block), rotary)
         blocks, kept = -(-q.shape[2] // self.block), self.queries == "kept"
         levels, radius = self._levels(blocks)
-        far, starts = Rows(k[:, :, :0], v[:, :, :0]), []
+        far, starts = None, []
         if levels:
             # causal: all that the last query does not read one by one, in complete groups
             done = blocks - 1 - radius[0] if self.causal else blocks
@@ -227,26 +227,25 @@ class FMA(Mechanism):
             far_k = found.far_k if rotary is None else rotary(found.far_k, found.span.double().mean(0))
             far = Rows(far_k, found.far_v, bias=found.bias)
             starts = list(accumulate(tree.groups[:-1], initial=tree.lead // self.rank))
-        n = torch.arange(blocks, device=q.device)
-        near_list, far_list = self._lists(n, starts if kept else (), blocks)
+        near_list, far_list = self._lists(starts if kept else (), blocks, q.device)
         turned = q
         if rotary is not None:
             at = torch.arange(q.shape[2], device=q.device)
             turned, k = rotary(q, at), rotary(k, at)
         sources = [(Rows(k, v), _layout(near_list, q, k, self.block, self.block, self.causal))]
-        if len(far) and (kept or self.sinks):
+        if far is not None and (kept or self.sinks):
             sources.append((far, _layout(far_list, q, far.k, self.block, self.rank)))
         here = attend(turned, sources, scale=self.scale)
-        if kept:
+        if kept or far is None:
             return here.out
         handed_down = self._pooled_queries(q, far, starts, blocks, rotary)
         return here.out if handed_down is None else merge(here, handed_down).out
 
     def _levels(self, blocks: int) -> tuple[int, tuple[int, ...]]:
         """Levels that some query of so many blocks reads, and the radii of all."""
-        levels = 0
-        while (blocks - 1 >> levels) > radii(self.near, self.block, levels)[-1]:
-            levels += 1
+        levels, radius = 0, self.near // self.block
+        while (blocks - 1 >> levels) > radius:
+            levels, radius = levels + 1, -(-radius // 2)
         levels = levels if self.pool.most is None else min(levels, self.pool.most)
         self._reach(levels, blocks)
         return levels, radii(self.near, self.block, levels)
@@ -278,11 +277,10 @@ class FMA(Mechanism):
             q = rotary(q, torch.arange(seen, tokens, device=q.device))
         q = torch.nn.functional.pad(q, (0, 0, lead, 0)) if lead else q
         q_block = m if last > here else q.shape[2]
-        n = torch.arange(here, last + 1, device=q.device)
         at = torch.arange(first * m, tokens, device=q.device)
         far, starts = self._far_rows(levels, sinks, k, v, rotary)
         self._reach(len(starts), last + 1)
-        near_list, far_list = self._lists(n, starts, last + 1, first)
+        near_list, far_list = self._lists(starts, last + 1, q.device, here, first)
         near = _layout(near_list, q, k, q_block, m, causal=True)
         sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
         if len(far):
@@ -440,11 +438,13 @@ class FMA(Mechanism):
         bias = torch.zeros_like(at, dtype=torch.promote_types(filled.dtype, torch.float32))
         return bias.masked_fill(at >= self.sinks, float("-inf"))[None, None]
 
-    def _lists(self, n: Tensor, starts: Sequence[int], blocks: int, first: int = 0):
-        """Near and far lists of blocks n of a sequence of `blocks`, over tokens from block `first` and `_far_rows`."""
+    def _lists(self, starts: Sequence[int], blocks: int, device: torch.device, start: int = 0, first: int = 0):
+        """Near and far lists of blocks `start` to the last, over tokens from block `first` and `_far_rows`."""
         radius = radii(self.near, self.block, len(starts))
         sinks = -(-self.sinks // self.rank)
-        return tree_lists(n, blocks, radius, starts, self.causal, first=first, sink_groups=sinks)
+        return tree_lists(
+            blocks, radius, starts, self.causal, start=start, first=first, sink_groups=sinks, device=device
+        )
 
     def _packed_lists(self, packing: Packing, starts: Sequence[int]):
         """The same for every block of every document."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -99,7 +99,7 @@ def attend(
     )
     weighed = q, *call.k, *call.v, *call.bias
     if not eager(*weighed):
-        out, lse = _forward(*call._replace(plans=_flat(call.plans)))
+        out, lse = _forward(*_flat(call))
     elif recorded(*weighed):
         out, lse = _Attend.apply(call, *weighed)
     else:
@@ -204,9 +204,10 @@ def _(d_out, d_lse, out, lse, q, k, v, bias, *rest):
 
 
 def _save(ctx, inputs, output):
-    *tensors, plan, ctx.scale = inputs
-    ctx.plans, ctx.sources = _plans(plan), len(inputs[1])
-    _keep(ctx, *output, Call(*tensors, ctx.plans, ctx.scale))
+    call = Call(*inputs)
+    ctx.plans, ctx.scale, ctx.sources = _plans(inputs[-2]), call.scale, len(call.k)
+    out, lse = output
+    _keep(ctx, out, lse, call)
 
 
 def _differentiate(ctx, d_out, d_lse):
@@ -234,7 +235,7 @@ def _kept(ctx) -> tuple[Tensor, Tensor, Call]:
 def _differentiated(call: Call, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, bias_grad: bool):
     # the registered operation refuses a gradient of its gradients
     if torch.is_grad_enabled() or not eager(d_out, d_lse, call.q):
-        return _backward(d_out, d_lse, out, lse, *call._replace(plans=_flat(call.plans)), bias_grad)
+        return _backward(d_out, d_lse, out, lse, *_flat(call), bias_grad)
     return _gradients(call, d_out, d_lse, out, lse, bias_grad)
 
 
@@ -260,8 +261,9 @@ def _plans(flat: Sequence[int]) -> list[Plan]:
     return [Plan(*flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
-def _flat(plans: Sequence[Plan]) -> list[int]:
-    return [x for plan in plans for x in plan]
+def _flat(call: Call) -> list[Any]:
+    """The arguments of the registered operation."""
+    return [*call[:-2], [x for plan in call.plans for x in plan], call.scale]
 
 
 def _weights(bias: Tensor, q: Tensor) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
 def tree_lists(
-    n: Tensor, blocks: int, radius: Sequence[int], starts: Sequence[int], causal: bool, first: int, sink_groups: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    start: int, blocks: int, radius: Sequence[int], starts: Sequence[int], causal: bool, first: int, sink_groups: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """near and far index and count in one launch."""
     from farfield.kernels.lists import build
 
-    return build(n, blocks, radius, starts, causal, first, sink_groups)
+    return build(start, blocks, radius, starts, causal, first, sink_groups, device)

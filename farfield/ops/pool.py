@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
+from farfield.ops.eager import eager, recorded
+
 WIDEST = 256  # key and value width
 
 
@@ -97,16 +99,36 @@ def pool(
     which a row stands for no token is the mean of its tokens. Everything is float32 until it is stored. Differentiable
     in k, v and the filters, whose gradient is float32. Deterministic. Takes what `refusal` has nothing against.
     """
-    none = torch.empty(0, dtype=torch.float32, device=k.device)
-    weights = none if filters is None else filters.to(torch.float32).contiguous()
+    if filters is None:
+        weights = k.new_empty(0, dtype=torch.float32)
+    else:
+        weights = filters.to(torch.float32).contiguous()
+    if eager(k, v, weights) and not recorded(k, v, weights):
+        return Pooled(k, v, *_pool(k, v, weights, tree))
     return Pooled(*_Pool.apply(k, v, weights, tree))
+
+
+def _pool(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from farfield.kernels.pool import forward
+
+    return forward(k, v, filters, tree)
+
+
+def _gradients(
+    near_k: Tensor, near_v: Tensor, d_far_k: Tensor, d_far_v: Tensor, far_k: Tensor, far_v: Tensor, filters: Tensor,
+    tokens: int, tree: Tree,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from farfield.kernels.pool import backward
+
+    return backward(near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, tokens, tree)
 
 
 class _Pool(torch.autograd.Function):
     # a custom op cannot hand k and v through, and two gradients of k would cost three passes more to add
     @staticmethod
     def forward(ctx, k, v, filters, tree):
-        far_k, far_v, bias, span = _forward(k, v, filters, *tree)
+        pooled = _pool(k, v, filters, tree) if eager(k, v, filters) else _forward(k, v, filters, *tree)
+        far_k, far_v, bias, span = pooled
         ctx.tree, ctx.tokens, ctx.dtype, ctx.shapes = tree, k.shape[2], k.dtype, (far_k.shape, far_v.shape)
         if filters.dim() > 1:
             ctx.save_for_backward(filters, far_k, far_v)
@@ -128,9 +150,13 @@ class _Pool(torch.autograd.Function):
             none.new_zeros(shape, dtype=ctx.dtype) if grad is None else grad
             for grad, shape in zip((d_far_k, d_far_v), ctx.shapes, strict=True)
         )
-        d_k, d_v, d_filters = _backward(
-            near_k, near_v, d_far_k, d_far_v, *(far or (none, none)), filters, ctx.tokens, *ctx.tree
-        )
+        far_k, far_v = far or (none, none)
+        given = near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters
+        # the registered operation refuses a gradient of its gradients
+        if torch.is_grad_enabled() or not eager(*given):
+            d_k, d_v, d_filters = _backward(*given, ctx.tokens, *ctx.tree)
+        else:
+            d_k, d_v, d_filters = _gradients(*given, ctx.tokens, ctx.tree)
         return d_k, d_v, d_filters if filters.dim() > 1 else None, None
 
 
@@ -142,9 +168,7 @@ def _forward(
     k: Tensor, v: Tensor, filters: Tensor, block: int, rank: int, blocks: int, levels: int, complete: bool, lo: int,
     hi: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels.pool import forward
-
-    return forward(k, v, filters, Tree(block, rank, blocks, levels, complete, lo, hi))
+    return _pool(k, v, filters, Tree(block, rank, blocks, levels, complete, lo, hi))
 
 
 @_forward.register_fake
@@ -159,10 +183,8 @@ def _backward(
     near_k: Tensor, near_v: Tensor, d_far_k: Tensor, d_far_v: Tensor, far_k: Tensor, far_v: Tensor, filters: Tensor,
     tokens: int, block: int, rank: int, blocks: int, levels: int, complete: bool, lo: int, hi: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels.pool import backward
-
     tree = Tree(block, rank, blocks, levels, complete, lo, hi)
-    return backward(near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, tokens, tree)
+    return _gradients(near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, tokens, tree)
 
 
 @_backward.register_fake

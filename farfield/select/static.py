@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.library import custom_op
 
-from farfield.ops import lists
+from farfield.ops import lists as on_gpu
+from farfield.ops.eager import eager
 from farfield.types import Layout
 
 
@@ -131,12 +132,11 @@ def multipole(
     """
     _positive(tokens=tokens, block=block, near=near, rank=rank)
     blocks = -(-tokens // block)
-    n = torch.arange(blocks, device=device)
     first, start = [], 0
     for level in range(depth(blocks)):
         first.append(start)
         start += -(-blocks // 2**level)
-    near_list, far_list = tree_lists(n, blocks, radii(near, block, len(first)), first, causal)
+    near_list, far_list = tree_lists(blocks, radii(near, block, len(first)), first, causal, device=device)
     # every group of a causal list is complete and past: nothing is left to hide
     far = Layout(*far_list, block, rank, tokens, start * rank, causal=False)
     return Multipole(Layout(*near_list, block, block, tokens, tokens, causal), far)
@@ -204,52 +204,69 @@ def far_lists(
 
 
 def tree_lists(
-    n: Int[Tensor, " N"],
     blocks: int,
     radius: Sequence[int],
     starts: Sequence[int],
     causal: bool,
     *,
+    start: int = 0,
     first: int = 0,
     sink_groups: int = 0,
+    device: torch.device | str | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The near and the far lists of blocks n of a sequence of `blocks` blocks, each as index [1, 1, N, P] and count.
+    """The near and far lists of blocks start .. blocks - 1 of a sequence, each as index [1, 1, N, P] and count.
 
     Args:
+        blocks: of the whole sequence.
         radius: `radii(...)`, one more than there are levels.
         starts: per level, what to add to a group's number to find it among the far groups.
+        start: the first block that gets lists.
         first: number of the first near block at hand.
         sink_groups: how many far groups, the first ones, hold the sinks of the sequence: read where block 0 is no
             neighbour.
     """
-    lists = _tree_lists(n, blocks, list(radius), list(starts), causal, first, sink_groups)
-    near, near_count, far, far_count = (x[None, None] for x in lists)
+    if eager():
+        device = device if isinstance(device, torch.device) else torch.empty(0, device=device).device
+        lists = _lists(start, blocks, radius, starts, causal, first, sink_groups, device)
+    else:
+        on = torch.empty(0, device=device)
+        lists = _tree_lists(on, start, blocks, list(radius), list(starts), causal, first, sink_groups)
+    near, near_count, far, far_count = lists
     return (near, near_count), (far, far_count)
+
+
+def _lists(
+    start: int, blocks: int, radius: Sequence[int], starts: Sequence[int], causal: bool, first: int, sink_groups: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if device.type == "cuda":
+        return on_gpu.tree_lists(start, blocks, radius, starts, causal, first, sink_groups, device)
+    n = torch.arange(start, blocks, device=device)[None, None]
+    listed, used = near_lists(n, radius[0], causal, blocks)
+    near = pack_lists(listed - first, used)
+    far, used = far_lists(n, radius, causal, blocks)
+    far = [x + at for x, at in zip(far, starts, strict=True)]
+    sinks = torch.arange(sink_groups, device=device).expand(*n.shape, -1)
+    far = pack_lists(torch.cat([sinks, *far], -1), torch.cat([(n > radius[0])[..., None].expand_as(sinks), *used], -1))
+    return *near, *far
 
 
 # One opaque op: traced, this is some fifty small integer kernels for a compiler to chew on, in every layer.
 @custom_op("farfield::tree_lists", mutates_args=())
 def _tree_lists(
-    n: Tensor, blocks: int, radius: Sequence[int], starts: Sequence[int], causal: bool, first: int, sink_groups: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    listed, used = near_lists(n, radius[0], causal, blocks)
-    near = pack_lists(listed - first, used)
-    far, used = far_lists(n, radius, causal, blocks)
-    far = [x + at for x, at in zip(far, starts, strict=True)]
-    sinks = torch.arange(sink_groups, device=n.device).expand(len(n), -1)
-    far = pack_lists(torch.cat([sinks, *far], -1), torch.cat([(n > radius[0])[:, None].expand_as(sinks), *used], -1))
-    return *near, *far
-
-
-_tree_lists.register_kernel("cuda")(lists.tree_lists)
+    on: Tensor, start: int, blocks: int, radius: Sequence[int], starts: Sequence[int], causal: bool, first: int,
+    sink_groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`on`: any tensor on the device."""
+    return _lists(start, blocks, radius, starts, causal, first, sink_groups, on.device)
 
 
 @_tree_lists.register_fake
-def _(n, blocks, radius, starts, causal, first, sink_groups):
-    sides = 1 if causal else 2
+def _(on, start, blocks, radius, starts, causal, first, sink_groups):
+    many, sides = blocks - start, 1 if causal else 2
     picks = sink_groups + sum(sides * (2 * above - own + 1) for own, above in pairwise(radius))
-    shapes = (len(n), sides * radius[0] + 1), (len(n),), (len(n), picks), (len(n),)
-    return tuple(n.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    shapes = (1, 1, many, sides * radius[0] + 1), (1, 1, many), (1, 1, many, picks), (1, 1, many)
+    return tuple(on.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 def pack_lists(

@@ -68,8 +68,9 @@ def test_lists(blocks, causal):
         starts = [sinks]
         for height in range(len(radius) - 1):
             starts.append(starts[-1] + -(-blocks // 2**height))
-        n = torch.arange(blocks)
-        want, got = (tree_lists(x, blocks, radius, starts[:-1], causal, sink_groups=sinks) for x in (n, n.cuda()))
+        want, got = (
+            tree_lists(blocks, radius, starts[:-1], causal, sink_groups=sinks, device=x) for x in ("cpu", "cuda")
+        )
         for a, b in zip((*want[0], *want[1]), (*got[0], *got[1]), strict=True):
             assert torch.equal(a, b.cpu())
 
