@@ -369,8 +369,8 @@ class Tiles(NamedTuple):
 
 # width, rows of a block -> tiles
 TILES = {
-    (64, 128): Tiles(64, 2, 4, True),
-    (128, 128): Tiles(64, 2, 2, False),
+    (64, 128): Tiles(64, 2, 4, False),
+    (128, 128): Tiles(32, 2, 4, True),
     (64, 64): Tiles(64, 2, 4, False, programs=2, registers=128),
     (128, 64): Tiles(32, 1, 3, True, programs=2, registers=128),
 }
