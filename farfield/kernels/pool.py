@@ -13,6 +13,8 @@ Filters go down height by height: `pool_descend` where the forward climbs, then 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,9 +23,14 @@ from torch import Tensor
 from farfield.ops.pool import Tree
 
 LN2 = tl.constexpr(0.6931471805599453)
+WARPS = 4  # of a program of the forward
+LOADS = 16  # of 16 bytes, by each of its threads
 
 # what varies with the length must not make another kernel
-VARIES = ["kv_heads", "tokens", "lo", "hi", "lead", "blocks", "levels", "rows", "chunks", "tops"]
+VARIES = [
+    "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token", "kv_heads", "tokens", "lo", "hi", "blocks",
+    "levels", "rows", "chunks", "tops", "many", "height",
+]  # fmt: skip
 
 
 @triton.jit
@@ -31,6 +38,13 @@ def _count(row, width, lo, hi):
     """Tokens in lo .. hi - 1 of each row of so many tokens."""
     start = row * width
     return tl.maximum(tl.minimum(start + width, hi) - tl.maximum(start, lo), 0)
+
+
+@triton.jit
+def _within(lo, hi, first, tokens):
+    """lo and hi counted from token `first`, at most so many."""
+    low, high = tl.maximum(lo - first, 0), tl.maximum(hi - first, 0)
+    return tl.minimum(low, tokens).to(tl.int32), tl.minimum(high, tokens).to(tl.int32)
 
 
 @triton.jit
@@ -70,19 +84,26 @@ def _taught(row, width, parents, lo, hi, RANK: tl.constexpr, OUT: tl.constexpr, 
 
 @triton.jit
 def _store(
-    x, far, bias, span, row, valid, at, width, cols, lo, hi, rows, D: tl.constexpr, LEARNED: tl.constexpr, about
+    x, far, bias, span, first, most, at, tokens, low, high, cols, width, rows, about, LEARNED: tl.constexpr
 ):  # fmt: skip
-    """Rows of one height, from the sums of their tokens or (learned) as they are; `about`: and what they stand for."""
-    count = _count(row, width, lo, hi)
+    """At most so many rows of one height from row `first` on: sums of tokens, or (learned) as they are.
+
+    low, high: what tokens count, from the first one of row `first`. `about`: store what the rows stand for as well.
+    """
+    slot = tl.arange(0, x.shape[0])
+    count = _count(slot, tokens, low, high)
     if not LEARNED:
-        x = x / tl.maximum(count, 1).to(tl.float32)[:, None]
-    tl.store(far + (at + row)[:, None] * D + cols, x.to(far.dtype.element_ty), mask=valid[:, None] & (cols < D))
+        x = x * (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]
+    far += (at + first) * width
+    mask = (slot < most)[:, None] & (cols < width)
+    tl.store(far + slot[:, None] * width + cols, x.to(far.dtype.element_ty), mask=mask)
     if about:
+        row = first + slot
         # a row of no tokens is hidden
         known = tl.log2(tl.maximum(count, 1).to(tl.float32)) * LN2
-        tl.store(bias + at + row, tl.where(count > 0, known, float("-inf")), mask=valid)
-        tl.store(span + at + row, row * width, mask=valid)
-        tl.store(span + rows + at + row, (row + 1) * width - 1, mask=valid)
+        tl.store(bias + at + row, tl.where(count > 0, known, float("-inf")), mask=slot < most)
+        tl.store(span + at + row, row * tokens, mask=slot < most)
+        tl.store(span + rows + at + row, (row + 1) * tokens - 1, mask=slot < most)
 
 
 @triton.jit
@@ -97,48 +118,93 @@ def _lift(x, filters, row, width, parents, lo, hi, RANK: tl.constexpr, LEARNED: 
 
 
 @triton.jit
-def _chunk_forward(
-    x, far, filters, bias, span, scratch, chunk, column, lo, hi, lead, blocks, levels, rows, token_stride, about,
-    width: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, CHUNK: tl.constexpr,
-    LIFTS: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr,
-    MORE: tl.constexpr, PRECISION: tl.constexpr,
+def _rise(
+    x, far, filters, bias, span, chunk, height, low, high, cols, width, lo, hi, lead, blocks, levels, rows, about,
+    RANK: tl.constexpr, SEG: tl.constexpr, CHUNK: tl.constexpr, LIFTS: tl.constexpr, UP: tl.constexpr,
+    LEARNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    cols = column * BD + tl.arange(0, BD)
-    inside = cols < D
-    TILE: tl.constexpr = 16 if LEARNED and CHUNK < 16 else CHUNK
-    slot = tl.arange(0, TILE)
-    row = chunk * CHUNK + slot
-    acc = tl.zeros([TILE, BD], tl.float32)
-    for t in tl.range(0, SEG, loop_unroll_factor=UNROLL):
-        token = row * SEG + t
-        there = (token >= lo) & (token < hi) & (slot < CHUNK)
-        acc += tl.load(x + token[:, None] * token_stride + cols, mask=there[:, None] & inside, other=0.0).to(tl.float32)
-    if LEARNED:
-        acc = acc / tl.maximum(_count(row, SEG, lo, hi), 1).to(tl.float32)[:, None]
-
-    at, groups = lead.to(tl.int64), blocks
-    for h in tl.static_range(0, LIFTS + 1):
-        if h > 0:
-            below = chunk * (CHUNK >> (h - 1))
-            acc = _lift(acc, filters, below, SEG << (h - 1), CHUNK >> h, lo, hi, RANK, LEARNED, PRECISION)
-        slot = tl.arange(0, acc.shape[0])
-        row = chunk * (CHUNK >> h) + slot
-        valid = (slot < (CHUNK >> h)) & (row < groups * RANK) & (h < levels)
-        _store(acc, far, bias, span, row, valid, at, SEG << h, cols, lo, hi, rows, D, LEARNED, about)
+    """A chunk's rows of a height lifted LIFTS times, all that come out stored; the last ones."""
+    at, groups = _level(lead, blocks, RANK, UP, height)
+    tokens = tl.full([], SEG, low.dtype) << height
+    for i in tl.static_range(1, LIFTS + 1):
+        x = _lift(x, filters, chunk * (CHUNK >> (i - 1)), tokens, CHUNK >> i, lo, hi, RANK, LEARNED, PRECISION)
         at += groups * RANK
         groups = (groups + UP) >> 1
-    if MORE:
-        slot = tl.arange(0, acc.shape[0])
-        row = chunk * (CHUNK >> LIFTS) + slot
-        tl.store(scratch + row[:, None] * width + cols, acc, mask=(slot < (CHUNK >> LIFTS))[:, None] & inside)
+        tokens *= 2
+        first = chunk * (CHUNK >> i)
+        most = tl.where(height + i < levels, tl.minimum(groups * RANK - first, CHUNK >> i), 0)
+        _store(x, far, bias, span, first, most, at, tokens, low, high, cols, width, rows, about, LEARNED)
+    return x
+
+
+@triton.jit(do_not_specialize=VARIES)
+def pool_forward(
+    k, v, filters, far_k, far_v, bias, span, scratch, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    kv_heads, lo, hi, blocks, levels, rows, chunks,
+    D: tl.constexpr, E: tl.constexpr, PIECE: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, CHUNK: tl.constexpr,
+    LIFTS: tl.constexpr, BD: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr,
+):  # fmt: skip
+    """CHUNK rows of some columns, and the LIFTS heights above them; strides are in pieces of PIECE numbers."""
+    TILE: tl.constexpr = 16 if LEARNED and CHUNK < 16 else CHUNK
+    K_SLICES: tl.constexpr = (D + BD - 1) // BD
+    SLICES: tl.constexpr = K_SLICES + (E + BD - 1) // BD
+    # rows that a chunk leaves for the heights above it
+    UNIT: tl.constexpr = RANK if LEARNED else 1
+    PRECISION: tl.constexpr = "ieee" if k.dtype.element_ty == tl.float32 else "tf32x3"
+    # the columns of one token side by side; int64: token * stride passes 2**31 at long context
+    pid = tl.program_id(0)
+    part, chunk, unit = pid % SLICES, pid // SLICES % chunks, pid // SLICES // chunks
+    chunk, unit = chunk.to(tl.int64), unit.to(tl.int64)
+    b, g = unit // kv_heads, unit % kv_heads
+    about = (unit == 0) & (part == 0)
+    filters += g * (2 * RANK * RANK)
+    scratch += (unit * chunks + chunk) * (UNIT * (D + E))
+    if part < K_SLICES:
+        x, token_stride = k + (b * k_batch + g * k_head) * PIECE, k_token.to(tl.int64) * PIECE
+        far, column = far_k + unit * rows * D, part
+    else:
+        x, token_stride = v + (b * v_batch + g * v_head) * PIECE, v_token.to(tl.int64) * PIECE
+        far, column = far_v + unit * rows * E, part - K_SLICES
+        filters += kv_heads * (2 * RANK * RANK)
+        scratch += D
+    if D == E:
+        width = D
+    else:
+        width = tl.where(part < K_SLICES, D // PIECE, E // PIECE) * PIECE
+    cols = column * BD + tl.arange(0, BD)
+    lead = (lo + RANK - 1) // RANK * RANK
+
+    low, high = _within(lo, hi, chunk * (CHUNK * SEG), CHUNK * SEG)
+    slot = tl.arange(0, TILE)
+    acc = tl.zeros([TILE, BD], tl.float32)
+    source = x + chunk * (CHUNK * SEG) * token_stride + (slot * SEG).to(tl.int64)[:, None] * token_stride + cols
+    # token t of a row counts where begin <= t < end
+    begin, end = low - slot * SEG, tl.minimum(high - slot * SEG, SEG)
+    for t in tl.range(0, SEG, STEP):
+        for u in tl.static_range(STEP):
+            there = (t + u >= begin) & (t + u < end)
+            acc += tl.load(source, mask=there[:, None] & (cols < width), other=0.0).to(tl.float32)
+            source += token_stride
+    if LEARNED:
+        acc = acc * (1.0 / tl.maximum(_count(slot, SEG, low, high), 1).to(tl.float32))[:, None]
+    most = tl.minimum(blocks * RANK - chunk * CHUNK, CHUNK)
+    _store(acc, far, bias, span, chunk * CHUNK, most, lead, SEG, low, high, cols, width, rows, about, LEARNED)
+    acc = _rise(
+        acc, far, filters, bias, span, chunk, 0, low, high, cols, width, lo, hi, lead, blocks, levels, rows, about,
+        RANK, SEG, CHUNK, LIFTS, UP, LEARNED, PRECISION,
+    )  # fmt: skip
+    if levels > LIFTS + 1:
+        left = tl.arange(0, acc.shape[0])[:, None]
+        tl.store(scratch + left * (D + E) + cols, acc, mask=(left < UNIT) & (cols < width))
 
     if chunk == 0:
         # the tokens before lo as they are, filled up with 0 to whole groups
         for start in range(0, lead, 16):
             sink = start + tl.arange(0, 16)
-            copied = (sink < lo)[:, None] & inside
-            tile = tl.load(x + sink.to(tl.int64)[:, None] * token_stride + cols, mask=copied, other=0.0)
-            tl.store(far + sink[:, None] * D + cols, tile, mask=(sink < lead)[:, None] & inside)
+            there = (sink < lo)[:, None] & (cols < width)
+            tile = tl.load(x + sink.to(tl.int64)[:, None] * token_stride + cols, mask=there, other=0.0)
+            target = far + sink.to(tl.int64)[:, None] * width + cols
+            tl.store(target, tile, mask=(sink < lead)[:, None] & (cols < width))
             if about:
                 tl.store(bias + sink, tl.where(sink < lo, 0.0, float("-inf")), mask=sink < lead)
                 tl.store(span + sink, sink.to(tl.int64), mask=sink < lead)
@@ -146,94 +212,45 @@ def _chunk_forward(
 
 
 @triton.jit(do_not_specialize=VARIES)
-def pool_forward(
-    k, v, filters, far_k, far_v, bias, span, scratch, k_strides, v_strides,
-    kv_heads, lo, hi, lead, blocks, levels, rows, chunks, tops,
-    D: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, CHUNK: tl.constexpr, LIFTS: tl.constexpr,
-    BD: tl.constexpr, UNROLL: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr, MORE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    K_SLICES: tl.constexpr = (D + BD - 1) // BD
-    SLICES: tl.constexpr = K_SLICES + (E + BD - 1) // BD
-    # int64: token * stride passes 2**31 at long context; the columns of one token side by side
-    pid = tl.program_id(0).to(tl.int64)
-    part, chunk, unit = pid % SLICES, pid // SLICES % chunks, pid // SLICES // chunks
-    b, g = unit // kv_heads, unit % kv_heads
-    scratch += unit * tops * (D + E)
-    filters += g * (2 * RANK * RANK)
-    if part < K_SLICES:
-        _chunk_forward(
-            k + b * k_strides[0] + g * k_strides[1], far_k + unit * rows * D, filters, bias, span, scratch,
-            chunk, part, lo, hi, lead, blocks, levels, rows, k_strides[2], (unit == 0) & (part == 0),
-            D + E, D, RANK, SEG, CHUNK, LIFTS, BD, UNROLL, UP, LEARNED, MORE, PRECISION,
-        )  # fmt: skip
-    else:
-        _chunk_forward(
-            v + b * v_strides[0] + g * v_strides[1], far_v + unit * rows * E,
-            filters + kv_heads * (2 * RANK * RANK), bias, span, scratch + D,
-            chunk, part - K_SLICES, lo, hi, lead, blocks, levels, rows, v_strides[2], False,
-            D + E, E, RANK, SEG, CHUNK, LIFTS, BD, UNROLL, UP, LEARNED, MORE, PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _climb(
-    far, filters, bias, span, scratch, column, lo, hi, lead, blocks, levels, rows, chunks, about,
-    width: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, LIFTS: tl.constexpr,
-    TILE: tl.constexpr, BD: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # rows that the chunks left for each of them
-    UNIT: tl.constexpr = RANK if LEARNED else 1
-    cols = column * BD + tl.arange(0, BD)
-    inside = cols < D
-    at, groups = _level(lead, blocks, RANK, UP, LIFTS + 1)
-    n, below = chunks * UNIT, 0
-    tokens = tl.full([], SEG << LIFTS, tl.int64)
-    for _ in range(LIFTS + 1, levels):
-        above = (n // UNIT + 1) // 2 * UNIT
-        for start in range(0, above, TILE):
-            child = 2 * start + tl.arange(0, 2 * TILE)
-            source = scratch + (below + child).to(tl.int64)[:, None] * width + cols
-            x = tl.load(source, mask=(child < n)[:, None] & inside, other=0.0)
-            x = _lift(x, filters, tl.full([], 2, tl.int64) * start, tokens, TILE, lo, hi, RANK, LEARNED, PRECISION)
-            row = start + tl.arange(0, TILE)
-            target = scratch + (below + n + row).to(tl.int64)[:, None] * width + cols
-            tl.store(target, x, mask=(row < above)[:, None] & inside)
-            row = row.to(tl.int64)
-            _store(x, far, bias, span, row, row < groups * RANK, at, 2 * tokens, cols, lo, hi, rows, D, LEARNED, about)
-        # the next height reads what other threads have just written
-        tl.debug_barrier()
-        below += n
-        n = above
-        at += groups * RANK
-        groups = (groups + UP) >> 1
-        tokens *= 2
-
-
-@triton.jit(do_not_specialize=VARIES)
 def pool_climb(
-    filters, far_k, far_v, bias, span, scratch, kv_heads, lo, hi, lead, blocks, levels, rows, chunks, tops,
-    D: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, LIFTS: tl.constexpr, TILE: tl.constexpr,
-    BD: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr, PRECISION: tl.constexpr,
+    below, above, filters, far_k, far_v, bias, span, kv_heads, lo, hi, blocks, levels, rows, chunks, many, height,
+    D: tl.constexpr, E: tl.constexpr, PIECE: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, CHUNK: tl.constexpr,
+    LIFTS: tl.constexpr, BD: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
-    """The heights above LIFTS, one program for all rows of some columns."""
+    """CHUNK of the `many` rows of a height that each unit has in `below`, lifted; the last ones into `above`."""
     K_SLICES: tl.constexpr = (D + BD - 1) // BD
     SLICES: tl.constexpr = K_SLICES + (E + BD - 1) // BD
-    pid = tl.program_id(0).to(tl.int64)
-    part, unit = pid % SLICES, pid // SLICES
-    scratch += unit * tops * (D + E)
+    UNIT: tl.constexpr = RANK if LEARNED else 1
+    PRECISION: tl.constexpr = "ieee" if far_k.dtype.element_ty == tl.float32 else "tf32x3"
+    pid = tl.program_id(0)
+    part, chunk, unit = pid % SLICES, pid // SLICES % chunks, pid // SLICES // chunks
     filters += unit % kv_heads * (2 * RANK * RANK)
+    chunk, unit = chunk.to(tl.int64), unit.to(tl.int64)
+    below += unit * many * (D + E)
+    above += (unit * chunks + chunk) * (UNIT * (D + E))
     if part < K_SLICES:
-        _climb(
-            far_k + unit * rows * D, filters, bias, span, scratch, part, lo, hi, lead, blocks, levels, rows, chunks,
-            (unit == 0) & (part == 0), D + E, D, RANK, SEG, LIFTS, TILE, BD, UP, LEARNED, PRECISION,
-        )  # fmt: skip
+        far, column = far_k + unit * rows * D, part
     else:
-        _climb(
-            far_v + unit * rows * E, filters + kv_heads * (2 * RANK * RANK), bias, span, scratch + D, part - K_SLICES,
-            lo, hi, lead, blocks, levels, rows, chunks,
-            False, D + E, E, RANK, SEG, LIFTS, TILE, BD, UP, LEARNED, PRECISION,
-        )  # fmt: skip
+        far, column = far_v + unit * rows * E, part - K_SLICES
+        filters += kv_heads * (2 * RANK * RANK)
+        below += D
+        above += D
+    if D == E:
+        width = D
+    else:
+        width = tl.where(part < K_SLICES, D // PIECE, E // PIECE) * PIECE
+    cols = column * BD + tl.arange(0, BD)
+    lead = (lo + RANK - 1) // RANK * RANK
+    row = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(below + row[:, None] * (D + E) + cols, mask=(row < many)[:, None] & (cols < width), other=0.0)
+    first = chunk * CHUNK * (tl.full([], SEG, tl.int64) << height)
+    x = _rise(
+        x, far, filters, bias, span, chunk, height, tl.maximum(lo - first, 0), tl.maximum(hi - first, 0), cols, width,
+        lo, hi, lead, blocks, levels, rows, (unit == 0) & (part == 0), RANK, SEG, CHUNK, LIFTS, UP, LEARNED, PRECISION,
+    )  # fmt: skip
+    if levels > height + LIFTS + 1:
+        left = tl.arange(0, x.shape[0])[:, None]
+        tl.store(above + left * (D + E) + cols, x, mask=(left < UNIT) & (cols < width))
 
 
 @triton.jit
@@ -282,7 +299,7 @@ def _chunk_backward(
     near, d_far, far, filters, out, part, scratch, chunk, column, tokens, lo, hi, lead, blocks, levels, token_stride,
     width: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, CHUNK: tl.constexpr,
     LIFTS: tl.constexpr, BD: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr,
-    MORE: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     cols = column * BD + tl.arange(0, BD)
     inside = cols < D
@@ -291,7 +308,7 @@ def _chunk_backward(
         TILE: tl.constexpr = TOP if TOP > 16 else 16
         slot = tl.arange(0, TILE)
         row = chunk * TOP + slot
-        if MORE:
+        if levels > LIFTS + 1:
             x = tl.load(scratch + row[:, None] * width + cols, mask=(slot < TOP)[:, None] & inside, other=0.0)
         else:
             at, groups = _level(lead, blocks, RANK, UP, LIFTS)
@@ -341,16 +358,19 @@ def _chunk_backward(
 
 @triton.jit(do_not_specialize=VARIES)
 def pool_backward(
-    near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, d_k, d_v, part, scratch, near_k_strides, near_v_strides,
-    kv_heads, tokens, lo, hi, lead, blocks, levels, rows, chunks, tops,
-    D: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, CHUNK: tl.constexpr, LIFTS: tl.constexpr,
-    BD: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr, MORE: tl.constexpr,
-    NEAR_K: tl.constexpr, NEAR_V: tl.constexpr, PRECISION: tl.constexpr,
+    near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, d_k, d_v, part, scratch,
+    k_batch, k_head, k_token, v_batch, v_head, v_token, kv_heads, tokens, lo, hi, blocks, levels, rows, chunks, tops,
+    D: tl.constexpr, E: tl.constexpr, PIECE: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, CHUNK: tl.constexpr,
+    LIFTS: tl.constexpr, BD: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr, LEARNED: tl.constexpr,
+    NEAR_K: tl.constexpr, NEAR_V: tl.constexpr,
 ):  # fmt: skip
     K_SLICES: tl.constexpr = (D + BD - 1) // BD
     SLICES: tl.constexpr = K_SLICES + (E + BD - 1) // BD
-    pid = tl.program_id(0).to(tl.int64)
+    PRECISION: tl.constexpr = "ieee" if d_k.dtype.element_ty == tl.float32 else "tf32x3"
+    pid = tl.program_id(0)
     piece, chunk, unit = pid % SLICES, pid // SLICES % chunks, pid // SLICES // chunks
+    lead = (lo + RANK - 1) // RANK * RANK
+    chunk, unit = chunk.to(tl.int64), unit.to(tl.int64)
     b, g = unit // kv_heads, unit % kv_heads
     scratch += unit * tops * (D + E)
     filters += g * (2 * RANK * RANK)
@@ -358,17 +378,17 @@ def pool_backward(
     part += ((unit * (chunks + 1) + chunk) * SLICES + piece) * (2 * RANK * RANK)
     if piece < K_SLICES:
         _chunk_backward(
-            near_k + b * near_k_strides[0] + g * near_k_strides[1], d_far_k + unit * rows * D, far_k + unit * rows * D,
+            near_k + (b * k_batch + g * k_head) * PIECE, d_far_k + unit * rows * D, far_k + unit * rows * D,
             filters, d_k + unit * tokens * D, part, scratch,
-            chunk, piece, tokens, lo, hi, lead, blocks, levels, near_k_strides[2],
-            D + E, D, RANK, SEG, CHUNK, LIFTS, BD, STEP, UP, LEARNED, MORE, NEAR_K, PRECISION,
+            chunk, piece, tokens, lo, hi, lead, blocks, levels, k_token.to(tl.int64) * PIECE,
+            D + E, D, RANK, SEG, CHUNK, LIFTS, BD, STEP, UP, LEARNED, NEAR_K, PRECISION,
         )  # fmt: skip
     else:
         _chunk_backward(
-            near_v + b * near_v_strides[0] + g * near_v_strides[1], d_far_v + unit * rows * E, far_v + unit * rows * E,
+            near_v + (b * v_batch + g * v_head) * PIECE, d_far_v + unit * rows * E, far_v + unit * rows * E,
             filters + kv_heads * (2 * RANK * RANK), d_v + unit * tokens * E, part, scratch + D,
-            chunk, piece - K_SLICES, tokens, lo, hi, lead, blocks, levels, near_v_strides[2],
-            D + E, E, RANK, SEG, CHUNK, LIFTS, BD, STEP, UP, LEARNED, MORE, NEAR_V, PRECISION,
+            chunk, piece - K_SLICES, tokens, lo, hi, lead, blocks, levels, v_token.to(tl.int64) * PIECE,
+            D + E, E, RANK, SEG, CHUNK, LIFTS, BD, STEP, UP, LEARNED, NEAR_V, PRECISION,
         )  # fmt: skip
 
 
@@ -416,13 +436,15 @@ def _descend(
 
 @triton.jit(do_not_specialize=VARIES)
 def pool_descend(
-    d_far_k, d_far_v, far_k, far_v, filters, part, scratch, kv_heads, lo, hi, lead, blocks, levels, rows, chunks, tops,
+    d_far_k, d_far_v, far_k, far_v, filters, part, scratch, kv_heads, lo, hi, blocks, levels, rows, chunks, tops,
     D: tl.constexpr, E: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr, LIFTS: tl.constexpr, TILE: tl.constexpr,
-    BD: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Learned filters: gradients of the heights from the top to LIFTS, one program for all rows of some columns."""
     K_SLICES: tl.constexpr = (D + BD - 1) // BD
     SLICES: tl.constexpr = K_SLICES + (E + BD - 1) // BD
+    PRECISION: tl.constexpr = "ieee" if d_far_k.dtype.element_ty == tl.float32 else "tf32x3"
+    lead = (lo + RANK - 1) // RANK * RANK
     pid = tl.program_id(0).to(tl.int64)
     piece, unit = pid % SLICES, pid // SLICES
     scratch += unit * tops * (D + E)
@@ -443,31 +465,46 @@ def pool_descend(
 
 def forward(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Far keys and values, bias and span; the contract is ops.pool's."""
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        k, v = k.contiguous(), v.contiguous()
     batch, heads, _, width = k.shape
-    value_width, rows, units = v.shape[3], tree.rows, batch * heads
-    far_k, far_v = k.new_empty(batch, heads, rows, width), v.new_empty(batch, heads, rows, value_width)
-    bias = k.new_empty(1, 1, rows, dtype=torch.float32)
-    span = k.new_empty(2, rows, dtype=torch.int64)
-    learned = filters.dim() > 1
-    tile = tiles(k, v, tree, learned)
-    # the last group of the top level may lie beyond the last block: its rows are written as well
-    blocks = tree.blocks if tree.complete else tree.groups[-1] << (tree.levels - 1)
-    chunks = -(-blocks * tree.rank // tile["CHUNK"])
-    tops, more = _tops(tree, tile, chunks, learned)
-    scratch = k.new_empty(units * tops * (width + value_width) if more else 1, dtype=torch.float32)
+    value_width, units, learned = v.shape[3], batch * heads, filters.dim() > 1
+    blocks, rank, levels, lo, hi = tree.blocks, tree.rank, tree.levels, tree.lo, tree.hi
+    groups, lead = tree.groups, -(-lo // rank) * rank
+    rows = lead + rank * sum(groups)
+    far_k, far_v = k.new_empty((batch, heads, rows, width)), v.new_empty((batch, heads, rows, value_width))
+    bias = k.new_empty((1, 1, rows), dtype=torch.float32)
+    span = k.new_empty((2, rows), dtype=torch.int64)
+    strides, piece = _strides(k, v)
+    tile, climb = tiles(width, value_width, k.element_size(), tree.block // rank, rank, learned)
     slices = -(-width // tile["BD"]) - (-value_width // tile["BD"])
-    lengths = (heads, tree.lo, tree.hi, tree.lead, tree.blocks, tree.levels, rows, chunks, tops)
-    same = {"D": width, "E": value_width, "RANK": tree.rank, "SEG": tree.block // tree.rank, "LEARNED": learned}
-    same |= {"UP": int(not tree.complete), "PRECISION": precision(k), "LIFTS": tile["LIFTS"], "BD": tile["BD"]}
+    unit = rank if learned else 1
+    # the last group of the top level may lie beyond the last block: its rows are written as well
+    covered = blocks if tree.complete else groups[-1] << (levels - 1)
+    chunks, height = -(-covered * rank // tile["CHUNK"]), tile["LIFTS"]
+    # a tensor that is not written, where there is nothing above
+    above = bias
+    if levels > height + 1:
+        above = k.new_empty(units * chunks * unit * (width + value_width), dtype=torch.float32)
+    same = {"D": width, "E": value_width, "PIECE": piece, "RANK": rank, "SEG": tree.block // rank}
+    same |= {"UP": int(not tree.complete), "LEARNED": learned}
     pool_forward[(units * chunks * slices,)](
-        k, v, filters, far_k, far_v, bias, span, scratch, k.stride()[:3], v.stride()[:3], *lengths,
-        CHUNK=tile["CHUNK"], UNROLL=tile["UNROLL"], MORE=more, num_warps=tile["WARPS"], **same,
+        k, v, filters, far_k, far_v, bias, span, above, *strides, heads, lo, hi, blocks, levels, rows, chunks,
+        **tile, **same,
     )  # fmt: skip
-    if more:
-        pool_climb[(units * slices,)](
-            filters, far_k, far_v, bias, span, scratch, *lengths, TILE=max(32, tree.rank), num_warps=4, **same
-        )
+    slices = -(-width // climb["BD"]) - (-value_width // climb["BD"])
+    while levels > height + 1:
+        below, many = above, chunks * unit
+        chunks = -(-many // climb["CHUNK"])
+        top = height + climb["LIFTS"]
+        above = bias
+        if levels > top + 1:
+            above = k.new_empty(units * chunks * unit * (width + value_width), dtype=torch.float32)
+        pool_climb[(units * chunks * slices,)](
+            below, above, filters, far_k, far_v, bias, span, heads, lo, hi, blocks, levels, rows, chunks, many, height,
+            **climb, **same,
+        )  # fmt: skip
+        height = top
     return far_k, far_v, bias, span
 
 
@@ -478,32 +515,31 @@ def backward(
     """Gradients of k, v and the filters; the contract is ops.pool's."""
     d_far_k, d_far_v = d_far_k.contiguous(), d_far_v.contiguous()
     batch, heads, rows, width = d_far_k.shape
-    value_width, units = d_far_v.shape[3], batch * heads
-    d_k, d_v = d_far_k.new_empty(batch, heads, tokens, width), d_far_v.new_empty(batch, heads, tokens, value_width)
-    near = [x if x.dim() == 1 or x.stride(-1) == 1 else x.contiguous() for x in (near_k, near_v)]
-    strides = [(0, 0, 0) if x.dim() == 1 else x.stride()[:3] for x in near]
-    learned = filters.dim() > 1
-    tile = tiles(d_far_k, d_far_v, tree, learned, down=True)
-    chunks = -(-tokens * tree.rank // (tree.block * tile["CHUNK"]))
-    tops, more = _tops(tree, tile, chunks, learned)
-    more &= learned
-    wide = {"dtype": torch.float32}
-    scratch = d_far_k.new_empty(units * tops * (width + value_width) if more else 1, **wide)
+    value_width, units, learned = d_far_v.shape[3], batch * heads, filters.dim() > 1
+    block, rank, levels = tree.block, tree.rank, tree.levels
+    d_k, d_v = d_far_k.new_empty((batch, heads, tokens, width)), d_far_v.new_empty((batch, heads, tokens, value_width))
+    near_k, near_v = (x if x.dim() == 1 or x.stride(-1) == 1 else x.contiguous() for x in (near_k, near_v))
+    strides, piece = _strides(near_k, near_v)
+    tile = tiles_down(width, value_width, d_far_k.element_size(), block // rank, rank, learned)
+    chunks = -(-tokens * rank // (block * tile["CHUNK"]))
     k_slices = -(-width // tile["BD"])
     slices = k_slices - (-value_width // tile["BD"])
-    part = d_far_k.new_empty((batch, heads, chunks + 1, slices, tree.rank, 2 * tree.rank) if learned else 1, **wide)
-    lengths = (tree.lo, tree.hi, tree.lead, tree.blocks, tree.levels, rows, chunks, tops)
-    same = {"D": width, "E": value_width, "RANK": tree.rank, "SEG": tree.block // tree.rank, "BD": tile["BD"]}
-    same |= {"UP": int(not tree.complete), "PRECISION": precision(d_far_k), "LIFTS": tile["LIFTS"]}
+    same = {"D": width, "E": value_width, "RANK": rank, "SEG": block // rank, "UP": int(not tree.complete)}
+    lengths = (tree.lo, tree.hi, tree.blocks, levels, rows, chunks)
+    part = scratch = filters
+    tops, more = 0, False
+    if learned:
+        part = filters.new_empty((batch, heads, chunks + 1, slices, rank, 2 * rank))
+        tops, more = _tops(chunks, rank, tile["LIFTS"], levels), levels > tile["LIFTS"] + 1
     if more:
+        scratch = filters.new_empty(units * tops * (width + value_width))
         pool_descend[(units * slices,)](
-            d_far_k, d_far_v, far_k, far_v, filters, part, scratch, heads, *lengths,
-            TILE=max(16, tree.rank), num_warps=4, **same,
+            d_far_k, d_far_v, far_k, far_v, filters, part, scratch, heads, *lengths, tops,
+            LIFTS=tile["LIFTS"], BD=tile["BD"], TILE=max(16, rank), num_warps=4, **same,
         )  # fmt: skip
     pool_backward[(units * chunks * slices,)](
-        *near, d_far_k, d_far_v, far_k, far_v, filters, d_k, d_v, part, scratch, *strides, heads, tokens, *lengths,
-        CHUNK=tile["CHUNK"], STEP=tile["STEP"], LEARNED=learned, MORE=more,
-        NEAR_K=near_k.dim() > 1, NEAR_V=near_v.dim() > 1, num_warps=tile["WARPS"], **same,
+        near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, d_k, d_v, part, scratch, *strides, heads, tokens,
+        *lengths, tops, PIECE=piece, LEARNED=learned, NEAR_K=near_k.dim() > 1, NEAR_V=near_v.dim() > 1, **tile, **same,
     )  # fmt: skip
     if not learned:
         return d_k, d_v, torch.empty_like(filters)
@@ -511,35 +547,52 @@ def backward(
     return d_k, d_v, torch.stack([x.sum((0, 2, 3)) for x in (part[:, :, :, :k_slices], part[:, :, :, k_slices:])])
 
 
-def tiles(k: Tensor, v: Tensor, tree: Tree, learned: bool, down: bool = False) -> dict[str, int]:
-    """Tile sizes: rows of a chunk and how often they are lifted, columns, tokens at a time, warps.
+@functools.cache
+def tiles(
+    width: int, value_width: int, size: int, seg: int, rank: int, learned: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile sizes of pool_forward and of pool_climb; `size`: bytes of a number, `seg`: tokens of a row.
 
-    Columns are a line of 128 bytes where the widths divide into them; a chunk is as many rows as keep sums, and a few
-    loads of 16 bytes each, in registers.
+    Rows of up to 256 bytes are read whole. A program of means is as many segments as its threads take with LOADS loads
+    each, which do not wait for each other, and as keep their sums in 64 registers. Filters are products with tiles of
+    16 rows at least.
     """
-    width, value_width = k.shape[3], v.shape[3]
-    seg = tree.block // tree.rank
+    columns = min(256 // size, max(16, triton.next_power_of_2(max(width, value_width))))
+    if learned:
+        columns, chunk = min(columns, 32), 64 if rank < 16 else 128
+        both = {"CHUNK": chunk, "LIFTS": (chunk // rank).bit_length() - 1, "BD": columns, "num_warps": 8}
+        return both | {"STEP": min(4, seg)}, both
+    chunk = WARPS * LOADS * 512 // (columns * size * seg)
+    chunk = min(max(1, triton.next_power_of_2(chunk + 1) // 2), WARPS * 2048 // columns, 128)
+    tile = {"CHUNK": chunk, "LIFTS": chunk.bit_length() - 1, "BD": columns, "num_warps": WARPS}
+    return tile | {"STEP": min(seg, LOADS)}, {"CHUNK": 256, "LIFTS": 8, "BD": min(columns, 32), "num_warps": 4}
+
+
+@functools.cache
+def tiles_down(width: int, value_width: int, size: int, seg: int, rank: int, learned: bool) -> dict[str, int]:
+    """Tile sizes of pool_backward: columns are a line of 128 bytes where the widths divide into them."""
     columns = 32
-    if k.element_size() == 2 and width % 64 == 0 and value_width % 64 == 0:
+    if size == 2 and width % 64 == 0 and value_width % 64 == 0:
         columns = 64
     if max(width, value_width) <= 16:
         columns = 16
-    chunk = 64 if learned or down else 128
-    lifts = (chunk // tree.rank if learned else chunk).bit_length() - 1
-    step, unroll = min(2, seg), min(4, seg)
-    return {"CHUNK": chunk, "LIFTS": lifts, "BD": columns, "STEP": step, "UNROLL": unroll, "WARPS": 8}
+    lifts = (64 // rank if learned else 64).bit_length() - 1
+    return {"CHUNK": 64, "LIFTS": lifts, "BD": columns, "STEP": min(2, seg), "num_warps": 8}
 
 
-def _tops(tree: Tree, tile: dict[str, int], chunks: int, learned: bool) -> tuple[int, bool]:
-    """Rows of all heights from LIFTS on, and whether there are any above LIFTS."""
-    each = tree.rank if learned else 1
+def _strides(k: Tensor, v: Tensor) -> tuple[list[int], int]:
+    """Strides of batch, head and token of k and of v (0 if absent) in pieces of 16 bytes where these divide all."""
+    found = [x.stride(i) if x.dim() > 1 else 0 for x in (k, v) for i in range(3)]
+    piece = 16 // k.element_size()
+    if any(stride % piece for stride in (*found, k.shape[-1], v.shape[-1])):
+        return found, 1
+    return [stride // piece for stride in found], piece
+
+
+def _tops(chunks: int, rank: int, lifts: int, levels: int) -> int:
+    """Rows of all heights from `lifts` on, of so many chunks at that height."""
     tops = 0
-    for _ in range(tile["LIFTS"], tree.levels):
-        tops += chunks * each
+    for _ in range(lifts, levels):
+        tops += chunks * rank
         chunks = (chunks + 1) // 2
-    return tops, tree.levels > tile["LIFTS"] + 1
-
-
-def precision(x: Tensor) -> str:
-    """Products of float32 with float32 numbers: exact, or three of tensor cores, which is more than x has to give."""
-    return "ieee" if x.dtype == torch.float32 else "tf32x3"
+    return tops
