@@ -79,7 +79,10 @@ def tree_lists(
     for level in tl.static_range(LEVELS):
         above = (own + 1) // 2
         if level < levels:
-            offset = (starts[level // 2] >> (32 * (level % 2))).to(tl.int32)
+            # a negative lower half borrows from the upper one
+            offset = starts[level // 2].to(tl.int32)
+            if level % 2:
+                offset = ((starts[level // 2] - offset) >> 32).to(tl.int32)
             group = n >> level
             parent = group >> 1
             left = tl.maximum(2 * (parent - above), 0)
@@ -104,8 +107,9 @@ def build(
         torch.empty(shape, dtype=torch.int32, device=device)
         for shape in ((1, 1, many, near_picks), (1, 1, many), (1, 1, many, far_picks), (1, 1, many))
     )
-    padded = (*starts, *(0,) * (LEVELS - len(starts)))
-    pairs = [(high << 32) | (low & 0xFFFFFFFF) for low, high in zip(padded[::2], padded[1::2], strict=True)]
+    pairs = [0] * (LEVELS // 2)
+    for level, at in enumerate(starts):
+        pairs[level // 2] += at << 32 * (level % 2)
     tree_lists[(-(-many // TILE),)](
         near, near_count, far, far_count, start, blocks, len(starts), radius[0], first, sink_groups,
         *pairs, CAUSAL=causal, LEVELS=LEVELS, TILE=TILE, num_warps=2,

@@ -475,7 +475,7 @@ def forward(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, 
     far_k, far_v = k.new_empty((batch, heads, rows, width)), v.new_empty((batch, heads, rows, value_width))
     bias = k.new_empty((1, 1, rows), dtype=torch.float32)
     span = k.new_empty((2, rows), dtype=torch.int64)
-    strides, piece = _strides(k, v)
+    strides, piece = _strides(k, v, width, value_width)
     tile, climb = tiles(width, value_width, k.element_size(), tree.block // rank, rank, learned)
     slices = -(-width // tile["BD"]) - (-value_width // tile["BD"])
     unit = rank if learned else 1
@@ -519,7 +519,7 @@ def backward(
     block, rank, levels = tree.block, tree.rank, tree.levels
     d_k, d_v = d_far_k.new_empty((batch, heads, tokens, width)), d_far_v.new_empty((batch, heads, tokens, value_width))
     near_k, near_v = (x if x.dim() == 1 or x.stride(-1) == 1 else x.contiguous() for x in (near_k, near_v))
-    strides, piece = _strides(near_k, near_v)
+    strides, piece = _strides(near_k, near_v, width, value_width)
     tile = tiles_down(width, value_width, d_far_k.element_size(), block // rank, rank, learned)
     chunks = -(-tokens * rank // (block * tile["CHUNK"]))
     k_slices = -(-width // tile["BD"])
@@ -580,13 +580,16 @@ def tiles_down(width: int, value_width: int, size: int, seg: int, rank: int, lea
     return {"CHUNK": 64, "LIFTS": lifts, "BD": columns, "STEP": min(2, seg), "num_warps": 8}
 
 
-def _strides(k: Tensor, v: Tensor) -> tuple[list[int], int]:
+def _strides(k: Tensor, v: Tensor, width: int, value_width: int) -> tuple[tuple[int, ...], int]:
     """Strides of batch, head and token of k and of v (0 if absent) in pieces of 16 bytes where these divide all."""
-    found = [x.stride(i) if x.dim() > 1 else 0 for x in (k, v) for i in range(3)]
+    k_batch, k_head, k_token, _ = k.stride() if k.dim() > 1 else (0, 0, 0, 0)
+    v_batch, v_head, v_token, _ = v.stride() if v.dim() > 1 else (0, 0, 0, 0)
     piece = 16 // k.element_size()
-    if any(stride % piece for stride in (*found, k.shape[-1], v.shape[-1])):
-        return found, 1
-    return [stride // piece for stride in found], piece
+    # a power of 2 divides each of them if it divides what any has a bit of
+    if (k_batch | k_head | k_token | v_batch | v_head | v_token | width | value_width) % piece:
+        piece = 1
+    found = k_batch // piece, k_head // piece, k_token // piece, v_batch // piece, v_head // piece, v_token // piece
+    return found, piece
 
 
 def _tops(chunks: int, rank: int, lifts: int, levels: int) -> int:

@@ -7,12 +7,11 @@ import farfield as ff
 from farfield.ops.pool import Tree, pool
 from farfield.select.static import depth, radii, tree_lists
 from farfield.summarize import FilterPool, MeanPool, pyramid
+from farfield.testing import contract, inputs
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def whole(tokens, block, rank, lo=0):
@@ -30,11 +29,26 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=gen, device="cuda").bfloat16().double()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("widths", [(16, 16), (64, 64), (80, 96), (112, 192), (256, 128)])
-@pytest.mark.parametrize("make", [whole, complete])
-@pytest.mark.parametrize(("sizes", "tokens", "lo"), [((64, 4), 4099, 3), ((128, 16), 9001, 0), ((16, 1), 2048, 7)])
+SMALL, LARGE, TINY = ((64, 4), 4099, 3), ((128, 16), 9001, 0), ((16, 1), 2048, 7)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learned", "widths", "make", "sizes", "tokens", "lo"),
+    [
+        (BF16, False, (64, 64), complete, *SMALL),
+        (BF16, False, (64, 64), whole, (64, 4), 300_001, 3),
+        (BF16, False, (128, 128), whole, *LARGE),
+        (BF16, False, (16, 16), whole, *TINY),
+        (BF16, False, (256, 128), complete, *LARGE),
+        (FP16, False, (80, 96), complete, *SMALL),
+        (FP32, False, (112, 192), whole, *SMALL),
+        (BF16, True, (64, 64), whole, *SMALL),
+        (FP16, True, (64, 64), complete, *TINY),
+        (FP32, True, (80, 96), complete, *LARGE),
+    ],
+    ids=str,
+)
 def test_against_float64(dtype, learned, widths, make, sizes, tokens, lo):
     tree, rank = make(tokens, *sizes, lo=lo), sizes[1]
     # views of [B, S, H, D]
@@ -45,14 +59,15 @@ def test_against_float64(dtype, learned, widths, make, sizes, tokens, lo):
     for a, b in zip(pools[0].parameters(), pools[1].parameters(), strict=True):
         a.data = draw(*a.shape, seed=9)
         b.data = a.data.float()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    exact, got = pyramid(pools[0], *x, tree), pyramid(pools[1], *y, tree)
+    exact = pyramid(pools[0], *x, tree)
+    given = [draw(*t.shape, seed=20 + i) for i, t in enumerate(exact[:4])]
+    torch.autograd.backward(list(exact[:4]), given)
+    with inputs.on("cuda"), contract.poisoned_memory():
+        got = pyramid(pools[1], *y, tree)
+        torch.autograd.backward(list(got[:4]), [t.to(dtype) for t in given])
     for name in ("far_k", "far_v", "bias"):
         assert_within(getattr(got, name), getattr(exact, name), terms=tokens, name=name)
     assert torch.equal(got.span, exact.span)
-    given = [draw(*t.shape, seed=20 + i) for i, t in enumerate(exact[:4])]
-    torch.autograd.backward(list(exact[:4]), given)
-    torch.autograd.backward(list(got[:4]), [t.to(dtype) for t in given])
     for name, a, b in zip("kv", y, x, strict=True):
         assert_within(a.grad, b.grad, terms=tokens, name=f"d{name}")
     for (name, a), b in zip(pools[1].named_parameters(), pools[0].parameters(), strict=True):
@@ -61,11 +76,12 @@ def test_against_float64(dtype, learned, widths, make, sizes, tokens, lo):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("blocks", [1, 2, 3, 64, 517, 16_384])
+@pytest.mark.parametrize("blocks", [1, 3, 517, 16_384])
 def test_lists(blocks, causal):
     for near, sinks in ((1, 0), (2, 3), (5, 1)):
         radius = radii(near, 1, depth(blocks))
-        starts = [sinks]
+        # negative where the first groups of a level are forgotten
+        starts = [sinks or -9]
         for height in range(len(radius) - 1):
             starts.append(starts[-1] + -(-blocks // 2**height))
         want, got = (
@@ -103,7 +119,7 @@ def test_repeats_are_bitwise_equal(learned):
         return out, *torch.autograd.grad(out.square().sum(), [*x, *mech.parameters()])
 
     first = run()
-    for _ in range(50):
+    for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
