@@ -1,5 +1,6 @@
 """attend against the dense float64 oracle: random layouts, every kind of visibility, gradients, memory, the op."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -391,6 +392,36 @@ def _with_gradients(args):
         return [leaf(y) for y in x] if isinstance(x, list | tuple) and x and isinstance(x[0], torch.Tensor) else x
 
     return tuple(leaf(a) for a in args)
+
+
+def test_registered_and_direct_calls_agree():
+    """A dispatch mode sees the registered operation; without one it is not called. The numbers are the same."""
+    p = problem()
+    calls = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "farfield":
+                calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    direct = p.run(partial(), torch.float32)
+    with Watch():
+        registered = p.run(partial(), torch.float32)
+    assert calls == [torch.ops.farfield.attend.default, torch.ops.farfield.attend_backward.default]
+    for name in direct:
+        assert torch.equal(direct[name], registered[name]), name
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_second_derivatives_are_refused(registered):
+    p = problem()
+    leaves, sources = p.leaves(torch.float32)
+    with Largest() if registered else contextlib.nullcontext():
+        out = attend(leaves["q"], sources, **p.options).out
+        (grad,) = torch.autograd.grad(out.square().sum(), leaves["q"], create_graph=True)
+        with pytest.raises(NotImplementedError, match="first derivatives only"):
+            grad.sum().backward()
 
 
 def test_compiles_whole():
