@@ -119,7 +119,7 @@ def test_short(tokens, learned):
     [
         (complete(45, 4, 2), False, torch.float32, True),
         (complete(45, 4, 2, lo=3), True, torch.float32, True),
-        (complete(45, 4, 2, lo=3), True, torch.float16, False),
+        (complete(21, 4, 2, lo=3), True, torch.float16, False),
         (whole(29, 2, 1, lo=1), True, torch.float32, True),
         (whole(43, 6, 3, lo=5), False, torch.float32, True),
         (whole(43, 6, 3, lo=5), False, torch.float16, False),
