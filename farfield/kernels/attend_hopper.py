@@ -542,7 +542,7 @@ ALIGNED = 8  # elements of 16 bits in the 16 bytes that tensor memory accelerato
 def wants(call: Call) -> bool:
     """Whether this kernel takes the call: whole blocks and gathered rows of 16-bit numbers, on a Hopper GPU."""
     q, k, v, bias, end, row_group, position, group, _, _, plans, scale = call
-    if q.dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if q.dtype not in (torch.bfloat16, torch.float16) or not _hopper(q.device):
         return False
     if not q.shape[-1] == v[0].shape[-1] in (64, 128) or scale <= 0 or not k[0].shape[2]:
         return False
@@ -592,24 +592,28 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _aligned(x: Tensor) -> bool:
-    return (
-        x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(s > 0 and s % ALIGNED == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
-    )
+    *outer, last = x.stride()
+    if last != 1 or x.data_ptr() % 16:
+        return False
+    return all(n == 1 or (stride > 0 and stride % ALIGNED == 0) for n, stride in zip(x.shape, outer, strict=False))
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of boxes of `rows` rows. Made from a template: the checks of its constructor are `_aligned`'s."""
+    made = object.__new__(TensorDescriptor)
     # a dimension of one element may have any stride; the descriptor asks for an aligned one
-    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape, x.stride(), strict=True)]
-    strides[-1] = 1
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, x.shape[-1]], _swizzled(rows, x.shape[-1], x.dtype))
+    width = x.shape[-1]
+    strides = [s if n > 1 else width for n, s in zip(x.shape[:-1], x.stride(), strict=False)]
+    made.__dict__.update(_template(rows, width, x.dtype), base=x, shape=list(x.shape), strides=[*strides, 1])
+    return made
 
 
 @cache
-def _swizzled(rows: int, width: int, dtype: torch.dtype):
+def _template(rows: int, width: int, dtype: torch.dtype) -> dict:
     kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], kind)
+    box = [1, 1, rows, width]
+    like = torch.empty(box, dtype=dtype, device="meta")
+    return vars(TensorDescriptor.from_tensor(like, box, gl.NVMMASharedLayout.get_default_for(box, kind)))
 
 
 def _lists(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
@@ -617,6 +621,11 @@ def _lists(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, int, int, int]
     batches, heads, blocks, picks = index.shape
     apart = 0 if batches == 1 else heads * blocks, 0 if heads == 1 else blocks
     return index.contiguous(), count.contiguous(), picks, *apart
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
