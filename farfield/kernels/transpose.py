@@ -36,24 +36,16 @@ class Readers(NamedTuple):
     pieces: int  # numbers of pieces in a segment
 
 
-@triton.jit(do_not_specialize=["index_strides", "count_strides", "base", "blocks", "picks", "row_blocks", "total"])
-def _keys(
-    index, count, keys, index_strides, count_strides, base, blocks, picks, row_blocks, total,
-    HEADS: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["base", "shift", "per_segment", "picks", "row_blocks", "total"])
+def _keys(index, count, keys, base, shift, per_segment, picks, row_blocks, total, SIZE: tl.constexpr):
     """One key an entry: segment by segment the row blocks, then what is not used."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     there = at < total
-    p, n, segment = at % picks, at // picks % blocks, at // picks // blocks
-    b, h = segment // HEADS, segment % HEADS
-    listed = tl.load(count + b * count_strides[0] + h * count_strides[1] + n * count_strides[2], mask=there, other=0)
-    named = tl.load(
-        index + b * index_strides[0] + h * index_strides[1] + n * index_strides[2] + p * index_strides[3],
-        mask=there & (p < listed),
-        other=0,
-    )
-    key = base + segment * (row_blocks + 1) + tl.where(p < listed, named.to(tl.int64), row_blocks)
-    tl.store(keys + at, key.to(keys.dtype.element_ty), mask=there)
+    used = at % picks < tl.load(count + at // picks, mask=there, other=0)
+    named = tl.load(index + at, mask=there & used, other=0).to(tl.int64)
+    key = base + at // per_segment * (row_blocks + 1) + tl.where(used, named, row_blocks)
+    # not keys[shift:], whose alignment would make another kernel
+    tl.store(keys + shift + at, key.to(keys.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["base", "shift", "per_list", "per_segment", "total", "bounds", "entries", "steps"])
@@ -103,8 +95,8 @@ def transpose(
     for x, c, m in zip(index, count, row_blocks, strict=True):
         if x.numel():
             _keys[(triton.cdiv(x.numel(), size),)](
-                x, c, keys[shift:], step(x), step(c), base, x.shape[2], x.shape[3], m, x.numel(),
-                HEADS=x.shape[1], SIZE=size,
+                x.contiguous(), c.contiguous(), keys, base, shift, x.shape[2] * x.shape[3], x.shape[3], m, x.numel(),
+                SIZE=size,
             )  # fmt: skip
         base += x.shape[0] * x.shape[1] * (m + 1)
         shift += x.numel()
