@@ -48,6 +48,14 @@ def attend_forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def _tiles(size: int, wide: int, dtype: torch.dtype) -> Tiles:
     """By the queries of a list, the wider of the two widths, and the dtype."""
-    roomy = wide <= 128 and dtype != torch.float32
-    tile = min(padded(size), 128 if roomy else 32)
-    return Tiles(tile, 64 if roomy else 32, 4 if tile <= 64 else 8, 2)
+    tile = padded(size)
+    if dtype == torch.float32:
+        # IEEE products run on no tensor core, and their operands lie in registers: these tiles do not spill
+        if wide > 128:
+            return Tiles(16, 32, 8, 2)
+        if wide > 64:
+            return Tiles(32, 16, 8, 2) if tile >= 32 else Tiles(16, 16, 4, 2)
+        return Tiles(64, 32, 8, 2) if tile >= 64 else Tiles(tile, 16, 4, 2)
+    if wide > 128:
+        return Tiles(min(tile, 32), 32, 4, 2)
+    return Tiles(min(tile, 128), 64, 8 if tile >= 128 else 4, 2)
