@@ -13,6 +13,7 @@ dq = scale ds k,  dk = scale ds' q.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels import attend_backward_hopper as hopper
-from farfield.kernels.transpose import Readers, piece_of, step, transpose
-from farfield.ops.attend import Call
+from farfield.kernels.attend import padded
+from farfield.kernels.transpose import Readers, piece_of, transpose
+from farfield.ops.attend import Call, Plan
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -95,7 +97,8 @@ def attend_backward_queries(
     # a query that read nothing, and one that only fills up a tile, gets weights exp(s - inf) = 0
     shift_row = tl.where(empty, float("inf"), mass * LOG2E)
     delta_row = tl.sum(out_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
-    delta_row -= tl.load(d_lse + line, mask=asked, other=0.0)
+    if d_lse is not None:
+        delta_row -= tl.load(d_lse + line, mask=asked, other=0.0)
     delta_row = tl.where(empty, 0.0, delta_row)
     # up to the end of the last block, so that whole tiles can be read back
     stat, owned = (b * heads + h) * (blocks * Q_BLOCK) + i, row < STACK * Q_BLOCK
@@ -624,6 +627,7 @@ def _float32_tiles(wide: int, size: int) -> Tiles:
     return Tiles(min(size, 32), 32, 8, 1) if wide > 64 else Tiles(min(size, 32), 32, 4, 2)
 
 
+@cache
 def query_tiles(wide: int, size: int, dtype: torch.dtype, shares: bool) -> Tiles:
     """For attend_backward_queries: `size` queries share a list, `wide` is the wider of key and value tile."""
     if dtype == torch.float32:
@@ -639,6 +643,7 @@ def query_tiles(wide: int, size: int, dtype: torch.dtype, shares: bool) -> Tiles
     return Tiles(min(size, 128), 64, 8 if size >= 64 else 4, 3)
 
 
+@cache
 def row_tiles(wide: int, k_block: int, size: int, dtype: torch.dtype) -> Tiles:
     """For attend_backward_rows: `size` queries read a block of `k_block` rows at a time."""
     if dtype == torch.float32:
@@ -660,233 +665,286 @@ class _Source(NamedTuple):
     group: Tensor
     index: Tensor
     count: Tensor
+    strides: tuple[tuple[int, ...], ...]  # of these
+    plan: Plan
     rows: int
     row_blocks: int
-    small: bool
+    picks: int  # entries of a list
     repeat: int  # units that share a key head
-    flags: dict[str, bool]
+    small: bool
+    causal: bool
+    reach: bool
+    biased: bool
+    ended: bool
+    grouped: bool
+    d_bias: bool  # the gradient of the bias is asked for
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self[:7]
 
-    @property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(step(x) for x in self.tensors)
+# of dk, dv and the bias gradient: where they go, shares or pieces. What a kernel leaves alone may be any tensor of the
+# dtype.
+_Three = tuple[Tensor, Tensor, Tensor]
 
 
 def attend_backward(
-    call: Call, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, bias_grad: bool
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> list[Tensor]:
-    """Gradients of q, each k, each v and each bias (0 without `bias_grad`); the contract is cpu.attend.backward's."""
-    q, position, group, plans, scale = call.q, call.position, call.group, call.plans, call.scale
+    """Gradients of q, each k, each v and each bias (0 without `bias_grad`); the contract is cpu.attend.backward's.
+
+    No `d_lse` stands for zeros.
+    """
+    # the host is as slow as the GPU at short lengths: everything here is asked for once
+    q, k, _, bias, _, _, position, group, index, _, plans, scale = call
     batch, heads, tokens, width = q.shape
     value_width = d_out.shape[-1]
-    kv_heads = call.k[0].shape[1]
+    kv_heads = k[0].shape[1]
     # query heads of one key head share a tile unless their lists or biases differ
-    shared = (
-        all(x.shape[1] == 1 for x in call.index)
-        and all(x.dim() == 1 or x.shape[1] in (1, kv_heads) for x in call.bias)
-        and all(x.shape[1] == kv_heads for x in call.k)
+    shared = heads == kv_heads or (
+        all(x.shape[1] == 1 for x in index)
+        and all(x.dim() == 1 or x.shape[1] in (1, kv_heads) for x in bias)
+        and all(x.shape[1] == kv_heads for x in k)
     )
     units = kv_heads if shared else heads
-    stack, q_block = heads // units, min(call.plans[0].q_block, max(16, triton.next_power_of_2(tokens)))
-    blocks = call.index[0].shape[2]
-    sources = [_source_of(call, s, units) for s in range(len(call.k))]
-    d_q = q.new_empty(q.shape)
-    grads = [_empty(s, batch, units, q.dtype, bias_grad and s.flags["BIAS"]) for s in sources]
+    stack, q_block = heads // units, min(plans[0].q_block, padded(tokens))
+    blocks = index[0].shape[2]
+    sources = [_source_of(call, s, units, bias_grad) for s in range(len(k))]
+    dtype, device = q.dtype, q.device
+    d_q = torch.empty(q.shape, dtype=dtype, device=device)
+    delta = torch.empty(batch, heads, blocks * q_block, dtype=torch.float32, device=device)
+    grads = [_empty(s, batch, units, delta) for s in sources]
     if not (batch and tokens and blocks):
         for grad in grads:
             for x in grad:
                 x.zero_()
-        return _gather(call, d_q.zero_(), grads, bias_grad)
+        return _gather(call, sources, d_q.zero_(), grads)
 
-    size = max(16, triton.next_power_of_2(stack * q_block))
-    d_tile, e_tile = (max(16, triton.next_power_of_2(x)) for x in (width, value_width))
-    sizes = {"D": width, "E": value_width, "D_TILE": d_tile, "E_TILE": e_tile, "STACK": stack, "Q_BLOCK": q_block}
-    tiles = query_tiles(max(d_tile, e_tile), size, q.dtype, any(s.small for s in sources))
-    q, d_out, out, lse, d_lse = _dense(q), _dense(d_out), out.contiguous(), lse.contiguous(), d_lse.contiguous()
-    position, group = _per_head(position, batch, heads), _per_head(group, batch, heads)
-    asking = [step(x) for x in (position, group)]
-    asked = {"POSITION": position.dim() > 1, "GROUP": group.dim() > 1}
-    delta, shift = torch.empty(2, batch, heads, blocks * q_block, dtype=torch.float32, device=q.device)
-
-    read = _transposed(sources, plans)
-    lists = -(-stack * q_block // tiles.queries)
+    shift = torch.empty(batch, heads, blocks * q_block, dtype=torch.float32, device=device)
+    size = padded(stack * q_block)
+    d_tile, e_tile = padded(width), padded(value_width)
+    wide = max(d_tile, e_tile)
     first, last = sources[0], sources[-1]
-    per_source = {}
-    for n, s in enumerate((first, last)):
-        k_block = plans[-n].k_block
-        per_source |= {f"{name}{n}": x for name, x in s.flags.items()}
-        per_source |= {f"REPEAT{n}": s.repeat, f"K_BLOCK{n}": k_block, f"BK{n}": tiles.rows}
-        per_source |= {f"SHARES{n}": s.small, f"D_BIAS{n}": s.small and bias_grad and s.flags["BIAS"]}
-    for begin, stop in _slices(sources, plans, batch * units, lists * blocks):
+    tiles = query_tiles(wide, size, dtype, first.small or last.small)
+    (q, q_strides), (d_out, d_out_strides) = _dense(q), _dense(d_out)
+    out, lse = out.contiguous(), lse.contiguous()
+    if d_lse is not None:
+        d_lse = d_lse.contiguous()
+    position, position_strides = _per_head(position, heads)
+    group, group_strides = _per_head(group, heads)
+    positioned, grouped = position.dim() > 1, group.dim() > 1
+
+    read = _transposed(sources)
+    lists = -(-stack * q_block // tiles.queries)
+    for begin, stop in _slices(sources, batch * units, lists * blocks):
         count = (stop - begin) * blocks * lists
-        shares = [_shares(s, p, count, q, bias_grad) for s, p in zip(sources, plans, strict=True)]
-        pairs = [(*s.tensors, *shares[n]) for n, s in ((0, first), (-1, last))]
+        shares = [_shares(s, count, d_q, delta) for s in sources]
         attend_backward_queries[(count,)](
             q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
-            *pairs[0], *pairs[1], q.stride(), d_out.stride(), *asking, *first.strides, *last.strides,
-            begin, heads, tokens, blocks, first.rows, first.index.shape[3], plans[0].reach, plans[0].sinks,
-            last.rows, last.index.shape[3], plans[-1].reach, plans[-1].sinks, scale,
-            BQ=tiles.queries, SOURCES=len(sources), **sizes, **asked, **per_source,
+            *first[:7], *shares[0], *last[:7], *shares[-1],
+            q_strides, d_out_strides, position_strides, group_strides, *first.strides, *last.strides,
+            begin, heads, tokens, blocks, first.rows, first.picks, first.plan.reach, first.plan.sinks,
+            last.rows, last.picks, last.plan.reach, last.plan.sinks, scale,
+            STACK=stack, Q_BLOCK=q_block, BQ=tiles.queries, SOURCES=len(sources),
+            REPEAT0=first.repeat, K_BLOCK0=first.plan.k_block, BK0=tiles.rows,
+            REPEAT1=last.repeat, K_BLOCK1=last.plan.k_block, BK1=tiles.rows,
+            D=width, E=value_width, D_TILE=d_tile, E_TILE=e_tile, POSITION=positioned, GROUP=grouped,
+            CAUSAL0=first.causal, REACH0=first.reach, BIAS0=first.biased, END0=first.ended, GROUP0=first.grouped,
+            SHARES0=first.small, D_BIAS0=first.small and first.d_bias,
+            CAUSAL1=last.causal, REACH1=last.reach, BIAS1=last.biased, END1=last.ended, GROUP1=last.grouped,
+            SHARES1=last.small, D_BIAS1=last.small and last.d_bias,
             PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
         )  # fmt: skip
-        for s, plan, share, grad, readers in zip(sources, plans, shares, grads, read, strict=True):
+        for s, share, grad, readers in zip(sources, shares, grads, read, strict=True):
             if s.small and s.rows:
-                _add_up(s, plan.k_block, share, grad, readers, begin, stop, units, blocks, lists, sizes)
-    for s, plan, grad, readers in zip(sources, plans, grads, read, strict=True):
+                _add_up(s, share, grad, readers, begin, stop, units, blocks, lists, delta)
+    for s, grad, readers in zip(sources, grads, read, strict=True):
         if s.small or not s.rows:
             continue
-        tiles = row_tiles(max(d_tile, e_tile), triton.next_power_of_2(plan.k_block), size, q.dtype)
-        pieces = [
-            torch.empty(batch * units * readers.pieces * plan.k_block * x, dtype=torch.float32, device=q.device)
-            for x in (width, value_width, 1)
-        ]
-        plain = not (asked["POSITION"] or asked["GROUP"] or any(x for name, x in s.flags.items() if name != "CAUSAL"))
-        if plain and hopper.wants_rows(q, d_out, s.k, s.v, plan.k_block, q_block):
+        plan, k_block = s.plan, s.plan.k_block
+        pieces = _pieces(s, batch * units * readers.pieces, delta)
+        plain = not (positioned or grouped or s.reach or s.biased or s.ended or s.grouped)
+        if plain and hopper.wants_rows(q, d_out, s.k, s.v, k_block, q_block):
             hopper.rows_backward(
-                q, d_out, s.k, s.v, shift, delta, readers, grad[:2], pieces[:2], q_block=q_block, k_block=plan.k_block,
-                stack=stack, repeat=s.repeat, blocks=blocks, causal=s.flags["CAUSAL"], scale=scale,
+                q, d_out, s.k, s.v, shift, delta, readers, grad[:2], pieces[:2], q_block=q_block, k_block=k_block,
+                stack=stack, repeat=s.repeat, blocks=blocks, causal=s.causal, scale=scale,
             )  # fmt: skip
-            _join_pieces(s, plan.k_block, pieces, grad, readers, 0, batch * units, units, sizes)
-            continue
-        k_tiles = -(-plan.k_block // tiles.rows)
-        attend_backward_rows[(batch * units * (s.row_blocks + readers.pieces) * k_tiles,)](
-            q, d_out, delta, shift, position, group, *s.tensors[:5], readers.start, readers.reader,
-            readers.key, *grad, *pieces,
-            q.stride(), d_out.stride(), *asking, *s.strides[:5], readers.strides,
-            heads, tokens, blocks, s.rows, s.row_blocks, readers.pieces, readers.most, readers.base, plan.reach,
-            plan.sinks, scale, BQ=tiles.queries, REPEAT=s.repeat, K_BLOCK=plan.k_block, BK=tiles.rows, **sizes,
-            POSITION=asked["POSITION"], D_BIAS=grad[2].numel() > 0, **s.flags,
-            PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
-        )  # fmt: skip
-        _join_pieces(s, plan.k_block, pieces, grad, readers, 0, batch * units, units, sizes)
-    return _gather(call, d_q, grads, bias_grad)
+        else:
+            tiles = row_tiles(wide, padded(k_block), size, dtype)
+            k_tiles = -(-k_block // tiles.rows)
+            attend_backward_rows[(batch * units * (s.row_blocks + readers.pieces) * k_tiles,)](
+                q, d_out, delta, shift, position, group, *s[:5], readers.start, readers.reader, readers.key,
+                *grad, *pieces, q_strides, d_out_strides, position_strides, group_strides, *s.strides[:5],
+                readers.strides, heads, tokens, blocks, s.rows, s.row_blocks, readers.pieces, readers.most,
+                readers.base, plan.reach, plan.sinks, scale,
+                STACK=stack, Q_BLOCK=q_block, BQ=tiles.queries, REPEAT=s.repeat, K_BLOCK=k_block, BK=tiles.rows,
+                D=width, E=value_width, D_TILE=d_tile, E_TILE=e_tile, POSITION=positioned,
+                CAUSAL=s.causal, REACH=s.reach, BIAS=s.biased, END=s.ended, GROUP=s.grouped, D_BIAS=s.d_bias,
+                PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+            )  # fmt: skip
+        _join_pieces(s, pieces, grad, readers, 0, batch * units, units)
+    return _gather(call, sources, d_q, grads)
 
 
-def _source_of(call: Call, s: int, units: int) -> _Source:
-    batch, kv_heads, rows, _ = call.k[s].shape
-    plan, bias, end, group = call.plans[s], call.bias[s], call.end[s], call.row_group[s]
+def _source_of(call: Call, s: int, units: int, bias_grad: bool) -> _Source:
+    plan, bias = call.plans[s], call.bias[s]
+    _, kv_heads, rows, _ = call.k[s].shape
+    biased = bias.dim() > 1
+    if biased and bias.dtype != torch.float32:
+        bias = bias.float()
+    k, k_strides = _dense(call.k[s])
+    v, v_strides = _dense(call.v[s])
+    bias, bias_strides = _per_head(bias, units)
+    end, end_strides = _per_head(call.end[s], kv_heads)
+    group, group_strides = _per_head(call.row_group[s], kv_heads)
+    index, index_strides = _per_head(call.index[s], units)
+    count, count_strides = _per_head(call.count[s], units)
     return _Source(
-        _dense(call.k[s]), _dense(call.v[s]), _per_head(bias.float(), batch, units), _per_head(end, batch, kv_heads),
-        _per_head(group, batch, kv_heads), _per_head(call.index[s], batch, units),
-        _per_head(call.count[s], batch, units), rows, -(-rows // plan.k_block), plan.k_block < SMALL, units // kv_heads,
-        {
-            "CAUSAL": bool(plan.causal), "REACH": plan.reach >= 0, "BIAS": bias.dim() > 1, "END": end.dim() > 1,
-            "GROUP": group.dim() > 1,
-        },
+        k, v, bias, end, group, index, count,
+        (_apart(k, k_strides), _apart(v, v_strides), bias_strides, end_strides, group_strides, index_strides,
+         count_strides),
+        plan, rows, -(-rows // plan.k_block), index.shape[3], units // kv_heads, plan.k_block < SMALL,
+        bool(plan.causal), plan.reach >= 0, biased, end.dim() > 1, group.dim() > 1, biased and bias_grad,
     )  # fmt: skip
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Rows without gaps, and near enough to each other for 32 bits within a tile."""
-    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < FAR else x.contiguous()
+def _dense(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows without gaps, near enough to each other for 32 bits within a tile, and their strides."""
+    strides = x.stride()
+    if (strides[3] == 1 or x.shape[3] == 1) and strides[2] < FAR:
+        return x, strides
+    x = x.contiguous()
+    return x, x.stride()
 
 
-def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
-    """A [1|B, 1|heads, ...] tensor read as if it were [B, heads, ...]; an absent one stays as it is."""
+def _per_head(x: Tensor, heads: int) -> tuple[Tensor, tuple[int, ...]]:
+    """A [1|B, 1|heads, ...] tensor, with strides to read it as [B, heads, ...]; an absent one stays as it is."""
     if x.dim() == 1:
-        return x
-    x = x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.expand(batch, heads, *x.shape[2:])
+        return x, (0, 0)
+    if x.shape[1] not in (1, heads):
+        x = x.repeat_interleave(heads // x.shape[1], 1)
+    strides = x.stride()
+    if strides[-1] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    return x, _apart(x, strides)
 
 
-def _empty(source: _Source, batch: int, units: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _apart(x: Tensor, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, 0 where all batches or heads share one: those would change with the length, and with them the kernel."""
+    batches, heads = x.shape[:2]
+    if batches > 1 and heads > 1:
+        return strides
+    return (strides[0] if batches > 1 else 0, strides[1] if heads > 1 else 0, *strides[2:])
+
+
+def _empty(source: _Source, batch: int, units: int, delta: Tensor) -> _Three:
     """Where dk, dv and the bias gradient of each unit go; float32 where units are still to be added up."""
-    dtype = dtype if source.repeat == 1 else torch.float32
-    k, v = (x.new_empty(batch, units, source.rows, x.shape[3], dtype=dtype) for x in (source.k, source.v))
-    return k, v, k.new_empty((batch, units, source.rows) if bias else 0, dtype=torch.float32)
+    k, v, rows = source.k, source.v, source.rows
+    dtype, device = k.dtype if source.repeat == 1 else torch.float32, k.device
+    return (
+        torch.empty(batch, units, rows, k.shape[3], dtype=dtype, device=device),
+        torch.empty(batch, units, rows, v.shape[3], dtype=dtype, device=device),
+        torch.empty(batch, units, rows, dtype=torch.float32, device=device) if source.d_bias else delta,
+    )
 
 
-def _gather(call: Call, d_q: Tensor, grads: list[tuple[Tensor, Tensor, Tensor]], bias_grad: bool) -> list[Tensor]:
+def _gather(call: Call, sources: list[_Source], d_q: Tensor, grads: list[_Three]) -> list[Tensor]:
     """The gradients in the shapes and dtypes of the inputs."""
-
-    def added_up(x: Tensor, like: Tensor) -> Tensor:
-        if x.shape[1] != like.shape[1]:
-            x = x.unflatten(1, (like.shape[1], -1)).sum(2)
-        return (x.sum(0, keepdim=True) if x.shape[0] != like.shape[0] else x).to(like.dtype)
-
-    d_k = [added_up(grad[0], x) for grad, x in zip(grads, call.k, strict=True)]
-    d_v = [added_up(grad[1], x) for grad, x in zip(grads, call.v, strict=True)]
-    d_bias = [
-        added_up(grad[2], x) if bias_grad and x.dim() > 1 else x.new_zeros(x.shape)
-        for grad, x in zip(grads, call.bias, strict=True)
-    ]
+    d_k, d_v, d_bias = [], [], []
+    for s, (k, v, bias), like_k, like_v, like in zip(sources, grads, call.k, call.v, call.bias, strict=True):
+        d_k.append(k if s.repeat == 1 else _added_up(k, like_k))
+        d_v.append(v if s.repeat == 1 else _added_up(v, like_v))
+        d_bias.append(_added_up(bias, like) if s.d_bias else torch.zeros_like(like))
     return [d_q, *d_k, *d_v, *d_bias]
 
 
-def _transposed(sources: list[_Source], plans) -> list[Readers]:
+def _added_up(x: Tensor, like: Tensor) -> Tensor:
+    if x.shape[1] != like.shape[1]:
+        x = x.unflatten(1, (like.shape[1], -1)).sum(2)
+    return (x.sum(0, keepdim=True) if x.shape[0] != like.shape[0] else x).to(like.dtype)
+
+
+def _transposed(sources: list[_Source]) -> list[Readers]:
     """The readers of every source; of shared lists once."""
-
-    def once(x: Tensor) -> Tensor:
-        return x[: 1 if x.stride(0) == 0 else None, : 1 if x.stride(1) == 0 else None]
-
     # a row block read twice as often as the average is no burden yet
     most = [
-        PIECE if s.small else max(READS, 2 * -(-s.index.shape[2] * s.index.shape[3] // max(s.row_blocks, 1)))
-        for s in sources
+        PIECE if s.small else max(READS, 2 * -(-s.index.shape[2] * s.picks // max(s.row_blocks, 1))) for s in sources
     ]
-    index, count = [once(s.index) for s in sources], [once(s.count) for s in sources]
-    return transpose(index, count, [s.row_blocks for s in sources], [s.small for s in sources], most)
+    return transpose(
+        [s.index for s in sources], [s.count for s in sources], [s.row_blocks for s in sources],
+        [s.small for s in sources], most,
+    )  # fmt: skip
 
 
-def _slices(sources, plans, units: int, lists: int) -> list[tuple[int, int]]:
+def _slices(sources: list[_Source], units: int, lists: int) -> list[tuple[int, int]]:
     """Units whose shares together take no more memory than the keys and values; one at least."""
-    rows = sum(s.index.shape[3] * p.k_block for s, p in zip(sources, plans, strict=True) if s.small)
-    held = units * sum(s.rows for s in sources) // max(s.repeat for s in sources)
+    rows = sum([s.picks * s.plan.k_block for s in sources if s.small])
+    held = units * sum([s.rows for s in sources]) // max([s.repeat for s in sources])
     step = max(1, min(units, held // max(1, rows * lists)))
     return [(begin, min(begin + step, units)) for begin in range(0, units, step)]
 
 
-def _shares(source: _Source, plan, lists: int, q: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _shares(source: _Source, lists: int, d_q: Tensor, delta: Tensor) -> _Three:
     """Scratch memory for one share of dk, dv and the bias gradient an entry of a list."""
-    rows = lists * source.index.shape[3] * plan.k_block if source.small else 0
-    bias = rows if bias_grad and source.flags["BIAS"] else 0
+    if not source.small:
+        return d_q, d_q, delta
+    rows = lists * source.picks * source.plan.k_block
+    dtype, device = d_q.dtype, d_q.device
     return (
-        q.new_empty(rows * source.k.shape[3]), q.new_empty(rows * source.v.shape[3]),
-        q.new_empty(bias, dtype=torch.float32),
-    )  # fmt: skip
+        torch.empty(rows * source.k.shape[3], dtype=dtype, device=device),
+        torch.empty(rows * source.v.shape[3], dtype=dtype, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device) if source.d_bias else delta,
+    )
 
 
-def _add_up(source: _Source, k_block, shares, grad, readers: Readers, begin, stop, units, blocks, lists, sizes) -> None:
+def _pieces(source: _Source, count: int, delta: Tensor) -> _Three:
+    """Scratch memory for dk, dv and the bias gradient of so many pieces."""
+    if not count:
+        return delta, delta, delta
+    rows, device = count * source.plan.k_block, delta.device
+    return (
+        torch.empty(rows * source.k.shape[3], dtype=torch.float32, device=device),
+        torch.empty(rows * source.v.shape[3], dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device) if source.d_bias else delta,
+    )
+
+
+def _add_up(
+    source: _Source, shares: _Three, grad: _Three, readers: Readers, begin, stop, units, blocks, lists, delta: Tensor
+) -> None:
     """The shares of units begin .. stop - 1, added up."""
-    pieces = [
-        torch.empty((stop - begin) * readers.pieces * k_block * x, dtype=torch.float32, device=source.k.device)
-        for x in (sizes["D"], sizes["E"], 1)
-    ]
-    # the bias gradient is a dk of width 1
-    for share_k, share_v, d_k, d_v, sum_k, sum_v, d, e in (
-        (*shares[:2], *grad[:2], *pieces[:2], sizes["D"], sizes["E"]),
-        *([(shares[2], shares[2], grad[2], grad[2], pieces[2], pieces[2], 1, 0)] if grad[2].numel() else []),
-    ):
+    pieces = _pieces(source, (stop - begin) * readers.pieces, delta)
+    k_block = source.plan.k_block
+    for k, v, d, e in _pairs(source):
         parts = _parts(k_block, d, e, NUMBERS // 4)
         many = NUMBERS // max(parts.d, parts.e)
         runs = -(-source.row_blocks // many)
         sum_shares[((stop - begin) * (runs + readers.pieces) * parts.programs,)](
-            share_k, share_v, d_k, d_v, sum_k, sum_v, readers.start, readers.reader, readers.key, readers.strides,
-            begin, units, blocks, source.index.shape[3], source.rows, source.row_blocks, readers.pieces, readers.most,
-            readers.base, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, NUMBERS=NUMBERS, MANY=many,
-            TILES=lists, num_warps=4,
+            shares[k], shares[v], grad[k], grad[v], pieces[k], pieces[v], readers.start, readers.reader, readers.key,
+            readers.strides, begin, units, blocks, source.picks, source.rows, source.row_blocks, readers.pieces,
+            readers.most, readers.base, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, NUMBERS=NUMBERS,
+            MANY=many, TILES=lists, num_warps=4,
         )  # fmt: skip
-    _join_pieces(source, k_block, pieces, grad, readers, begin, stop, units, sizes)
+    _join_pieces(source, pieces, grad, readers, begin, stop, units)
 
 
-def _join_pieces(source: _Source, k_block, pieces, grad, readers: Readers, begin, stop, units, sizes) -> None:
+def _join_pieces(source: _Source, pieces: _Three, grad: _Three, readers: Readers, begin, stop, units) -> None:
     """Row blocks that were cut into pieces; without any there is nothing to launch."""
     if not readers.pieces:
         return
-    for sum_k, sum_v, d_k, d_v, d, e in (
-        (*pieces[:2], *grad[:2], sizes["D"], sizes["E"]),
-        *([(pieces[2], pieces[2], grad[2], grad[2], 1, 0)] if grad[2].numel() else []),
-    ):
-        parts, many = _parts(k_block, d, e, 1024), 8
+    k_block, many = source.plan.k_block, 8
+    for k, v, d, e in _pairs(source):
+        parts = _parts(k_block, d, e, 1024)
         sum_pieces[((stop - begin) * -(-source.row_blocks // many) * parts.programs,)](
-            sum_k, sum_v, d_k, d_v, readers.start, readers.strides, begin, units, source.rows, source.row_blocks,
-            readers.pieces, readers.most, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e,
+            pieces[k], pieces[v], grad[k], grad[v], readers.start, readers.strides, begin, units, source.rows,
+            source.row_blocks, readers.pieces, readers.most, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e,
             READERS=8, MANY=many, num_warps=4,
         )  # fmt: skip
+
+
+def _pairs(source: _Source) -> tuple[tuple[int, int, int, int], ...]:
+    """What one launch adds up: two of dk, dv and the bias gradient, and their widths."""
+    widths = source.k.shape[3], source.v.shape[3]
+    # the bias gradient is a dk of width 1
+    return ((0, 1, *widths), (2, 2, 1, 0)) if source.d_bias else ((0, 1, *widths),)
 
 
 class _Parts(NamedTuple):
@@ -895,6 +953,7 @@ class _Parts(NamedTuple):
     programs: int
 
 
+@cache
 def _parts(k_block: int, width: int, value_width: int, most: int) -> _Parts:
-    d, e = (min(max(16, triton.next_power_of_2(k_block * x)), most) for x in (width, value_width))
+    d, e = (min(padded(k_block * x), most) for x in (width, value_width))
     return _Parts(d, e, -(-k_block * width // d) + -(-k_block * value_width // e))

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import _aligned, _descriptor, _processors
+from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _processors
 from farfield.kernels.transpose import Readers
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -400,11 +400,15 @@ def rows_backward(
 
 def wants_rows(q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, k_block: int, q_block: int) -> bool:
     """Whether shapes and strides suit; nothing but a causal layout may ride along."""
+    width = q.shape[-1]
     return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] == v.shape[-1]
-        and (q.shape[-1], k_block) in TILES
+        (width, k_block) in TILES
         and q_block % 64 == 0
-        and all(_aligned(x) for x in (q, d_out, k, v))
-        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and width == v.shape[-1]
+        and _hopper(q.device)
+        and _aligned(q)
+        and _aligned(d_out)
+        and _aligned(k)
+        and _aligned(v)
     )

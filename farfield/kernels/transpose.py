@@ -22,7 +22,7 @@ WHOLE = 1 << 30  # row blocks of fewer entries are never cut
 class Readers(NamedTuple):
     """The transposed lists of one source.
 
-    `start` [segments, M + 1] counts from the first entry of the sort; `reader` [entries], at those places, holds the
+    `start` [segments * (M + 1)] counts from the first entry of the sort; `reader` [entries], at those places, holds the
     entry n * P + p within its segment, or n alone, and `key` what was sorted: row block m of a segment has the number
     base + segment * (M + 1) + m.
     """
@@ -67,16 +67,6 @@ def _spans(
     tl.store(reader + shift + at, (entry % per_segment // per_list).to(tl.int32), mask=at < total)
 
 
-def step(x: Tensor) -> tuple[int, ...]:
-    """Strides of [1|B, 1|H, ...], 0 where all share one: those would change with the length, and with them the kernel.
-
-    What is 1-D is absent.
-    """
-    if x.dim() == 1:
-        return 0, 0
-    return tuple(0 if n == 1 else s for n, s in zip(x.shape[:2], x.stride(), strict=False)) + x.stride()[2:]
-
-
 def transpose(
     index: list[Tensor], count: list[Tensor], row_blocks: list[int], by_entry: list[bool], most: list[int]
 ) -> list[Readers]:
@@ -88,40 +78,42 @@ def transpose(
         most: entries of a piece; even.
     """
     device = index[0].device
-    entries = sum(x.numel() for x in index)
-    last = sum(x.shape[0] * x.shape[1] * (m + 1) for x, m in zip(index, row_blocks, strict=True))
-    keys = torch.empty(entries, dtype=torch.int32 if last < 1 << 31 else torch.int64, device=device)
+    shapes = [x.shape for x in index]
+    numbers = [a * b * c * d for a, b, c, d in shapes]
+    starts = [shape[0] * shape[1] * (m + 1) for shape, m in zip(shapes, row_blocks, strict=True)]
+    entries = sum(numbers)
+    keys = torch.empty(entries, dtype=torch.int32 if sum(starts) < 1 << 31 else torch.int64, device=device)
     size, base, shift = 1024, 0, 0
-    for x, c, m in zip(index, count, row_blocks, strict=True):
-        if x.numel():
-            _keys[(triton.cdiv(x.numel(), size),)](
-                x.contiguous(), c.contiguous(), keys, base, shift, x.shape[2] * x.shape[3], x.shape[3], m, x.numel(),
-                SIZE=size,
+    for s, (_, _, blocks, picks) in enumerate(shapes):
+        number = numbers[s]
+        if number:
+            _keys[(-(-number // size),)](
+                index[s].contiguous(), count[s].contiguous(), keys, base, shift, blocks * picks, picks, row_blocks[s],
+                number, SIZE=size,
             )  # fmt: skip
-        base += x.shape[0] * x.shape[1] * (m + 1)
-        shift += x.numel()
+        base += starts[s]
+        shift += number
     ordered, order = keys.sort(stable=True)
     # the entries of a source stay where they were: its keys are larger than those of the sources before it
     reader = torch.empty(entries, dtype=torch.int32, device=device)
-    found, base, shift = [], 0, 0
-    for x, m, whole, limit in zip(index, row_blocks, by_entry, most, strict=True):
-        segments, blocks, picks = x.shape[0] * x.shape[1], x.shape[2], x.shape[3]
-        start = torch.empty(segments, m + 1, dtype=torch.int32, device=device)
-        _spans[(triton.cdiv(max(start.numel(), x.numel()), size),)](
-            ordered, order, start, reader, base, shift, 1 if whole else max(picks, 1), max(blocks * picks, 1),
-            x.numel(), start.numel(), entries, entries.bit_length(), SIZE=size,
+    found, base, shift, steps = [], 0, 0, entries.bit_length()
+    for s, (batches, heads, blocks, picks) in enumerate(shapes):
+        number, bounds, limit = numbers[s], starts[s], most[s]
+        start = torch.empty(bounds, dtype=torch.int32, device=device)
+        _spans[(-(-max(bounds, number) // size),)](
+            ordered, order, start, reader, base, shift, 1 if by_entry[s] else max(picks, 1), max(blocks * picks, 1),
+            number, bounds, entries, steps, SIZE=size,
         )  # fmt: skip
-        strides = (x.shape[1] if x.shape[0] > 1 else 0, 1 if x.shape[1] > 1 else 0)
         # a list names a row block once: none has more entries than there are query blocks
         cut = blocks > limit
         found.append(
             Readers(
-                start, reader, ordered, base, strides,
+                start, reader, ordered, base, (heads if batches > 1 else 0, 1 if heads > 1 else 0),
                 limit if cut else WHOLE, 2 * blocks * picks // limit + 1 if cut else 0,
             )
         )  # fmt: skip
-        base += segments * (m + 1)
-        shift += x.numel()
+        base += bounds
+        shift += number
     return found
 
 
