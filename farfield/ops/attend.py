@@ -119,14 +119,18 @@ def _attend(call: Call) -> tuple[Tensor, Tensor]:
     return _plainly(forward, call)
 
 
-def _gradients(call: Call, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, bias_grad: bool) -> list[Tensor]:
-    """Of q, each k, each v and each bias, by whatever takes the call."""
+def _gradients(
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+) -> list[Tensor]:
+    """Of q, each k, each v and each bias, by whatever takes the call; no d_lse stands for zeros."""
     from farfield.cpu.attend import backward
 
     if call.q.is_cuda:
         from farfield.kernels import attend_backward, launch
 
-        backward = backward if launch.refusal(call) else attend_backward.attend_backward
+        if not launch.refusal(call):
+            return _plainly(attend_backward.attend_backward, call, d_out, d_lse, out, lse, bias_grad)
+    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)
 
 
@@ -135,6 +139,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, *weighed: Tensor):
+        # most use out alone, and zeros for lse would have to be written and read
+        ctx.set_materialize_grads(False)
         out, lse = _attend(call)
         ctx.plans, ctx.scale, ctx.sources = call.plans, call.scale, len(call.k)
         _keep(ctx, out, lse, call)
@@ -143,6 +149,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_lse):
         out, lse, call = _kept(ctx)
+        d_out = torch.zeros_like(out) if d_out is None else d_out
         bias_grad = any(ctx.needs_input_grad[-ctx.sources :])
         return None, *_differentiated(call, d_out, d_lse, out, lse, bias_grad)
 
@@ -232,9 +239,10 @@ def _kept(ctx) -> tuple[Tensor, Tensor, Call]:
     return out, lse, Call(q, k, v, bias, end, row_group, position, group, index, count, ctx.plans, ctx.scale)
 
 
-def _differentiated(call: Call, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, bias_grad: bool):
+def _differentiated(call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool):
     # the registered operation refuses a gradient of its gradients
-    if torch.is_grad_enabled() or not eager(d_out, d_lse, call.q):
+    if torch.is_grad_enabled() or not eager(d_out, call.q, *(() if d_lse is None else (d_lse,))):
+        d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
         return _backward(d_out, d_lse, out, lse, *_flat(call), bias_grad)
     return _gradients(call, d_out, d_lse, out, lse, bias_grad)
 
