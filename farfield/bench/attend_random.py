@@ -102,7 +102,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, flops: float, rates: C
     def call() -> Tensor:
         return compiled(q, k, v, block_mask=mask, kernel_options=options)
 
-    kept = torch._functorch.config.patch(donated_buffer=False)  # the backward is timed over and over on one forward
+    from torch._functorch import config
+
+    # the backward is timed over and over on one forward
+    kept = config.patch(donated_buffer=False)  # pyright: ignore[reportAttributeAccessIssue]
     with torch._dynamo.config.patch(recompile_limit=64), kept, _backward_tiles(layout.q_block):
         with torch.no_grad():
             call()
