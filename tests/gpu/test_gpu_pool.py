@@ -47,8 +47,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
         (FP16, True, (64, 64), complete, *TINY),
         (FP32, True, (80, 96), complete, *LARGE),
     ],
-    ids=lambda x: getattr(x, "__name__", None),  # a function by its name, not by its address
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),  # a function by its name, not by its address
 )
 def test_against_float64(dtype, learned, widths, make, sizes, tokens, lo):
     tree, rank = make(tokens, *sizes, lo=lo), sizes[1]
