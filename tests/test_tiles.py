@@ -24,7 +24,19 @@ from farfield.testing import compiled
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Bytes of local memory that a case may use, with the reason. None may without one.
-SPILLS: dict[str, int] = {}
+_ONCE = 24  # numbers of the whole kernel that are kept once and read once a tile, outside its loops
+SPILLS: dict[str, int] = {
+    **dict.fromkeys(("forward-fma-64", "forward-fma-128", "forward-fma-fp16-64", "forward-fma-fp16-128"), _ONCE),
+    **dict.fromkeys(("forward-fma-m128-64", "forward-fma-m128-128"), _ONCE),
+    # two programs a multiprocessor, which pays more than it costs
+    "backward-fma-128": 16,
+    "backward-fma-m128-128": 16,
+    "backward-blocks64-128": 40,
+    "backward-blocks128-64": 8,
+    # no tile that fits is without; neither is fast
+    "backward-fma-256": 136,
+    "backward-fma-fp32-64": 192,
+}
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -227,13 +239,14 @@ LENGTHS = [256 + 97 * i for i in range(20)] + [2**p + d for p in range(10, 20) f
 
 
 def hashes(launch_at):
-    """The kernels that 50 lengths need, by name."""
+    """The kernels that 50 lengths need, by name and constants."""
     with compiled.recording() as launches:
         for tokens in LENGTHS:
             launch_at(tokens)
     found = {}
     for made in launches:
-        found.setdefault(made.name, set()).add(made.hash)
+        # one call may need a kernel for several sets of constants
+        found.setdefault((made.name, str(sorted(made.options.items()))), set()).add(made.hash)
     return {name: len(kernels) for name, kernels in found.items()}
 
 

@@ -78,8 +78,8 @@ def _load_blocks(
         g = h // REPEAT
         at = _list(b, h, n, batch_lists, head_lists)
         filled = gl.load(count + at)
-        # an empty list reads one block behind the last row, which is hidden: a branch around the products is compiled
-        # wrongly (ptxas 12.8: the products of the second source then read from anywhere)
+        # an empty list reads one block behind the last row, which is hidden: with a branch around these products
+        # (Triton 3.6, sm_90) those of the second source read from outside shared memory
         listed = gl.maximum(filled, 1)
         far_listed = 0
         if FAR:
