@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,8 @@ from farfield.ops.attend import Call
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+WIDEST = 256  # key and value width
+SOURCES = 2
 
 # What varies with the length or the step must not make another kernel, so nothing is specialised on it: strides are
 # single numbers (a tuple's elements are always specialised), in units of so many elements as are loaded at once.
@@ -198,6 +201,20 @@ def lists_of(call: Call) -> tuple[int, int]:
     shared = shared and all(x.dim() == 1 or x.shape[1] in (1, kv_heads) for x in call.bias)
     units = kv_heads if shared else heads
     return units, heads // units
+
+
+def refusal(call: Call) -> str | None:
+    """Why the Triton kernel cannot take a call of attend, None if it can."""
+    q, k, v = call.q, call.k, call.v
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"takes bfloat16, float16 and float32, not {q.dtype}"
+    if max(q.shape[-1], v[0].shape[-1]) > WIDEST:
+        return f"takes widths up to {WIDEST}, got D={q.shape[-1]} and E={v[0].shape[-1]}"
+    if len(k) > SOURCES:
+        return f"takes {SOURCES} sources, got {len(k)}"
+    if len({x.shape[1] for x in k}) > 1:
+        return "takes sources of one number of key heads"
+    return None
 
 
 def launch(

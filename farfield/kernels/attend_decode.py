@@ -13,11 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farfield.kernels.attend import LN2, Tiles, launch, lists_of, padded
+from farfield.kernels.attend import LN2, Tiles, launch, lists_of, padded, refusal
 from farfield.ops.attend import Call
 
-WIDEST = 256  # key and value width
-SOURCES = 2
 QUERIES = 64  # of one unit, its stacked heads counted apart: more fill a tile of the forward kernel
 MOST = 64  # splits
 
@@ -42,12 +40,7 @@ def merge_splits(parts, masses, out, lse, splits, E: tl.constexpr, E_TILE: tl.co
 
 def wants(call: Call) -> bool:
     """Whether a call has so few queries that this kernel is the one for it."""
-    q, k, v = call.q, call.k, call.v
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or len(k) > SOURCES:
-        return False
-    if max(q.shape[-1], v[0].shape[-1]) > WIDEST or len({x.shape[1] for x in k}) > 1:
-        return False
-    return lists_of(call)[1] * q.shape[2] <= QUERIES
+    return refusal(call) is None and lists_of(call)[1] * call.q.shape[2] <= QUERIES
 
 
 def attend_decode(call: Call) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Which kernel takes a call of attend, in which tiles, and why none can."""
+"""Which kernel takes a call of attend, and in which tiles."""
 
 from __future__ import annotations
 
@@ -9,37 +9,20 @@ from farfield.kernels import attend_decode, attend_hopper
 from farfield.kernels.attend import Tiles, launch, lists_of, padded
 from farfield.ops.attend import Call
 
-WIDEST = 256  # key and value width
-SOURCES = 2
-
-
-def refusal(call: Call) -> str | None:
-    """Why the Triton kernel cannot take a call of attend, None if it can."""
-    q, k, v = call.q, call.k, call.v
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"takes bfloat16, float16 and float32, not {q.dtype}"
-    if max(q.shape[-1], v[0].shape[-1]) > WIDEST:
-        return f"takes widths up to {WIDEST}, got D={q.shape[-1]} and E={v[0].shape[-1]}"
-    if len(k) > SOURCES:
-        return f"takes {SOURCES} sources, got {len(k)}"
-    if len({x.shape[1] for x in k}) > 1:
-        return "takes sources of one number of key heads"
-    return None
-
 
 def attend_forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's."""
     q, index, plans = call.q, call.index, call.plans
     batch, heads, tokens, width = q.shape
     value_width = call.v[0].shape[-1]
-    if batch * heads * tokens * value_width and attend_decode.wants(call):
+    if not (batch * heads * tokens * value_width and index[0].shape[2]):
+        return q.new_empty(batch, heads, tokens, value_width), q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    if attend_decode.wants(call):
         return attend_decode.attend_decode(call)
-    if batch * heads * tokens * value_width and attend_hopper.wants(call):
+    if attend_hopper.wants(call):
         return attend_hopper.forward(call)
     out = q.new_empty(batch, heads, tokens, value_width)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    if not out.numel() or not index[0].shape[2]:
-        return out, lse
     units, stack = lists_of(call)
     q_block = min(plans[0].q_block, padded(tokens))
     launch(call, units, q_block, _tiles(stack * q_block, max(padded(width), padded(value_width)), q.dtype), out, lse)

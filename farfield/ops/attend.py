@@ -112,10 +112,11 @@ def _attend(call: Call) -> tuple[Tensor, Tensor]:
     from farfield.cpu.attend import forward
 
     if call.q.is_cuda:
-        from farfield.kernels import launch
+        from farfield.kernels.attend import refusal
+        from farfield.kernels.launch import attend_forward
 
         # no kernel for this dtype, width or number of sources: the same sums in PyTorch
-        forward = forward if launch.refusal(call) else launch.attend_forward
+        forward = forward if refusal(call) else attend_forward
     return _plainly(forward, call)
 
 
@@ -126,9 +127,10 @@ def _gradients(
     from farfield.cpu.attend import backward
 
     if call.q.is_cuda:
-        from farfield.kernels import attend_backward, launch
+        from farfield.kernels import attend_backward
+        from farfield.kernels.attend import refusal
 
-        if not launch.refusal(call):
+        if not refusal(call):
             return _plainly(attend_backward.attend_backward, call, d_out, d_lse, out, lse, bias_grad)
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)

@@ -12,9 +12,9 @@ from farfield.testing.units import assert_within, error_units
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from farfield.kernels import attend, transpose
 from farfield.kernels import attend_backward as kernels
 from farfield.kernels import attend_backward_hopper as hopper
-from farfield.kernels import launch, transpose
 
 CASES = int(os.environ.get("FARFIELD_CASES", "200"))
 FIRST = int(os.environ.get("FARFIELD_SEED", "0"))
@@ -111,7 +111,7 @@ def test_random_calls(seed, monkeypatch):
     exact = gradients(q, sources, options, grads, torch.float64)
     got = gradients(q, sources, options, grads, dtype)
     with monkeypatch.context() as m:
-        m.setattr(launch, "refusal", lambda call: "the same in PyTorch")
+        m.setattr(attend, "refusal", lambda call: "the same in PyTorch")
         plain = gradients(q, sources, options, grads, dtype)
     terms = sum(len(r) for r, _ in sources) + q.shape[1] * q.shape[2]
     for name, x in got.items():

@@ -10,7 +10,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
 
 import farfield as ff
-from farfield.kernels.launch import attend_forward, refusal
+from farfield.kernels.attend import refusal
+from farfield.kernels.launch import attend_forward
 from farfield.ops.attend import Call, Plan
 from farfield.testing import oracles
 from farfield.testing.units import assert_within
