@@ -126,6 +126,18 @@ class Mechanism(nn.Module):
         """The paper's formula, literally: dense, slow, float64 in the tests, sharing nothing with forward."""
         raise NotImplementedError
 
+    def rows_read(self, tokens: int) -> float | None:
+        """Rows that enter a query's softmax, on average over the queries and heads of a forward over `tokens` tokens.
+
+        A token and a summary count as one row each, and only where the query sees them; rows that are merely scored,
+        so that others can be chosen, do not count. By default the sum over `layouts(tokens)`, where there are any.
+
+        Returns:
+            None where no rows are read one by one (a scan), or where their number depends on the data.
+        """
+        layouts = getattr(self, "layouts", None)
+        return None if layouts is None else sum(layout.visible for layout in layouts(tokens).values())
+
     def check(self, q: Tensor, k: Tensor, v: Tensor, *, group: Tensor | None = None, rotary: Rotary | None = None):
         """Refuse what the mechanism or the shapes cannot honour.
 

@@ -150,6 +150,12 @@ class Layout:
 
         return algebra.density(self)
 
+    @property
+    def visible(self) -> float:
+        from farfield.select import algebra
+
+        return algebra.visible(self)
+
     def plot(self, ax: Axes | None = None, **options) -> Axes:
         from farfield.select import algebra
 

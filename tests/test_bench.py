@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from farfield import mechanisms
 from farfield.bench import attend_random, fma, memory, plots, records, runner, tables
 from farfield.bench.records import Record
 from farfield.testing import oracles
@@ -343,8 +344,6 @@ def test_long_baselines_are_skipped_and_say_so(cases):
 
 
 def test_any_mechanism_has_a_benchmark():
-    from farfield import mechanisms
-
     assert set(mechanisms.names()) <= set(runner.names())
     assert "window" in runner.get("window").about
 
@@ -367,6 +366,26 @@ def test_any_mechanism_has_a_benchmark():
 def test_refusals_say_what_there_is(arguments, message):
     with pytest.raises(ValueError, match=message):
         runner.run(**arguments)
+
+
+@pytest.mark.parametrize("name", mechanisms.names())
+def test_mechanisms_say_what_they_read(name):
+    for case in mechanisms.get(name).cases:
+        mechanism = mechanisms.make_for(
+            name, case.options, heads=case.heads, kv_heads=case.kv_heads, width=case.width, value_width=case.value_width
+        )
+        for tokens in (1, case.block, case.tokens):
+            read = mechanism.rows_read(tokens)
+            assert read is None or 0 < read <= tokens, (case, tokens, read)
+
+
+def test_rows_read_of_fma():
+    fma = mechanisms.make("fma", block=16, near=16, rank=4, sinks=3)
+    # 4 diagonal and 3 previous near tiles; the last two blocks read 1 and 2 groups of 4 rows, and 3 sinks
+    pairs = 4 * 16 * 17 // 2 + 3 * 16 * 16 + 3 * 16 * 4 + 2 * 16 * 3
+    assert fma.rows_read(64) == pytest.approx(pairs / 64)
+    assert mechanisms.make("full").rows_read(64) == 32.5
+    assert mechanisms.make("full", causal=False).rows_read(64) == 64
 
 
 def test_slope_is_the_exponent():

@@ -80,6 +80,17 @@ def test_strided(tokens, stride, local, block, causal):
         assert not (dense(layout) & (i > i[:, None])).any()
 
 
+@given(SIZES, st.integers(1, 70), st.integers(0, 20), BLOCKS, st.booleans())
+def test_visible_counts_the_dense_mask(tokens, width, sinks, block, causal):
+    layouts = [
+        static.window(tokens=tokens, width=width, sinks=sinks, block=block, causal=causal),
+        static.strided(tokens=tokens, stride=3, local=2, block=block, causal=causal),
+        static.full(tokens=tokens, causal=causal),
+    ]
+    for layout in layouts:
+        assert layout.visible == select.to_dense(layout).sum().item() / tokens
+
+
 def rows_of_groups(tokens, block, rank):
     """The tokens that each row of the pyramid stands for, level by level, by the definition of the groups."""
     blocks, width, found = -(-tokens // block), block, []

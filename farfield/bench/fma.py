@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from farfield.bench.runner import Work, bench, draw
-from farfield.select import Multipole
 
 # heads of a length, so that the longest one still fits beside its float64 copies
 HEADS = {1 << 15: 32, 1 << 17: 16, 1 << 20: 4}
@@ -46,7 +45,8 @@ def fma(
         flops=4 * heads * width * pairs + 2 * k.shape[1] * width * tokens,
         bytes=2 * (q.nbytes + k.nbytes),
         inputs=(q, k, v),
-        floor=lambda passes: floor(passes, q, k, visible(plan) if causal else pairs),
+        # only pairs of a query and a row that it sees must be multiplied
+        floor=lambda passes: floor(passes, q, k, round((plan.near.visible + plan.far.visible) * tokens)),
         check=(lambda passes: check(mechanism, q, k, v, passes, block=block, near=near, rank=rank)) if causal else None,
         causal=causal,
     )
@@ -71,17 +71,6 @@ def fma_long(tokens: int, device: torch.device | str, dtype: torch.dtype, heads:
 def fma_short(tokens: int, device: torch.device | str, dtype: torch.dtype, heads: int = 64, width: int = 128) -> Work:
     """Causal FMA against SDPA where the two cost about the same."""
     return fma(tokens, device, dtype, heads=heads, width=width)
-
-
-def visible(plan: Multipole) -> int:
-    """Pairs of a query and a row that it sees, near tokens and far rows: what causal attention must multiply."""
-    near, far = plan
-    m, tokens = near.q_block, near.tokens
-    i = torch.arange(tokens, device=near.index.device)
-    first = near.index[0, 0, :, 0].long() * m  # lists are ascending
-    own = (i - first.repeat_interleave(m)[:tokens] + 1).sum()
-    others = far.count[0, 0].long().repeat_interleave(m)[:tokens].sum() * far.k_block
-    return int(own + others)
 
 
 def floor(passes: str, q: Tensor, k: Tensor, pairs: int) -> tuple[float, float]:

@@ -10,7 +10,9 @@ import importlib
 import inspect
 import os
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from farfield.mechanism import Mechanism
 
@@ -61,3 +63,23 @@ def make(name: str, **options) -> Mechanism:
     if unknown := [o for o in options if o not in known]:
         raise ValueError(f"{name}: no option {', '.join(unknown)}; its options are {', '.join(known)}")
     return kind(**options)
+
+
+def make_for(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    value_width: int | None = None,
+) -> Mechanism:
+    """`make` for a layer of H query heads, G key heads, widths D and E (default D), whose sizes the constructor is told
+    where it asks for them: options `heads`, `kv_heads`, `value_width`, and `width` beside one of the last two (alone it
+    means something else, such as a window's). Options given win.
+    """
+    known = inspect.signature(get(name)).parameters
+    sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "value_width": value_width or width}
+    if not known.keys() & {"kv_heads", "value_width"}:
+        del sizes["width"]
+    return make(name, **{k: v for k, v in sizes.items() if k in known} | dict(options))

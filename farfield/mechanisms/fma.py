@@ -512,6 +512,11 @@ class FMA(Mechanism):
         plan = multipole(tokens=tokens, block=self.block, near=self.near, rank=self.rank, causal=self.causal)
         return {"near": plan.near, "far": plan.far}
 
+    def rows_read(self, tokens: int) -> float:
+        """The rows of `layouts`, and the sinks for every query that does not see them as near tokens."""
+        beyond = max(tokens - self.near - self.block, 0)
+        return sum(x.visible for x in self.layouts(tokens).values()) + self.sinks * beyond / max(tokens, 1)
+
     def ring(self, state: FMAState, *, capacity: int = 1 << 20, rotary: Rotary | None = None) -> FMARing:
         """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens; see FMARing."""
         return FMARing.from_state(state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary)

@@ -74,6 +74,9 @@ class Full(Mechanism):
             scores = scores.masked_fill(j > i, float("-inf"))
         return scores.softmax(-1) @ v
 
+    def rows_read(self, tokens: int) -> float:
+        return (tokens + 1) / 2 if self.causal else tokens
+
 
 def _sdpa(q, k, v, **options):
     return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +88,7 @@ class Attention(nn.Module):
             raise ValueError(f'Attention: rotate must be "mechanism" or "layer", got {rotate!r}')
         self.width, self.heads, self.kv_heads = width, heads, kv_heads
         self.head_width = head_width or width // heads
-        self.mechanism = _mechanism(mechanism, options or {}, causal, kv_heads, self.head_width)
+        self.mechanism = _mechanism(mechanism, options or {}, causal, heads, kv_heads, self.head_width)
         self.conv = ShortConv(width, conv, causal=causal) if conv else None
         self.rope = Rope(self.head_width, share=rope_share, base=rope_base) if rope_share else None
         # separate matrices: an optimizer that orthogonalises updates should see q, k and v apart
@@ -148,7 +147,7 @@ def _unit(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
 
 
 def _mechanism(
-    mechanism: str | Mechanism, options: Mapping[str, Any], causal: bool, kv_heads: int, width: int
+    mechanism: str | Mechanism, options: Mapping[str, Any], causal: bool, heads: int, kv_heads: int, width: int
 ) -> Mechanism:
     if isinstance(mechanism, Mechanism):
         if options:
@@ -163,8 +162,4 @@ def _mechanism(
     if options.get("causal", causal) != causal:
         raise ValueError(f"Attention: causal={causal}, but the options say causal={options['causal']}")
     options = {**options, "causal": causal}
-    # learned pooling has parameters per key head: a mechanism that asks for the layer's shape is told it
-    shape = {"kv_heads": kv_heads, "width": width, "value_width": width}
-    if shape.keys() <= inspect.signature(mechanisms.get(mechanism)).parameters.keys():
-        options = shape | options
-    return mechanisms.make(mechanism, **options)
+    return mechanisms.make_for(mechanism, options, heads=heads, kv_heads=kv_heads, width=width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,6 +61,41 @@ def transpose(layout: Layout) -> Transpose:
 def density(layout: Layout) -> float:
     """Share of all (query block, row block) pairs that is read, before `end`, `reach` and groups hide anything."""
     return layout.count.double().mean().item() / layout.row_blocks
+
+
+def visible(layout: Layout) -> float:
+    """Rows that a query sees on average, over batches, heads and queries; rows are plain tokens (end = row, position =
+    query). Exact, in the size of the lists."""
+    n = torch.arange(layout.index.shape[2], device=layout.index.device)[:, None]
+    i, stop = n * layout.q_block, ((n + 1) * layout.q_block).clamp(max=layout.tokens)
+    first = layout.index.long() * layout.k_block
+    end = (first + layout.k_block).clamp(max=layout.rows)
+
+    def upto(shift: int, most: int | None = None) -> Tensor:
+        """Pairs of each entry whose row is at most the query's position - shift, of the rows below `most`."""
+        size = ((end if most is None else end.clamp(max=most)) - first).clamp(min=0)
+
+        def before(x: Tensor) -> Tensor:
+            inside = x.clamp(min=0).minimum(size)
+            return inside * (inside + 1) // 2 + (x - size).clamp(min=0) * size
+
+        # query i sees min(i - shift - first + 1, size) of them
+        return before(stop - shift - first) - before(i - shift - first)
+
+    def within(most: int | None) -> Tensor:
+        return upto(0 if layout.causal else -layout.rows, most)
+
+    pairs = within(None)
+    if layout.reach is not None:
+        past, ahead = layout.reach, 1 - layout.reach
+        outside = [upto(past, most) for most in (None, layout.sinks)]
+        if not layout.causal:
+            outside = [
+                x + within(most) - upto(ahead, most) for x, most in zip(outside, (None, layout.sinks), strict=True)
+            ]
+        pairs = pairs - outside[0] + outside[1]
+    used = pairs.masked_fill(~layout.used(), 0)
+    return used.sum().item() / max(math.prod(used.shape[:2]) * layout.tokens, 1)
 
 
 def to_dense(layout: Layout) -> Bool[Tensor, "#B #H T S"]:
