@@ -37,8 +37,9 @@ FAR = 1 << 24  # elements from row to row; 128 times as many must fit 32 bits
 
 # what varies with the length or the step must not make another kernel
 VARIES = ["first", "heads", "tokens", "blocks", "rows0", "picks0", "reach0", "sinks0", "rows1", "picks1", "reach1"]
-VARIES += ["sinks1", "position_strides", "group_strides"]
-VARIES += [f"{name}{source}_strides" for name in ("bias", "end", "group", "index", "count") for source in (0, 1)]
+VARIES += ["sinks1", "position_b", "position_h", "group_b", "group_h"]
+# single numbers: a tuple's elements are always specialised
+VARIES += [f"{name}{s}_{d}" for name in ("bias", "end", "group", "list") for s in (0, 1) for d in "bh"]
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -46,9 +47,9 @@ def attend_backward_queries(
     q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
     k0, v0, bias0, end0, group0, index0, count0, d_k0, d_v0, d_bias0,
     k1, v1, bias1, end1, group1, index1, count1, d_k1, d_v1, d_bias1,
-    q_strides, d_out_strides, position_strides, group_strides,
-    k0_strides, v0_strides, bias0_strides, end0_strides, group0_strides, index0_strides, count0_strides,
-    k1_strides, v1_strides, bias1_strides, end1_strides, group1_strides, index1_strides, count1_strides,
+    q_strides, d_out_strides, position_b, position_h, group_b, group_h,
+    k0_strides, v0_strides, bias0_b, bias0_h, end0_b, end0_h, group0_b, group0_h, list0_b, list0_h,
+    k1_strides, v1_strides, bias1_b, bias1_h, end1_b, end1_h, group1_b, group1_h, list1_b, list1_h,
     first, heads, tokens, blocks, rows0, picks0, reach0, sinks0, rows1, picks1, reach1, sinks1, scale,
     STACK: tl.constexpr, Q_BLOCK: tl.constexpr, BQ: tl.constexpr, SOURCES: tl.constexpr,
     REPEAT0: tl.constexpr, K_BLOCK0: tl.constexpr, BK0: tl.constexpr,
@@ -72,12 +73,14 @@ def attend_backward_queries(
     b, u = (first + local) // units, (first + local) % units
 
     # everything waits for the lists, so they are asked for first
-    index0 += b * index0_strides[0] + u * index0_strides[1] + n * index0_strides[2]
-    listed0 = tl.load(count0 + b * count0_strides[0] + u * count0_strides[1] + n * count0_strides[2])
+    nth0 = b * list0_b + u * list0_h + n
+    index0 += nth0 * picks0
+    listed0 = tl.load(count0 + nth0)
     entry0 = _entries(index0, 0, picks0, K_BLOCK0, BK0)
     if SOURCES > 1:
-        index1 += b * index1_strides[0] + u * index1_strides[1] + n * index1_strides[2]
-        listed1 = tl.load(count1 + b * count1_strides[0] + u * count1_strides[1] + n * count1_strides[2])
+        nth1 = b * list1_b + u * list1_h + n
+        index1 += nth1 * picks1
+        listed1 = tl.load(count1 + nth1)
         entry1 = _entries(index1, 0, picks1, K_BLOCK1, BK1)
 
     row = tile * BQ + tl.arange(0, BQ)
@@ -106,17 +109,17 @@ def attend_backward_queries(
     tl.store(delta + stat, delta_row, mask=owned)
     at = i
     if POSITION:
-        at = tl.load(position + b * position_strides[0] + h * position_strides[1] + i, mask=asked, other=0).to(tl.int64)
+        at = tl.load(position + b * position_b + h * position_h + i, mask=asked, other=0).to(tl.int64)
     mine = tl.zeros([BQ], tl.int64)
     if GROUP:
-        mine = tl.load(group + b * group_strides[0] + h * group_strides[1] + i, mask=asked, other=0).to(tl.int64)
+        mine = tl.load(group + b * group_b + h * group_h + i, mask=asked, other=0).to(tl.int64)
 
     acc = tl.zeros([BQ, D_TILE], tl.float32)
     list0 = (local * blocks + n) * TILES + tile
     acc = _source(
         acc, q_tile, d_tile, at, mine, shift_row, delta_row, scale, b, u, n, list0, rows0, picks0, reach0, sinks0,
         dims, values, k0, v0, bias0, end0, group0, index0, listed0, entry0, d_k0, d_v0, d_bias0,
-        k0_strides, v0_strides, bias0_strides, end0_strides, group0_strides,
+        k0_strides, v0_strides, bias0_b, bias0_h, end0_b, end0_h, group0_b, group0_h,
         D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT0, K_BLOCK0, BK0, POSITION, CAUSAL0, REACH0, BIAS0, END0, GROUP0,
         SHARES0, D_BIAS0, SHORT, PRECISION,
     )  # fmt: skip
@@ -124,7 +127,7 @@ def attend_backward_queries(
         acc = _source(
             acc, q_tile, d_tile, at, mine, shift_row, delta_row, scale, b, u, n, list0, rows1, picks1, reach1, sinks1,
             dims, values, k1, v1, bias1, end1, group1, index1, listed1, entry1, d_k1, d_v1, d_bias1,
-            k1_strides, v1_strides, bias1_strides, end1_strides, group1_strides,
+            k1_strides, v1_strides, bias1_b, bias1_h, end1_b, end1_h, group1_b, group1_h,
             D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT1, K_BLOCK1, BK1, POSITION, CAUSAL1, REACH1, BIAS1, END1, GROUP1,
             SHARES1, D_BIAS1, SHORT, PRECISION,
         )  # fmt: skip
@@ -147,7 +150,7 @@ def _entries(index, x, picks, K_BLOCK: tl.constexpr, BK: tl.constexpr):
 def _source(
     acc, q_tile, d_tile, at, mine, shift, delta, scale, b, u, n, list_, rows, picks, reach, sinks, dims, values,
     k, v, bias, end, group, index, listed, entry, d_k, d_v, d_bias,
-    k_strides, v_strides, bias_strides, end_strides, group_strides,
+    k_strides, v_strides, bias_b, bias_h, end_b, end_h, group_b, group_h,
     D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, Q_BLOCK: tl.constexpr,
     REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, BK: tl.constexpr, POSITION: tl.constexpr,
     CAUSAL: tl.constexpr, REACH: tl.constexpr, BIAS: tl.constexpr, END: tl.constexpr, GROUP: tl.constexpr,
@@ -158,9 +161,9 @@ def _source(
     g = u // REPEAT
     k += b * k_strides[0] + g * k_strides[1]
     v += b * v_strides[0] + g * v_strides[1]
-    bias += b * bias_strides[0] + u * bias_strides[1]
-    end += b * end_strides[0] + g * end_strides[1]
-    group += b * group_strides[0] + g * group_strides[1]
+    bias += b * bias_b + u * bias_h
+    end += b * end_b + g * end_h
+    group += b * group_b + g * group_h
     d_k += list_ * picks * K_BLOCK * D
     d_v += list_ * picks * K_BLOCK * E
     d_bias += list_ * picks * K_BLOCK
@@ -278,16 +281,15 @@ def _load(at, there, dims, WIDTH: tl.constexpr, TILE: tl.constexpr, ALL: tl.cons
 
 
 ROWS_VARY = ["heads", "tokens", "blocks", "rows", "row_blocks", "pieces", "most", "base", "reach", "sinks"]
-ROWS_VARY += ["segment_strides"]
-ROWS_VARY += [f"{name}_strides" for name in ("position", "group", "bias", "end", "row_group")]
+ROWS_VARY += [f"{name}_{d}" for name in ("position", "group", "bias", "end", "row_group", "segment") for d in "bh"]
 
 
 @triton.jit(do_not_specialize=ROWS_VARY)
 def attend_backward_rows(
     q, d_out, delta, shift, position, group, k, v, bias, end, row_group, start, reader, key,
     d_k, d_v, d_bias, sum_k, sum_v, sum_bias,
-    q_strides, d_out_strides, position_strides, group_strides, k_strides, v_strides, bias_strides, end_strides,
-    row_group_strides, segment_strides,
+    q_strides, d_out_strides, position_b, position_h, group_b, group_h, k_strides, v_strides,
+    bias_b, bias_h, end_b, end_h, row_group_b, row_group_h, segment_b, segment_h,
     heads, tokens, blocks, rows, row_blocks, pieces, most, base, reach, sinks, scale,
     STACK: tl.constexpr, Q_BLOCK: tl.constexpr, BQ: tl.constexpr,
     REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, BK: tl.constexpr,
@@ -303,7 +305,7 @@ def attend_backward_rows(
     units = heads // STACK
     b, u = unit // units, unit % units
     g = u // REPEAT
-    segment = b * segment_strides[0] + u * segment_strides[1]
+    segment = b * segment_b + u * segment_h
     start += segment * (row_blocks + 1)
     m, begin, stop, piece = piece_of(start, key, base + segment * (row_blocks + 1), x, row_blocks, most)
     if begin > stop:
@@ -320,19 +322,19 @@ def attend_backward_rows(
     v_tile = _load(v_at, there, values, E, E_TILE, False)
     more = tl.zeros([BK], tl.float32)
     if BIAS:
-        more = tl.load(bias + b * bias_strides[0] + u * bias_strides[1] + row, mask=there, other=0.0) * LOG2E
+        more = tl.load(bias + b * bias_b + u * bias_h + row, mask=there, other=0.0) * LOG2E
     ends = row
     if END:
-        ends = tl.load(end + b * end_strides[0] + g * end_strides[1] + row, mask=there, other=0).to(tl.int64)
+        ends = tl.load(end + b * end_b + g * end_h + row, mask=there, other=0).to(tl.int64)
     theirs = tl.zeros([BK], tl.int64)
     if GROUP:
-        theirs_at = row_group + b * row_group_strides[0] + g * row_group_strides[1] + row
+        theirs_at = row_group + b * row_group_b + g * row_group_h + row
         theirs = tl.load(theirs_at, mask=there, other=0).to(tl.int64)
 
     q += b * q_strides[0]
     d_out += b * d_out_strides[0]
-    position += b * position_strides[0]
-    group += b * group_strides[0]
+    position += b * position_b
+    group += b * group_b
     acc_k = tl.zeros([BK, D_TILE], tl.float32)
     acc_v = tl.zeros([BK, E_TILE], tl.float32)
     acc_b = tl.zeros([BK], tl.float32)
@@ -352,14 +354,14 @@ def attend_backward_rows(
         acc_k, acc_v, acc_b = _readers(
             acc_k, acc_v, acc_b, k_tile, v_tile, more, row, ends, theirs, scale, 0, masked, b, u, heads, tokens, blocks,
             reach, sinks, dims, values, q, d_out, delta, shift, position, group, reader,
-            q_strides[1], q_strides[2], d_out_strides[1], d_out_strides[2], position_strides[1], group_strides[1],
+            q_strides[1], q_strides[2], d_out_strides[1], d_out_strides[2], position_h, group_h,
             STACK, Q_BLOCK, BQ, D, E, D_TILE, E_TILE, POSITION, CAUSAL, REACH, BIAS, GROUP, D_BIAS, PRECISION,
         )  # fmt: skip
     if not (REACH or GROUP or (CAUSAL and (END or POSITION))):
         acc_k, acc_v, acc_b = _readers(
             acc_k, acc_v, acc_b, k_tile, v_tile, more, row, ends, theirs, scale, masked, size, b, u, heads, tokens,
             blocks, reach, sinks, dims, values, q, d_out, delta, shift, position, group, reader,
-            q_strides[1], q_strides[2], d_out_strides[1], d_out_strides[2], position_strides[1], group_strides[1],
+            q_strides[1], q_strides[2], d_out_strides[1], d_out_strides[2], position_h, group_h,
             STACK, Q_BLOCK, BQ, D, E, D_TILE, E_TILE, POSITION, False, False, BIAS, False, D_BIAS, PRECISION,
         )  # fmt: skip
 
@@ -455,12 +457,13 @@ def _readers(
     return acc_k, acc_v, acc_b
 
 
-SUMS_VARY = ["first", "units", "blocks", "picks", "rows", "row_blocks", "pieces", "most", "base", "segment_strides"]
+SUMS_VARY = ["first", "units", "blocks", "picks", "rows", "row_blocks", "pieces", "most", "base"]
+SUMS_VARY += ["segment_b", "segment_h"]
 
 
 @triton.jit(do_not_specialize=SUMS_VARY)
 def sum_shares(
-    share_k, share_v, d_k, d_v, sum_k, sum_v, start, reader, key, segment_strides,
+    share_k, share_v, d_k, d_v, sum_k, sum_v, start, reader, key, segment_b, segment_h,
     first, units, blocks, picks, rows, row_blocks, pieces, most, base,
     K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
     NUMBERS: tl.constexpr, MANY: tl.constexpr, TILES: tl.constexpr,
@@ -473,7 +476,7 @@ def sum_shares(
     part, x = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % (runs + pieces)
     local = pid // (PARTS_K + PARTS_V) // (runs + pieces)
     unit = first + local
-    segment = unit // units * segment_strides[0] + unit % units * segment_strides[1]
+    segment = unit // units * segment_b + unit % units * segment_h
     start += segment * (row_blocks + 1)
     if x < runs:
         run = x * MANY + tl.arange(0, MANY)
@@ -564,9 +567,9 @@ def _put(grad, total, unit, m, rows, at, K_BLOCK: tl.constexpr, X: tl.constexpr)
     tl.store(grad + (unit * rows * X + m * (K_BLOCK * X)) + at, total.to(grad.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["first", "units", "rows", "row_blocks", "pieces", "most", "segment_strides"])
+@triton.jit(do_not_specialize=["first", "units", "rows", "row_blocks", "pieces", "most", "segment_b", "segment_h"])
 def sum_pieces(
-    sum_k, sum_v, d_k, d_v, start, segment_strides, first, units, rows, row_blocks, pieces, most,
+    sum_k, sum_v, d_k, d_v, start, segment_b, segment_h, first, units, rows, row_blocks, pieces, most,
     K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
     READERS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
@@ -577,7 +580,7 @@ def sum_pieces(
     pid = tl.program_id(0).to(tl.int64)
     part, run, local = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % runs, pid // (PARTS_K + PARTS_V) // runs
     unit = first + local
-    start += (unit // units * segment_strides[0] + unit % units * segment_strides[1]) * (row_blocks + 1)
+    start += (unit // units * segment_b + unit % units * segment_h) * (row_blocks + 1)
     many = run * MANY + tl.arange(0, MANY)
     there = many < row_blocks
     sizes = tl.load(start + many + 1, mask=there, other=0) - tl.load(start + many, mask=there, other=0)
@@ -665,7 +668,8 @@ class _Source(NamedTuple):
     group: Tensor
     index: Tensor
     count: Tensor
-    strides: tuple[tuple[int, ...], ...]  # of these
+    strides: tuple[tuple[int, ...] | int, ...]  # of k and v, then over batch and heads of bias, end and group
+    lists: tuple[int, int]  # from batch to batch and from unit to unit, in lists
     plan: Plan
     rows: int
     row_blocks: int
@@ -739,7 +743,8 @@ def attend_backward(
         attend_backward_queries[(count,)](
             q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
             *first[:7], *shares[0], *last[:7], *shares[-1],
-            q_strides, d_out_strides, position_strides, group_strides, *first.strides, *last.strides,
+            q_strides, d_out_strides, *position_strides, *group_strides, *first.strides, *first.lists,
+            *last.strides, *last.lists,
             begin, heads, tokens, blocks, first.rows, first.picks, first.plan.reach, first.plan.sinks,
             last.rows, last.picks, last.plan.reach, last.plan.sinks, scale,
             STACK=stack, Q_BLOCK=q_block, BQ=tiles.queries, SOURCES=len(sources),
@@ -771,8 +776,8 @@ def attend_backward(
             k_tiles = -(-k_block // tiles.rows)
             attend_backward_rows[(batch * units * (s.row_blocks + readers.pieces) * k_tiles,)](
                 q, d_out, delta, shift, position, group, *s[:5], readers.start, readers.reader, readers.key,
-                *grad, *pieces, q_strides, d_out_strides, position_strides, group_strides, *s.strides[:5],
-                readers.strides, heads, tokens, blocks, s.rows, s.row_blocks, readers.pieces, readers.most,
+                *grad, *pieces, q_strides, d_out_strides, *position_strides, *group_strides, *s.strides,
+                *readers.strides, heads, tokens, blocks, s.rows, s.row_blocks, readers.pieces, readers.most,
                 readers.base, plan.reach, plan.sinks, scale,
                 STACK=stack, Q_BLOCK=q_block, BQ=tiles.queries, REPEAT=s.repeat, K_BLOCK=k_block, BK=tiles.rows,
                 D=width, E=value_width, D_TILE=d_tile, E_TILE=e_tile, POSITION=positioned,
@@ -794,13 +799,13 @@ def _source_of(call: Call, s: int, units: int, bias_grad: bool) -> _Source:
     bias, bias_strides = _per_head(bias, units)
     end, end_strides = _per_head(call.end[s], kv_heads)
     group, group_strides = _per_head(call.row_group[s], kv_heads)
-    index, index_strides = _per_head(call.index[s], units)
-    count, count_strides = _per_head(call.count[s], units)
+    index, count = call.index[s].contiguous(), call.count[s].contiguous()
+    batches, lists, blocks, picks = index.shape
     return _Source(
         k, v, bias, end, group, index, count,
-        (_apart(k, k_strides), _apart(v, v_strides), bias_strides, end_strides, group_strides, index_strides,
-         count_strides),
-        plan, rows, -(-rows // plan.k_block), index.shape[3], units // kv_heads, plan.k_block < SMALL,
+        (_apart(k, k_strides), _apart(v, v_strides), *bias_strides, *end_strides, *group_strides),
+        (lists * blocks if batches > 1 else 0, blocks if lists > 1 else 0),
+        plan, rows, -(-rows // plan.k_block), picks, units // kv_heads, plan.k_block < SMALL,
         bool(plan.causal), plan.reach >= 0, biased, end.dim() > 1, group.dim() > 1, biased and bias_grad,
     )  # fmt: skip
 
@@ -814,8 +819,8 @@ def _dense(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, x.stride()
 
 
-def _per_head(x: Tensor, heads: int) -> tuple[Tensor, tuple[int, ...]]:
-    """A [1|B, 1|heads, ...] tensor, with strides to read it as [B, heads, ...]; an absent one stays as it is."""
+def _per_head(x: Tensor, heads: int) -> tuple[Tensor, tuple[int, int]]:
+    """A [1|B, 1|heads, ...] tensor, and strides over both to read it as [B, heads, ...]; an absent one stays as is."""
     if x.dim() == 1:
         return x, (0, 0)
     if x.shape[1] not in (1, heads):
@@ -824,7 +829,7 @@ def _per_head(x: Tensor, heads: int) -> tuple[Tensor, tuple[int, ...]]:
     if strides[-1] != 1:
         x = x.contiguous()
         strides = x.stride()
-    return x, _apart(x, strides)
+    return x, _apart(x, strides)[:2]
 
 
 def _apart(x: Tensor, strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -919,7 +924,7 @@ def _add_up(
         runs = -(-source.row_blocks // many)
         sum_shares[((stop - begin) * (runs + readers.pieces) * parts.programs,)](
             shares[k], shares[v], grad[k], grad[v], pieces[k], pieces[v], readers.start, readers.reader, readers.key,
-            readers.strides, begin, units, blocks, source.picks, source.rows, source.row_blocks, readers.pieces,
+            *readers.strides, begin, units, blocks, source.picks, source.rows, source.row_blocks, readers.pieces,
             readers.most, readers.base, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, NUMBERS=NUMBERS,
             MANY=many, TILES=lists, num_warps=4,
         )  # fmt: skip
@@ -934,7 +939,7 @@ def _join_pieces(source: _Source, pieces: _Three, grad: _Three, readers: Readers
     for k, v, d, e in _pairs(source):
         parts = _parts(k_block, d, e, 1024)
         sum_pieces[((stop - begin) * -(-source.row_blocks // many) * parts.programs,)](
-            pieces[k], pieces[v], grad[k], grad[v], readers.start, readers.strides, begin, units, source.rows,
+            pieces[k], pieces[v], grad[k], grad[v], readers.start, *readers.strides, begin, units, source.rows,
             source.row_blocks, readers.pieces, readers.most, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e,
             READERS=8, MANY=many, num_warps=4,
         )  # fmt: skip
