@@ -1,0 +1,105 @@
+"""Mixture of block attention: each query head reads its own block, and the past blocks whose mean key it matches best.
+
+    score[i, m] = q[i] . mean(k over block m),    m before i's block
+    seen(i)     = i's block, and the picks - 1 best of the blocks before it
+    out[i]      = sum over j in seen(i), j <= i, of softmax_j(scale * q[i] . k[j]) v[j]
+
+No parameters, no gradient through the choice. T * picks * block scores, and T * T / (2 block) to choose by.
+The state keeps all tokens and the means of the complete blocks.
+Departs from the paper: one attention over all chosen blocks, instead of two merged by their log-sum-exp; of two equal
+scores the earlier block wins.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
+from farfield.select.scored import Scoring, attend_chosen, block_means, check, choose
+from farfield.types import Layout, Rows
+
+
+@dataclass(frozen=True)
+class Blocks(State):
+    """All tokens, and the mean key of each complete block in float32 or wider."""
+
+    k: Tensor
+    v: Tensor
+    means: Tensor
+    block: int
+
+    def crop(self, drop: int) -> "Blocks":
+        if not 0 <= drop <= self.tokens:
+            raise ValueError(f"moba: cannot drop {drop} of {self.tokens} tokens")
+        keep = self.tokens - drop
+        k, v, means = self.k[:, :, :keep], self.v[:, :, :keep], self.means[:, :, : keep // self.block]
+        return replace(self, tokens=keep, k=k, v=v, means=means)
+
+
+class MoBA(Mechanism):
+    """Mixture of block attention.
+
+    Args:
+        block: tokens of a block.
+        picks: blocks that a query reads, its own included.
+    """
+
+    paper = Paper(
+        title="MoBA: Mixture of Block Attention for Long-Context LLMs",
+        authors="Lu et al.",
+        year=2025,
+        arxiv="2502.13189",
+        code="github.com/MoonshotAI/MoBA",
+    )
+    cases = (
+        Case(options={"block": 16, "picks": 3}, tokens=90),
+        Case(options={"block": 8, "picks": 4}, tokens=67, block=8, heads=6, value_width=24),
+    )
+    supports = Supports(noncausal=False)
+
+    def __init__(self, *, block: int = 512, picks: int = 3, causal: bool = True, scale: float | None = None):
+        super().__init__(causal=causal, scale=scale)
+        self.scoring = Scoring(block, picks, block, block, shared=False)
+        check(self.scoring, "moba")
+
+    def forward(self, q, k, v, *, group=None, rotary=None):
+        self.check(q, k, v, group=group, rotary=rotary)
+        return self._attend(q, k, v, block_means(k, self.scoring.block), 0)
+
+    def extend(self, q, k, v, state: Blocks | None = None, *, rotary=None):
+        self.check(q, k, v, rotary=rotary)
+        block, seen = self.scoring.block, 0
+        if state is None:
+            means = block_means(k, block)
+        else:
+            seen, k, v = state.tokens, torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+            means = torch.cat([state.means, block_means(k[:, :, state.means.shape[2] * block :], block)], 2)
+        return self._attend(q, k, v, means, seen), Blocks(k.shape[2], k, v, means, block)
+
+    def reference(self, q, k, v):
+        block, picks = self.scoring.block, self.scoring.picks
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        i = torch.arange(q.shape[2])
+        own = i // block
+        means = torch.stack([k[:, :, own == m].mean(2) for m in own.unique()], 2)
+        gate = (q @ means.mT).masked_fill(own.unique() > own[:, None], float("-inf"))
+        gate = gate.masked_fill(own.unique() == own[:, None], float("inf"))
+        chosen = torch.zeros_like(gate, dtype=torch.bool)
+        chosen.scatter_(-1, gate.topk(min(picks, gate.shape[-1])).indices, True)
+        seen = chosen[..., own] & (i <= i[:, None])
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+    def layouts(self, tokens: int) -> dict[str, Layout]:
+        """The layout of a random sequence, for pictures: each head and sequence has its own."""
+        gen = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 1, 1, tokens, 16, generator=gen)
+        choice = choose(q, block_means(k, self.scoring.block), self.scoring)
+        return {"one head": Layout(*choice, 1, self.scoring.block, tokens, tokens, True)}
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, first: int) -> Tensor:
+        if not q.shape[2]:
+            return no_tokens(q, v)
+        choice = choose(q, means, self.scoring, first=first, scale=self.scale)
+        return attend_chosen(q, Rows(k, v), choice, self.scoring.block, first=first, scale=self.scale).out
