@@ -215,7 +215,7 @@ def sdpa(*args, heads=G, **options):
 
 MECHANISMS = {
     "an unknown name": (lambda: mechanism("fmaa"), ValueError, r"no mechanism 'fmaa'; did you mean fma\b.*All: .*full"),
-    "a name like nothing": (lambda: mechanism("zzzzzzz"), ValueError, "no mechanism 'zzzzzzz'. All: fma"),
+    "a name like nothing": (lambda: mechanism("zzzzzzz"), ValueError, "no mechanism 'zzzzzzz'. All: aaren"),
     "an unknown option": (lambda: mechanism("fma", blok=3), ValueError, "fma: no option blok; its options are .*block"),
     "3-D inputs": (
         lambda: call(shape=(H, T, D)),

@@ -1,6 +1,8 @@
-"""Linear recurrences: attention without a softmax, with a fixed-size state."""
+"""Linear recurrences and prefix scans: attention over the past with a fixed-size state."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -116,3 +118,109 @@ def _spans(decay: Tensor) -> Tensor:
     later = torch.ones(decay.shape[-1], decay.shape[-1], dtype=torch.bool, device=decay.device).tril(-1)
     steps = decay[..., :, None].masked_fill(~later, 0.0)
     return steps.cumsum(-2).masked_fill(later.mT, float("-inf"))
+
+
+class Prefix(NamedTuple):
+    """Softmax sums over some tokens: with peak the largest score, mass = sum e^(s - peak), total = sum e^(s - peak) v.
+
+    Two of them over different tokens merge into one: rescaled to the larger peak and added. No tokens: (-inf, 0, 0).
+    """
+
+    peak: Float[Tensor, "B H"]
+    mass: Float[Tensor, "B H"]
+    total: Float[Tensor, "B H E"]
+
+
+def prefix_softmax(
+    scores: Float[Tensor, "B H T"],
+    v: Float[Tensor, "B G T E"],
+    state: Prefix | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Float[Tensor, "B H T E"], Prefix]:
+    """The softmax average of every prefix, a parallel scan whose operator is the merge of softmax sums:
+
+        out[t] = sum_{i <= t} e^(s[i]) v[i] / sum_{i <= t} e^(s[i])
+
+    Quadratic inside chunks, then the same scan over the chunks' sums. Feeding the tokens in any pieces, each with the
+    state of the one before, gives the numbers of one call. Every exponential is of a score less the largest one so
+    far, so that no size of scores overflows or underflows to 0 / 0. A score of -inf hides its token; a prefix of
+    nothing else gives 0. Differentiable in scores, v and the state's mass and total: the peak is a constant, which is
+    exact because it cancels. Sums are float32 or wider, under autocast too. Query head h reads value head
+    h // (H / G).
+
+    Work O(T chunk E), memory O(T (chunk + E)).
+
+    Args:
+        state: sums over the tokens before the first. Default: none.
+        chunk: tokens of a chunk, at least 2.
+
+    Returns:
+        out: v's dtype.
+        state: sums over all tokens, float32 or wider.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit together.
+
+    Source: the scan of Aaren (Feng et al. 2024, arXiv:2405.13956), its binary tree replaced by one of fan `chunk`.
+    """
+    who = "prefix_softmax"
+    for name, x, dims in (("scores", scores, 3), ("v", v, 4)):
+        if x.dim() != dims:
+            raise ValueError(f"{who}: {name} must have {dims} dimensions, got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{who}: {name} must be floating point, got {x.dtype}")
+    B, H, T = scores.shape
+    G, E = v.shape[1], v.shape[3]
+    if v.shape[0] != B or v.shape[2] != T or G == 0 or H % G:
+        raise ValueError(f"{who}: v {list(v.shape)} does not fit scores {list(scores.shape)}: [B, G, T, E], H % G = 0")
+    if chunk < 2:
+        raise ValueError(f"{who}: chunk must be at least 2, got {chunk}")
+    if v.device != scores.device or (state is not None and state.total.device != v.device):
+        raise ValueError(f"{who}: scores, v and state must share a device, got scores on {scores.device}")
+    if state is not None and (state.total.shape != (B, H, E) or state.peak.shape != (B, H) != state.mass.shape):
+        raise ValueError(f"{who}: state must hold [B, H] and [B, H, E] = {[B, H, E]}, got {list(state.total.shape)}")
+
+    dtype, out_dtype = torch.promote_types(torch.promote_types(scores.dtype, v.dtype), torch.float32), v.dtype
+    scores, v = scores.to(dtype), v.to(dtype)
+    if state is None:
+        nothing = scores.new_zeros(B, H)
+        state = Prefix(nothing - float("inf"), nothing, v.new_zeros(B, H, E))
+    state = Prefix(*(x.to(dtype) for x in state))
+    if T == 0:
+        return v.repeat_interleave(H // G, 1).to(out_dtype), state
+    # a token of score s is the sums (s, 1, v): mass and total side by side
+    leaves = torch.cat([torch.ones_like(v[..., :1]), v], -1).repeat_interleave(H // G, 1)
+    before = torch.cat([state.mass[..., None], state.total], -1)
+    with torch.autocast(v.device.type, enabled=False):
+        sums, peak = _merged(scores, leaves, state.peak, before, chunk)
+    mass, total = sums[..., :1], sums[..., 1:]
+    out = total / mass.masked_fill(mass == 0, 1.0)
+    return out.to(out_dtype), Prefix(peak[:, :, -1], mass[:, :, -1, 0], total[:, :, -1])
+
+
+def _merged(peak: Tensor, sums: Tensor, peak0: Tensor, sums0: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Sums over every prefix, and their peaks: peak [B, H, N] and sums [B, H, N, X] of the entries, the first's after
+    peak0 [B, H], sums0 [B, H, X]."""
+    N = peak.shape[2]
+    C = min(chunk, N)
+    scores = pad(peak, (0, -N % C), value=float("-inf")).unflatten(2, (-1, C))
+    sums = pad(sums, (0, 0, 0, -N % C)).unflatten(2, (-1, C))
+    highest = scores.detach().cummax(-1).values  # [B, H, N / C, C]
+    future = torch.ones(C, C, dtype=torch.bool, device=peak.device).triu(1)
+    weights = (scores[..., None, :] - _finite(highest)[..., None]).masked_fill(future, float("-inf")).exp()
+    own = weights @ sums  # [B, H, N / C, C, X]
+    peaks, before = peak0.detach()[:, :, None], sums0[:, :, None]
+    if own.shape[2] > 1:
+        ends, end_peaks = _merged(highest[:, :, :-1, -1], own[:, :, :-1, -1], peak0, sums0, chunk)
+        peaks, before = torch.cat([peaks, end_peaks], 2), torch.cat([before, ends], 2)
+    joint = torch.maximum(highest, peaks[..., None])
+    base = _finite(joint)
+    own = own * (highest - base).exp()[..., None]
+    out = own + (peaks[..., None] - base).exp()[..., None] * before[:, :, :, None]
+    return out.flatten(2, 3)[:, :, :N], joint.flatten(2, 3)[:, :, :N]
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """-inf - -inf is nan: what has no tokens is measured from 0."""
+    return peak.masked_fill(peak == float("-inf"), 0.0)
