@@ -60,6 +60,7 @@ class Supports:
     training: bool = True
     decode: bool = True  # extend: prefill in any chunking, then token by token
     grouped: bool = True  # fewer key/value heads than query heads
+    heads_apart: bool = True  # the query heads of one key head know nothing of each other
     packed: bool = False  # padding and several documents a row, by `group`
     value_width: bool = True  # E != D
     rotary: bool = False  # takes `rotary` and places it itself; otherwise q and k come rotated

@@ -227,13 +227,13 @@ def test_the_query_is_that_of_the_first_token():
 
 def test_a_learned_query_reads_nothing_of_q():
     q, k, v = (normal(2, 2, 50, 8, seed=i).float() for i in range(3))
-    mech = Aaren(width=8, heads=2)
+    mech = Aaren(width=8, queries=2)
     assert torch.equal(mech(q, k, v), mech(torch.full_like(q, float("nan")), k, v))
     assert sum(p.numel() for p in mech.parameters()) == 16
-    with pytest.raises(ValueError, match="build the mechanism with width=8, heads=1 or 2"):
-        Aaren(width=8, heads=3)(q, k, v)
-    with pytest.raises(ValueError, match="heads needs width"):
-        Aaren(heads=3)
+    with pytest.raises(ValueError, match="build the mechanism with width=8, queries=1 or 2"):
+        Aaren(width=8, queries=3)(q, k, v)
+    with pytest.raises(ValueError, match="queries needs width"):
+        Aaren(queries=3)
 
 
 def test_the_state_has_one_size():

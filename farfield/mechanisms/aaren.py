@@ -43,7 +43,7 @@ class Aaren(Mechanism):
 
     Args:
         width: D, for a learned query; None: that of the first token.
-        heads: query heads that have a learned query of their own; 1: all share one, and differ by their keys.
+        queries: how many are learned: 1, which all heads share and meet with keys of their own, or one for each head.
     """
 
     paper = Paper(
@@ -55,11 +55,11 @@ class Aaren(Mechanism):
     cases = (Case(), Case(options={"width": 16}, tokens=70, value_width=24))
     supports = Supports(noncausal=False)
 
-    def __init__(self, *, width: int | None = None, heads: int = 1, causal: bool = True, scale: float | None = None):
+    def __init__(self, *, width: int | None = None, queries: int = 1, causal: bool = True, scale: float | None = None):
         super().__init__(causal=causal, scale=scale)
-        if heads < 1 or (width is not None and width < 1) or (width is None and heads > 1):
-            raise ValueError(f"aaren: heads and width are at least 1, heads needs width; got {heads=}, {width=}")
-        self.query = None if width is None else nn.Parameter(torch.randn(heads, width))
+        if queries < 1 or (width is not None and width < 1) or (width is None and queries > 1):
+            raise ValueError(f"aaren: queries and width are at least 1, queries needs width; got {queries=}, {width=}")
+        self.query = None if width is None else nn.Parameter(torch.randn(queries, width))
 
     def forward(self, q, k, v, *, group=None, rotary=None):
         self.check(q, k, v, group=group, rotary=rotary)
@@ -74,7 +74,9 @@ class Aaren(Mechanism):
             return no_tokens(q, v), AarenState(0) if state is None else state
         query, sums = self._query(q), None
         if state is not None and state.total is not None:
-            assert state.query is not None and state.peak is not None and state.mass is not None
+            assert state.query is not None
+            assert state.peak is not None
+            assert state.mass is not None
             query, sums = state.query, Prefix(state.peak, state.mass, state.total)
         out, sums = prefix_softmax(self._scores(query, k), v, sums)
         return out, AarenState(seen + q.shape[2], query, *sums)
@@ -97,7 +99,7 @@ class Aaren(Mechanism):
         if self.query.shape[0] not in (1, q.shape[1]) or self.query.shape[1] != q.shape[3]:
             raise ValueError(
                 f"aaren: the learned query is {list(self.query.shape)}, but q has {q.shape[1]} heads of width "
-                f"{q.shape[3]}; build the mechanism with width={q.shape[3]}, heads=1 or {q.shape[1]}"
+                f"{q.shape[3]}; build the mechanism with width={q.shape[3]}, queries=1 or {q.shape[1]}"
             )
         # the sum over no tokens is 0, keeps q a part of the graph, and reads nothing
         return self.query.to(wide) + q[:, :, :0].sum(2, dtype=wide)

@@ -57,7 +57,7 @@ class LightningAttention(Mechanism):
         Case(block=32),
         Case(options={"decay": "paper", "layer": 1, "layers": 3}, tokens=70, value_width=24),
     )
-    supports = Supports(noncausal=False, packed=True)
+    supports = Supports(noncausal=False, packed=True, heads_apart=False)
 
     _given: Tensor | None
 
