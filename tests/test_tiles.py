@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are compiled here", allow_module_level=True)
 
-from farfield.kernels import append, attend_backward, attend_decode, launch, lists, pool
+from farfield.kernels import append, attend_backward, attend_decode, launch, lists, patterns, pool
 from farfield.nn import Rope
 from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
@@ -176,6 +176,12 @@ def listing(causal, tokens=5000):
     lists.build(0, blocks, radius, [0] * levels, causal, 0, 1, torch.device("meta"))
 
 
+def patterned(tokens=5000):
+    blocks, device = -(-tokens // 128), torch.device("meta")
+    patterns.shards(0, blocks, 4 + blocks // 8, 0, 4, 4, 4, 8, 2, 0, 4, 1, device)
+    patterns.powers(0, blocks, 12 + 2 * blocks.bit_length(), 5, 1, 2, device)
+
+
 def appending(batch=1, width=128, dtype="bf16", sinks=0, rotary=None):
     ring = FMARing.empty(
         batch, 8, width, capacity=1 << 20, sinks=sinks, rotary=rotary, dtype=DTYPES[dtype], device="meta"
@@ -193,6 +199,7 @@ LAUNCHES = {
     **{f"pool-{name}": (lambda case=case: pooling(case)) for name, case in POOL.items()},
     "lists-causal": lambda: listing(True),
     "lists-noncausal": lambda: listing(False),
+    "lists-patterns": patterned,
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
     "append-fp32": lambda: appending(width=64, dtype="fp32"),
@@ -206,7 +213,8 @@ FEW = (
     "forward-blocks64-128", "forward-blocks128-128", "forward-fma-fp32-64", "forward-fma-fp32-128",
     "forward-fma-fp32-256", "forward-everything-fp32",
     "backward-fma-64", "backward-fma-128", "backward-blocks64-128",
-    "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "lists-causal", "append-sinks-rotary",
+    "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "lists-causal", "lists-patterns",
+    "append-sinks-rotary",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
 
@@ -261,6 +269,7 @@ AT_LENGTH = {
     "pool": lambda n: pooling(POOL["64-m64-p4"], n),
     "decode": lambda n: decode((held(n), ONE)),
     "lists": lambda n: listing(True, n),
+    "lists-patterns": patterned,
 }
 
 

@@ -1,4 +1,4 @@
-"""The lists of select.multipole on the GPU, for select.static, whose op they are."""
+"""The lists of select.multipole, sharded and powers on the GPU, for select.static, which asks for them."""
 
 from __future__ import annotations
 
@@ -16,3 +16,22 @@ def tree_lists(
     from farfield.kernels.lists import build
 
     return build(start, blocks, radius, starts, causal, first, sink_groups, device)
+
+
+def shard_lists(
+    start: int, blocks: int, picks: int, first: int, heads: int, repeat: int, sparse: int, stride: int, step: int,
+    offset: int, local: int, split: int, device: torch.device,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """index and count of select.sharded in one launch."""
+    from farfield.kernels.patterns import shards
+
+    return shards(start, blocks, picks, first, heads, repeat, sparse, stride, step, offset, local, split, device)
+
+
+def power_lists(
+    start: int, blocks: int, picks: int, window: int, sinks: int, split: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """index and count of select.powers in one launch."""
+    from farfield.kernels.patterns import powers
+
+    return powers(start, blocks, picks, window, sinks, split, device)

@@ -1,7 +1,7 @@
 """select: which query block reads which rows. Every function returns Layouts."""
 
 from farfield.select.algebra import from_block_mask, from_dense, minus, to_block_mask, to_dense, transpose, union
-from farfield.select.static import Multipole, full, multipole, strided, window
+from farfield.select.static import Multipole, full, multipole, powers, sharded, strided, window
 
 __all__ = [
     "Multipole",
@@ -10,6 +10,8 @@ __all__ = [
     "full",
     "minus",
     "multipole",
+    "powers",
+    "sharded",
     "strided",
     "to_block_mask",
     "to_dense",

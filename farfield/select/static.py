@@ -1,4 +1,4 @@
-"""Layouts that depend on lengths only: full, window with sinks, strided, and FMA's multipole lists."""
+"""Layouts that depend on lengths only: full, window, strided, sharded over heads, powers of two, FMA's multipole."""
 
 from __future__ import annotations
 
@@ -97,6 +97,187 @@ def strided(
     listed = back if causal else torch.cat([back, ahead], 1)
     index, count = pack_lists(listed, (listed >= 0) & (listed < blocks))
     return Layout(index[None, None], count[None, None], block, block, tokens, tokens, causal)
+
+
+class Shards(NamedTuple):
+    """How far blocks are shared out over key heads: head g has block J iff (J + g * step + offset) % stride == 0.
+
+    Args:
+        heads: G, key heads.
+        local: how many blocks, a query's own included, all heads read.
+        step: how far the blocks of a head and of the next are apart; 0 gives all heads the same.
+        dense: how many heads, the last ones, have all blocks.
+    """
+
+    heads: int
+    stride: int
+    local: int
+    step: int
+    offset: int = 0
+    dense: int = 0
+
+    def owned(self, first: int, stop: int, device: torch.device) -> Bool[Tensor, "N G"]:
+        """Which heads have which of the blocks first .. stop - 1."""
+        g = torch.arange(self.heads, device=device)
+        block = torch.arange(first, stop, device=device)[:, None]
+        return ((block + g * self.step + self.offset) % self.stride == 0) | (g >= self.heads - self.dense)
+
+    def before(self, stop: int) -> list[int]:
+        """How many of the blocks before `stop` each head has."""
+        leads = [-(g * self.step + self.offset) % self.stride for g in range(self.heads - self.dense)]
+        return [len(range(lead, stop, self.stride)) for lead in leads] + [stop] * self.dense
+
+
+def sharded(
+    *,
+    tokens: int,
+    heads: int,
+    stride: int,
+    local: int,
+    block: int = 128,
+    repeat: int = 1,
+    step: int | None = None,
+    offset: int = 0,
+    dense: int = 0,
+    device: torch.device | str | None = None,
+) -> Layout:
+    """A context shared out over the heads: all read the same blocks close by, and each its own of those far away.
+
+    Key head g of query block I reads block J iff
+
+        I - local < J <= I    or    J <= I and (J + g * step + offset) % stride == 0
+
+    Positions are absolute: what a head does not read once it is no longer local, it never reads again. Blocks that
+    split into tiles of 128 or 64 tokens are listed as tiles, the last one up to the query's own.
+
+    Args:
+        heads: G, key heads; `repeat` query heads share the list of each.
+        step: how far the blocks of a head and of the next are apart. Default stride / heads, at least 1: the heads
+            spread over all residues. 0 gives all heads the same blocks.
+        dense: how many heads, the last ones, read everything.
+
+    Source: S2-Attention (Lin et al. 2024, arXiv:2407.17678).
+    """
+    _positive(tokens=tokens, heads=heads, stride=stride, local=local, block=block, repeat=repeat)
+    if not 0 <= dense <= heads:
+        raise ValueError(f"sharded: dense must be 0 .. heads={heads}, got {dense}")
+    plan = Shards(heads, stride, local, max(1, stride // heads) if step is None else step, offset, dense)
+    tile = tile_of(block)
+    lists = shard_lists(0, -(-tokens // tile), plan, split=block // tile, repeat=repeat, device=device)
+    return Layout(*lists, tile, tile, tokens, tokens, causal=True)
+
+
+def shard_lists(
+    start: int,
+    stop: int,
+    plan: Shards,
+    *,
+    split: int = 1,
+    repeat: int = 1,
+    first: int = 0,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """index [1, H, N, P] and count of `sharded`, for the query tiles start .. stop - 1; `split` tiles are a block.
+
+    Args:
+        first: the first block at hand, which gets number 0; those before it are left out of the lists.
+    """
+    heads, stride, local, step, offset, dense = plan
+    last = (stop - 1) // split
+    picks = min(local, last - first + 1) + max(0, last - local - first + stride) // stride
+    picks = (last - first + 1 if dense else min(picks, last - first + 1)) * split
+    on = _device(device)
+    if on.type == "cuda" and eager():
+        return on_gpu.shard_lists(
+            start, stop - start, picks, first, heads, repeat, heads - dense, stride, step % stride, offset % stride,
+            local, split, on,
+        )  # fmt: skip
+    g = (torch.arange(heads * repeat, device=on) // repeat)[:, None]
+    n = torch.arange(start, stop, device=on)
+    place = torch.arange(picks, device=on)
+    every = torch.where(g < heads - dense, stride, 1)
+    lead = first + (-(g * step + offset) % stride - first) % every
+    own = n // split
+    remote = (own - local - lead + every).clamp(min=0) // every
+    near = (own - local + 1).clamp(min=first)
+    count = (remote + own - near) * split + n % split + 1
+    nth, remote = place // split, remote[..., None]
+    block = torch.where(nth < remote, lead[..., None] + every[..., None] * nth, near[:, None] + nth - remote) - first
+    return _filled(block * split + place % split, count)
+
+
+def powers(
+    *,
+    tokens: int,
+    block: int = 256,
+    window: int = 5,
+    sinks: int = 1,
+    device: torch.device | str | None = None,
+) -> Layout:
+    """Each query block reads the blocks at distances 1, 2, 4, 8, ..., the `window` latest and the `sinks` first.
+
+    Its own block counts as one of the window. With window = 1 and no sinks, what L layers carry to a block comes from
+    exactly those distances that have at most L ones in binary: log2(blocks) layers connect all.
+
+    Blocks that split into tiles of 128 or 64 tokens are listed as tiles, the last one up to the query's own.
+
+    Source: PowerAttention (Chen et al. 2025, arXiv:2503.03588).
+    """
+    _positive(tokens=tokens, block=block, window=window)
+    tile = tile_of(block)
+    lists = power_lists(0, -(-tokens // tile), window=window, sinks=sinks, split=block // tile, device=device)
+    return Layout(*lists, tile, tile, tokens, tokens, causal=True)
+
+
+def power_lists(
+    start: int, stop: int, *, window: int, sinks: int, split: int = 1, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """index [1, 1, N, P] and count of `powers`, for the query tiles start .. stop - 1; `split` tiles are a block."""
+    last = (stop - 1) // split
+    # every power of two from the window on, up to the distance of the first block that is no sink
+    steps = max(0, max(last - sinks, 0).bit_length() - (window - 1).bit_length())
+    picks = min(sinks + steps + window, last + 1) * split
+    on = _device(device)
+    if on.type == "cuda" and eager():
+        return on_gpu.power_lists(start, stop - start, picks, window, sinks, split, on)
+    n = torch.arange(start, stop, device=on)
+    place = torch.arange(picks, device=on)
+    own = n // split
+    low = (own - window + 1).clamp(min=0, max=sinks)
+    distances = 2 ** torch.arange(last.bit_length(), device=on)
+    reached = (distances <= own[:, None] - sinks).sum(-1)
+    far = (reached - (window - 1).bit_length()).clamp(min=0)
+    near = (own + 1).clamp(max=window)
+    count = (low + far + near - 1) * split + n % split + 1
+    nth = place // split
+    own, low, reached, far, near = (x[:, None] for x in (own, low, reached, far, near))
+    distance = 2 ** (reached - 1 - nth + low).clamp(min=0)
+    block = torch.where(nth < low + far, own - distance, own - near + 1 + nth - low - far)
+    index, count = _filled(torch.where(nth < low, nth, block) * split + place % split, count)
+    return index[None], count[None]
+
+
+def tile_of(block: int) -> int:
+    """The part of a block that a list names: 128 or 64 tokens where the block is made of such, else all of it."""
+    return next((tile for tile in (128, 64) if block % tile == 0), block)
+
+
+def lead_in(start: int, tokens: int, tile: int) -> int:
+    """How many queries to put before these, so that none of their tiles holds the end of one tile of the sequence and
+    the start of the next. `start` is the position of the first.
+    """
+    into = start % tile
+    return into if into + tokens > tile else 0
+
+
+def _filled(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """[H, N, P] and [H, N] as int32 with a batch of 1, 0 past the counts."""
+    past = torch.arange(index.shape[-1], device=index.device) >= count[..., None]
+    return index.masked_fill(past, 0).to(torch.int32)[None], count.to(torch.int32)[None]
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return device if isinstance(device, torch.device) else torch.empty(0, device=device).device
 
 
 class Multipole(NamedTuple):
@@ -226,8 +407,7 @@ def tree_lists(
             neighbour.
     """
     if eager():
-        device = device if isinstance(device, torch.device) else torch.empty(0, device=device).device
-        lists = _lists(start, blocks, radius, starts, causal, first, sink_groups, device)
+        lists = _lists(start, blocks, radius, starts, causal, first, sink_groups, _device(device))
     else:
         on = torch.empty(0, device=device)
         lists = _tree_lists(on, start, blocks, list(radius), list(starts), causal, first, sink_groups)
