@@ -5,8 +5,9 @@
     compute-sanitizer --tool racecheck python tests/gpu/sanitize.py control
 
 Without PyTorch's caching each tensor is an allocation of its own, so that a read past its end is seen. Racecheck does
-not see order that barriers in shared memory make: it reports a race in `control`, where one warp writes a number, passes
-a barrier and another reads it. The Hopper kernels hand everything over in that way, and are left out.
+not see the order that barriers in shared memory make: it reports a race in `control`, where one warp writes a number
+and arrives at a barrier, and others wait there and read it. The Hopper kernels hand over everything in that way and
+are left out.
 """
 
 import sys
