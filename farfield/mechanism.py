@@ -76,6 +76,7 @@ class Mechanism(nn.Module):
 
     paper: ClassVar[Paper]
     cases: ClassVar[tuple[Case, ...]]
+    grouped: ClassVar[bool] = False  # the paper shares key heads among query heads; benchmarks then do as well
     supports: Supports = Supports()  # an instance whose options forbid something narrows it
 
     def __init__(self, *, causal: bool = True, scale: float | None = None):

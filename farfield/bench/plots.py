@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from farfield.bench.records import Record
+from farfield.mechanisms import names as mechanism_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ INK = "#010203"
 
 # Okabe and Ito's hues, set to lightness that both backgrounds bear
 COLORS = {"fma": "#d55e00", "full": "#3a86c8", "sdpa": "#3a86c8", "window": "#1a9a70"}
-SPARE = ("#b0609b", "#8a7a1c", "#7a7f87", "#4f6bd8")
+SPARE = ("#b0609b", "#8a7a1c", "#7a7f87", "#4f6bd8", "#c0504d", "#2f9e9e", "#8064a2", "#5f8f2f")
 MARKERS = {"fma": "o", "full": "s", "sdpa": "s", "window": "^"}
 DASHES: dict[str, Any] = {"fma": "-", "full": (0, (5, 2)), "sdpa": (0, (5, 2)), "window": (0, (1.5, 1.5))}
 
@@ -75,8 +76,8 @@ def look(name: str, at: int = 0) -> dict[str, Any]:
     """Colour, marker and dash of a series."""
     return {
         "color": color(name, at),
-        "marker": MARKERS.get(name, "Dvpx"[at % 4]),
-        "linestyle": DASHES.get(name, (0, (4, 1.5, 1, 1.5))),
+        "marker": MARKERS.get(name, "DvpxPh<>*d8"[at % 11]),
+        "linestyle": DASHES.get(name, (0, ((4, 1.5, 1, 1.5), (6, 1), (3, 1, 1, 1, 1, 1))[at // len(SPARE) % 3])),
     }
 
 
@@ -93,6 +94,54 @@ def memory_figure(records: Sequence[Record], *, names: Mapping[str, str] | None 
     """Peak extra bytes in the same panels."""
     value, tick = (lambda r: float(r.memory or "nan")), _bytes_tick
     return _against(records, axis, "peak extra memory", value, None, names or {}, tick, ratios=False)
+
+
+def mechanisms_figure(records: Sequence[Record]) -> Figure:
+    """Time against n of all mechanisms, a panel for each passes, dtype and head width; the baseline dashed.
+
+    Grouped mechanisms have fewer key heads; the baseline's line is that with as many key as query heads, or the most.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    from farfield.bench.tables import label
+
+    timed = [r for r in records if r.times]
+    panels = list(dict.fromkeys((r.passes, r.dtype, r.params.get("width")) for r in timed))
+    if not panels:
+        raise ValueError("plots: no records to draw")
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    names = sorted({label(r) for r in timed if r.contender in mechanism_names()})
+    beside = sorted({r.contender for r in timed} - set(mechanism_names()))
+    backend = {r.contender: r.backend.removesuffix("_attention") for r in timed if r.contender in beside}
+    with styled():
+        figure = Figure(figsize=(4.4 * columns + 1.6, 3.4 * lines), layout="constrained")
+        axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for ax, (passes, dtype, width) in zip(axes, panels, strict=False):
+            here = [r for r in timed if (r.passes, r.dtype, r.params.get("width")) == (passes, dtype, width)]
+            for at, name in enumerate([*names, *beside]):
+                own = [r for r in here if (r.contender if name in beside else label(r)) == name]
+                # the last one of a length wins, here the one with the most key heads
+                own.sort(key=lambda r: int(r.params.get("kv_heads") or 0))
+                points = {r.tokens: r.seconds for r in own}
+                style = look(name.partition(" ")[0], at) | ({"color": INK, "linestyle": "--"} if name in beside else {})
+                shown = f"{name}, {backend[name]}" if backend.get(name) else name
+                ax.plot(sorted(points), [points[n] for n in sorted(points)], label=shown, **style)
+            ax.set(xscale="log", yscale="log", title=f"{passes.replace('+', ' + ')}, {dtype}, d = {width}")
+            ax.xaxis.set_major_locator(FixedLocator(sorted({r.tokens for r in timed})))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens_tick(n)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _seconds_tick(y)))
+            ax.grid(True)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        for ax in axes[max(0, len(panels) - columns) : len(panels)]:
+            ax.set_xlabel("n, tokens")
+        for ax in axes[: len(panels) : columns]:
+            ax.set_ylabel("time of one call")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
 
 
 def _against(records, axis, label, value, band, names, tick, *, ratios: bool) -> Figure:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farfield.bench.records import Record
+from farfield.mechanisms import names as mechanism_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,6 +101,56 @@ def points(records: Sequence[Record], title: str = "") -> Table:
         cells += ([seconds(r.floor["seconds"]), f"{r.floor['share']:.0%}"] if r.floor else ["", ""]) * floors
         made.add_row(*cells, *(times(r.ratios[name]) if name in r.ratios else "" for name in against))
     return made
+
+
+def mechanisms(records: Sequence[Record], title: str = "") -> Table:
+    """One line for each mechanism at each point with its baseline; at the last length, where the two are even."""
+    from rich.table import Table
+
+    from farfield.bench.mechanisms import break_even
+
+    headings = ("mechanism", "dtype", "passes", "d", "n", "time", "memory", "baseline", "ratio", "rows", "read",
+                "efficiency", "even from n")  # fmt: skip
+    made = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for at, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if at < 3 else "right", no_wrap=True)
+    lines: dict[tuple[Any, ...], list[Record]] = {}
+    bases: dict[tuple[Any, ...], Record] = {}
+    for r in records:
+        shape = (r.dtype, r.passes, *(r.params.get(name) for name in ("width", "heads", "kv_heads")))
+        if r.contender in mechanism_names():
+            lines.setdefault((label(r), *shape), []).append(r)
+        else:
+            bases[r.contender, r.tokens, *shape] = r
+    for (who, dtype, passes, width, *heads), points in lines.items():
+        points.sort(key=lambda r: r.tokens)
+        even = break_even(points)
+        for at, r in enumerate(points):
+            base = bases.get((r.against, r.tokens, dtype, passes, width, *heads))
+            beside = f"{base.backend.removesuffix('_attention') or base.contender} {_time(base)}" if base else ""
+            rows = [r.rates.get(name) for name in ("rows", "read", "efficiency")]
+            made.add_row(
+                "" if at else who, dtype, passes.replace("forward", "fwd").replace("backward", "bwd"), str(width),
+                f"{r.tokens:,}", _time(r), size(r.memory), beside, times(r.ratio) if r.ratio else "",
+                _number(rows[0]), "" if rows[1] is None else f"{rows[1]:.2%}", _number(rows[2]),
+                even_from(even, points) if at == len(points) - 1 else "",
+            )  # fmt: skip
+    return made
+
+
+def even_from(even: float | None, points: Sequence[Record]) -> str:
+    """Break-even as it is said: a length, or which end of the measured ones it lies beyond."""
+    if even is None:
+        return ""
+    if even == 0:
+        return f"<= {min(r.tokens for r in points if r.ratios):,}"
+    return f"> {max(r.tokens for r in points if r.ratios):,}" if math.isinf(even) else f"{even:,.0f}"
+
+
+def label(record: Record) -> str:
+    """The contender and the options that it was given."""
+    options = [f"{k}={v}" for k, v in record.params.items() if k not in ("tokens", "width", "heads", "kv_heads")]
+    return f"{record.contender} ({', '.join(options)})" if options else record.contender
 
 
 def notes(records: Sequence[Record]) -> list[str]:

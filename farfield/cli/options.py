@@ -44,6 +44,30 @@ def parse(pairs: list[str] | None, flag: str = "--option") -> dict[str, Any]:
     return found
 
 
+def chosen(text: str, flag: str) -> list[tuple[str, dict[str, Any]]]:
+    """ "fma,nsa:block=32,top=8" as [("fma", {}), ("nsa", {"block": 32, "top": 8})]; names may be cut short.
+
+    Raises:
+        ValueError: no such mechanism, several that start so, one twice with the same options, no NAME=VALUE.
+    """
+    from farfield import mechanisms
+
+    found: list[tuple[str, list[str]]] = []
+    for entry in (x.strip() for x in text.split(",")):
+        name, colon, first = entry.partition(":")
+        if colon or "=" not in entry:
+            found.append((mechanisms.resolve(name.strip()), [first] if colon else []))
+        elif found and found[-1][1]:
+            found[-1][1].append(entry)
+        else:
+            raise ValueError(f"{flag}: {entry!r} follows no mechanism's options; write NAME:{entry}")
+    made = [(name, parse(options, f"{flag} {name}")) for name, options in found]
+    for at, each in enumerate(made):
+        if each in made[:at]:
+            raise ValueError(f"{flag}: {each[0]} is given twice")
+    return made
+
+
 def numbers(text: str, flag: str) -> list[int]:
     """ "1024,4k" as [1024, 4096].
 

@@ -52,6 +52,22 @@ def get(name: str) -> type[Mechanism]:
     return own[0]
 
 
+def resolve(short: str) -> str:
+    """The registry name that `short` stands for: itself, or the only name that starts with it ("s2": "s2-attention").
+
+    Raises:
+        ValueError: no name or several start with it; the message names them.
+    """
+    if short in names():
+        return short
+    found = [name for name in names() if short and name.startswith(short)]
+    if len(found) > 1:
+        raise ValueError(f"mechanism {short!r} is not unique: {', '.join(found)}")
+    if not found:
+        get(short)  # refuses, with suggestions
+    return found[0]
+
+
 def make(name: str, **options) -> Mechanism:
     """The mechanism of this name, built with these options.
 
