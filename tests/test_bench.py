@@ -1,9 +1,11 @@
-"""Benchmarks: records, interleaving, failures, memory, the FMA case, figures."""
+"""Benchmarks: records, interleaving, failures, memory, the FMA case, all mechanisms, figures."""
 
 import json
 import math
+import os
 import platform
 import threading
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from farfield import mechanisms
-from farfield.bench import attend_random, fma, memory, plots, records, runner, tables
+from farfield.bench import attend_random, fma, memory, plots, records, runner, tables, worker
+from farfield.bench import mechanisms as all_mechanisms
 from farfield.bench.records import Record
 from farfield.testing import oracles
 from farfield.testing.inputs import normal
@@ -600,3 +603,123 @@ def test_a_sample_cannot_steer_the_terminal():
 @pytest.mark.parametrize(("ratio", "text"), [(0.0048, "0.0048x"), (0.987, "0.99x"), (18.34, "18.3x"), (123.4, "123x")])
 def test_ratios(ratio, text):
     assert tables.times(ratio) == text
+
+
+# ----------------------------------------------------------------------------------------------------- all mechanisms
+
+BROKEN = '''
+"""It {verb}."""
+
+from farfield.mechanism import Case, Mechanism, Paper
+
+
+class {verb}(Mechanism):
+    paper = Paper("A title", "Authors", 2020)
+    cases = (Case(),)
+
+    def forward(self, q, k, v, *, group=None, rotary=None):
+        {body}
+
+    def reference(self, q, k, v):
+        return q
+'''
+TINY = all_mechanisms.Plan(tokens=[64, 128], width=[8], heads=2, dtypes=["float32"], passes=["forward"])
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Mechanisms that refuse and that are wrong, beside the real ones."""
+    bodies = {"Refuses": 'raise NotImplementedError("no kernel")', "Errs": "return q + 1"}
+    for verb, body in bodies.items():
+        (tmp_path / f"{verb.lower()}.py").write_text(BROKEN.format(verb=verb, body=body))
+    monkeypatch.setenv("FARFIELD_MECHANISMS", str(tmp_path))
+    monkeypatch.setattr(mechanisms, "__path__", [*mechanisms.__path__, str(tmp_path)])
+    monkeypatch.setattr(all_mechanisms, "CHECKED", 67)
+    for cached in (mechanisms.names, mechanisms.get):
+        cached.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cached in (mechanisms.names, mechanisms.get):
+        cached.cache_clear()
+
+
+def test_every_mechanism_is_measured_and_failures_are_shown(broken, tmp_path, capsys):
+    chosen = [(name, {}) for name in ("refuses", "full", "errs")] + [("fma", {"block": 16, "near": 16, "rank": 4})]
+    made = all_mechanisms.run_all(chosen, TINY, seconds=0.01, out=tmp_path / "out")
+    assert made == records.load(records.results_path("mechanisms", tmp_path / "out"))
+    own = {(r.contender, r.tokens): r for r in made if r.contender != "sdpa"}
+    assert len(own) == 8
+    assert own["refuses", 64].reason == "check: NotImplementedError: no kernel"
+    assert own["errs", 128].reason.startswith("check: AssertionError: out is off by")
+    for name in ("full", "fma"):
+        r = own[name, 128]
+        assert (r.status, r.bench, r.check["tokens"]) == ("ok", "mechanisms", 67)
+        read = mechanisms.make(name, **dict(chosen)[name]).rows_read(128) / 64.5
+        assert r.rates["read"] == pytest.approx(read)
+        assert r.rates["efficiency"] == pytest.approx(r.ratio * read)
+    assert own["full", 64].rates["read"] == 1
+    assert own["fma", 64].params == {"tokens": 64, "width": 8, "heads": 2, "kv_heads": 2, **chosen[3][1]}
+
+    from rich.console import Console
+
+    Console(width=180).print(tables.mechanisms(made))
+    shown = capsys.readouterr().out
+    assert shown.count("failed") == 4
+    assert "fma (block=16, near=16, rank=4)" in shown
+    labels = [t.get_text() for t in plots.mechanisms_figure(made).legends[0].get_texts()]
+    assert labels == ["fma (block=16, near=16, rank=4)", "full", "sdpa, flash"]
+
+
+def test_a_run_goes_on_where_it_was_cut(broken, tmp_path, monkeypatch):
+    chosen = [("refuses", {}), ("full", {})]
+    options = {"seconds": 0.01, "out": tmp_path, "resume": True}
+    first = all_mechanisms.run_all(chosen[1:], TINY, **options)
+    measured = []
+    again = all_mechanisms.run_all([*chosen, ("window", {})], TINY, progress=measured.append, **options)
+    # what failed is tried again, what is there is not
+    assert [text.split()[0] for text in measured] == ["refuses"] * 2 + ["window"] * 2
+    full = [r for r in again if r.contender == "full"]
+    assert full == [r for r in first if r.contender == "full"]
+
+
+def test_a_process_that_ends_takes_only_its_work():
+    from itertools import starmap
+
+    with worker.Worker(own=True, limit=1.0) as made:
+        with pytest.raises(worker.WorkError, match="its process ended with exit code 7"):
+            list(made.run(starmap, os._exit, [(7,)]))
+        with pytest.raises(worker.WorkError, match="ZeroDivisionError: "):
+            list(made.run(starmap, divmod, [(1, 0)]))
+        assert list(made.run(range, 3)) == [0, 1, 2]
+        with pytest.raises(worker.WorkError, match="no answer within 1 s; its process was ended"):
+            list(made.run(starmap, time.sleep, [(60,)]))
+
+
+def test_what_took_a_process_down_is_not_tried_again(monkeypatch):
+    def run(self, work, name, *args):
+        if name == "fma":
+            raise worker.WorkError("its process ended with exit code 7")
+        return work(name, *args)
+
+    monkeypatch.setattr(worker.Worker, "run", run)
+    made = all_mechanisms.run_all([("fma", {}), ("full", {})], TINY, seconds=0.01, out=None, against=[])
+    assert [(r.contender, r.status) for r in made] == [
+        ("fma", "failed"), ("fma", "skipped"), ("full", "ok"), ("full", "ok"),
+    ]  # fmt: skip
+    assert made[1].reason == f"after {made[0].reason}"
+
+
+def test_checks_compare_gradients():
+    sizes = {"heads": 4, "kv_heads": 1, "width": 8}
+    found = all_mechanisms.check("window", {"width": 9}, torch.float32, "cpu", "forward+backward", tokens=67, **sizes)
+    assert (found["heads"], set(found["units"])) == (4, {"out", "dq", "dk", "dv"})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "even"),
+    [([0.5, 2.0], 2048), ([1.0, 2.0], 0), ([0.5, 0.9], math.inf), ([2.0, 0.25, 4.0], 8192), ([], None)],
+)
+def test_break_even(ratios, even):
+    made = [record(1024 * 4**i, ratios={"sdpa": x}) for i, x in enumerate(ratios)]
+    found = all_mechanisms.break_even(made)
+    assert found == (pytest.approx(even) if even else even)

@@ -16,7 +16,7 @@ import torch
 
 from farfield.bench.runner import reason
 
-PATIENCE = 120.0  # seconds that work may take to save what it has, after Ctrl-C
+PATIENCE = 120.0  # seconds that a process may take to start, and after Ctrl-C to save what it has
 
 
 class WorkError(Exception):
@@ -83,6 +83,9 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        # loading PyTorch is not part of anybody's limit
+        if (found := self._wait(PATIENCE)) != ("ready", None):
+            raise RuntimeError(f"worker: the process did not start: {found[1]}")
 
     def _receive(self) -> tuple[str, Any]:
         try:
@@ -113,6 +116,7 @@ class Worker:
 
 def _serve(pipe: Any) -> None:
     """The process: one generator after another, until the pipe closes."""
+    pipe.send(("ready", None, False))
     while True:
         try:
             work, args = pipe.recv()
