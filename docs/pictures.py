@@ -6,6 +6,7 @@ Drawn from the library's own layouts, token by token: what a picture shows is wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,28 @@ def strided(*, stride: int = 4, local: int = 2, block: int = 4) -> Picture:
     return Picture(f"strided: stride {stride}, local {local}, block {block}", _blocks(layout), legend)
 
 
-PICTURES = {"multipole": multipole, "window": window, "strided": strided}
+def sharded(*, heads: int = 4, local: int = 2, block: int = 4) -> Picture:
+    """Blocks close by, which all heads read, and those far away, each of which one head reads."""
+    layout = ff.select.sharded(tokens=TOKENS, heads=heads, stride=heads, local=local, block=block)
+    read = ff.select.to_dense(layout)[0]
+    if not (read.sum(0)[torch.ones(TOKENS, TOKENS).tril().bool()].unique() == torch.tensor([1, heads])).all():
+        raise AssertionError("a token is read neither by one head nor by all")
+    level = torch.where(read.any(0), read.int().argmax(0) + 1, NOTHING).masked_fill(read.all(0), 0)
+    named = ff.select.to_dense(replace(layout, causal=False))[0]
+    level = level.masked_fill(named.any(0) & ~read.any(0), CUT)
+    legend = [(0, "all heads"), *((g + 1, f"head {g}") for g in range(heads))]
+    title = f"sharded: heads {heads}, stride {heads}, local {local}, block {block}"
+    return Picture(title, boxes(level, torch.arange(TOKENS).repeat(TOKENS, 1)), tuple(legend))
+
+
+def powers(*, window: int = 2, sinks: int = 1, block: int = 2) -> Picture:
+    """Blocks at distances 1, 2, 4, 8, ..., a window and sinks."""
+    layout = ff.select.powers(tokens=TOKENS, block=block, window=window, sinks=sinks)
+    legend = ((0, "read"), (CUT, "in a block on the list, but hidden"))
+    return Picture(f"powers: window {window}, sinks {sinks}, block {block}", _blocks(layout), legend)
+
+
+PICTURES = {"multipole": multipole, "window": window, "strided": strided, "sharded": sharded, "powers": powers}
 
 
 def boxes(level: Tensor, row: Tensor) -> tuple[Box, ...]:
