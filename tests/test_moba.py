@@ -123,6 +123,11 @@ def test_scale_does_not_change_the_choice():
     same(MoBA(block=8, picks=3, scale=0.1)(q, k, v), MoBA(block=8, picks=3, scale=0.1).reference(q, k, v))
 
 
+def test_rows_read_are_those_of_the_lists():
+    mech = MoBA(block=8, picks=3)
+    assert mech.rows_read(60) == pytest.approx(mech.layouts(60)["one head"].visible)
+
+
 @pytest.mark.parametrize("options", [{"picks": 0}, {"block": 0}])
 def test_refuses_impossible_sizes(options):
     with pytest.raises(ValueError, match="moba: "):

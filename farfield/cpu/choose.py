@@ -22,13 +22,16 @@ def choose(q: Tensor, keys: Tensor, scoring: Scoring, first: int, scale: float) 
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         at = torch.arange(first + start, first + stop, device=q.device)
-        score = _scores(q[:, :, start:stop], keys, at, scoring, scale)
+        # what the last of them can count, and the blocks before its own
+        rows = min(keys.shape[2], max(0, (first + stop - scoring.span) // scoring.stride + 1))
+        past = (first + stop - 1) // scoring.block
+        score = _scores(q[:, :, start:stop], keys[:, :, :rows], at, past, scoring, scale)
         index[:, :, start:stop], count[:, :, start:stop] = _best(score, at // scoring.block, scoring)
     return index, count
 
 
-def _scores(q: Tensor, keys: Tensor, at: Tensor, scoring: Scoring, scale: float) -> Tensor:
-    """[B, lists, t, blocks]: what has not ended counts 0; only blocks before the query's own may be read."""
+def _scores(q: Tensor, keys: Tensor, at: Tensor, blocks: int, scoring: Scoring, scale: float) -> Tensor:
+    """[B, lists, t, blocks] of the first so many blocks; those that are not past are not for reading."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads, tokens, width = q.shape
     kv_heads, rows = keys.shape[1:3]
@@ -37,16 +40,15 @@ def _scores(q: Tensor, keys: Tensor, at: Tensor, scoring: Scoring, scale: float)
         logits = q.to(dtype).reshape(batch, kv_heads, heads // kv_heads * tokens, width) @ keys.to(dtype).mT
     logits = logits.view(batch, kv_heads, heads // kv_heads, tokens, rows)
     if not scoring.shared:
-        return logits.flatten(1, 2)
+        return logits.flatten(1, 2)[..., :blocks]
     ended = torch.arange(rows, device=q.device) * scoring.stride + scoring.span - 1 <= at[:, None]
     shares = (logits * scale).masked_fill(~ended, float("-inf")).softmax(-1)
     # a query before the end of the first row has no share anywhere
     shares = shares.masked_fill(~ended, 0.0).sum(2)
     pieces, per_row = scoring.block // scoring.stride, scoring.span // scoring.stride
     # a row counts once for each piece of `stride` tokens that it shares with the block
-    blocks = -(-(rows + per_row - 1) // pieces)
     shares = torch.nn.functional.pad(shares, (per_row - 1, blocks * pieces - rows))
-    shares = sum(shares[..., n : n + blocks * pieces] for n in range(per_row))
+    shares = torch.stack([shares[..., n : n + blocks * pieces] for n in range(per_row)]).sum(0)
     return shares.unflatten(-1, (blocks, pieces)).sum(-1)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
-from farfield.select.scored import Scoring, attend_chosen, block_means, check, choose
+from farfield.select.scored import Scoring, attend_chosen, block_means, check, choose, tokens_read
 from farfield.types import Layout, Rows
 
 
@@ -97,6 +97,9 @@ class MoBA(Mechanism):
         q, k = torch.randn(2, 1, 1, tokens, 16, generator=gen)
         choice = choose(q, block_means(k, self.scoring.block), self.scoring)
         return {"one head": Layout(*choice, 1, self.scoring.block, tokens, tokens, True)}
+
+    def rows_read(self, tokens: int) -> float:
+        return tokens_read(self.scoring, tokens)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, first: int) -> Tensor:
         if not q.shape[2]:

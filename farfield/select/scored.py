@@ -13,7 +13,7 @@ from torch import Tensor
 from farfield.ops.choose import Choice, Scoring, attend_chosen, check, choose
 from farfield.types import Layout
 
-__all__ = ["Choice", "Scoring", "attend_chosen", "block_means", "check", "choose", "ended"]
+__all__ = ["Choice", "Scoring", "attend_chosen", "block_means", "check", "choose", "ended", "tokens_read"]
 
 
 def block_means(x: Float[Tensor, "B G S D"], block: int) -> Float[Tensor, "B G M D"]:
@@ -40,3 +40,9 @@ def ended(
     seen = ((last - span + 1).div(stride, rounding_mode="floor") + 1).clamp(0, rows)
     count = (-(-seen // k_block)).to(torch.int32)[None, None]
     return Layout(index, count, q_block, k_block, tokens, rows, True)
+
+
+def tokens_read(scoring: Scoring, tokens: int) -> float:
+    """Tokens that a causal query sees of its chosen blocks, on average: early queries have fewer blocks to choose."""
+    i = torch.arange(tokens, dtype=torch.float64)
+    return torch.minimum(i, (scoring.picks - 1) * scoring.block + i % scoring.block).add(1).mean().item()
