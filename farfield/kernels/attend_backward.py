@@ -13,6 +13,7 @@ dq = scale ds k,  dk = scale ds' q.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from farfield.kernels import attend_backward_hopper as hopper
 from farfield.kernels.attend import padded
+from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers, piece_of, transpose
 from farfield.ops.attend import Call, Plan
 
@@ -696,6 +698,14 @@ def attend_backward(
 
     No `d_lse` stands for zeros.
     """
+    return _gather(call, *gradients(call, d_out, d_lse, out, lse, bias_grad))
+
+
+def gradients(
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool,
+    read: Sequence[Readers] | None = None,
+) -> tuple[list[_Source], Tensor, list[_Three]]:  # fmt: skip
+    """The sources, dq, and each source's dk, dv and bias gradient unit by unit. `read`: the lists, transposed."""
     # the host is as slow as the GPU at short lengths: everything here is asked for once
     q, k, _, bias, _, _, position, group, index, _, plans, scale = call
     batch, heads, tokens, width = q.shape
@@ -719,7 +729,7 @@ def attend_backward(
         for grad in grads:
             for x in grad:
                 x.zero_()
-        return _gather(call, sources, d_q.zero_(), grads)
+        return sources, d_q.zero_(), grads
 
     shift = torch.empty(batch, heads, blocks * q_block, dtype=torch.float32, device=device)
     size = padded(stack * q_block)
@@ -735,12 +745,13 @@ def attend_backward(
     group, group_strides = _per_head(group, heads)
     positioned, grouped = position.dim() > 1, group.dim() > 1
 
-    read = _transposed(sources)
+    read = _transposed(sources) if read is None else read
     lists = -(-stack * q_block // tiles.queries)
     for begin, stop in _slices(sources, batch * units, lists * blocks):
         count = (stop - begin) * blocks * lists
         shares = [_shares(s, count, d_q, delta) for s in sources]
-        attend_backward_queries[(count,)](
+        start(
+            attend_backward_queries, (count,),
             q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
             *first[:7], *shares[0], *last[:7], *shares[-1],
             q_strides, d_out_strides, *position_strides, *group_strides, *first.strides, *first.lists,
@@ -774,7 +785,8 @@ def attend_backward(
         else:
             tiles = row_tiles(wide, padded(k_block), size, dtype)
             k_tiles = -(-k_block // tiles.rows)
-            attend_backward_rows[(batch * units * (s.row_blocks + readers.pieces) * k_tiles,)](
+            start(
+                attend_backward_rows, (batch * units * (s.row_blocks + readers.pieces) * k_tiles,),
                 q, d_out, delta, shift, position, group, *s[:5], readers.start, readers.reader, readers.key,
                 *grad, *pieces, q_strides, d_out_strides, *position_strides, *group_strides, *s.strides,
                 *readers.strides, heads, tokens, blocks, s.rows, s.row_blocks, readers.pieces, readers.most,
@@ -785,7 +797,7 @@ def attend_backward(
                 PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
             )  # fmt: skip
         _join_pieces(s, pieces, grad, readers, 0, batch * units, units)
-    return _gather(call, sources, d_q, grads)
+    return sources, d_q, grads
 
 
 def _source_of(call: Call, s: int, units: int, bias_grad: bool) -> _Source:
@@ -922,7 +934,8 @@ def _add_up(
         parts = _parts(k_block, d, e, NUMBERS // 4)
         many = NUMBERS // max(parts.d, parts.e)
         runs = -(-source.row_blocks // many)
-        sum_shares[((stop - begin) * (runs + readers.pieces) * parts.programs,)](
+        start(
+            sum_shares, ((stop - begin) * (runs + readers.pieces) * parts.programs,),
             shares[k], shares[v], grad[k], grad[v], pieces[k], pieces[v], readers.start, readers.reader, readers.key,
             *readers.strides, begin, units, blocks, source.picks, source.rows, source.row_blocks, readers.pieces,
             readers.most, readers.base, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, NUMBERS=NUMBERS,
@@ -938,7 +951,8 @@ def _join_pieces(source: _Source, pieces: _Three, grad: _Three, readers: Readers
     k_block, many = source.plan.k_block, 8
     for k, v, d, e in _pairs(source):
         parts = _parts(k_block, d, e, 1024)
-        sum_pieces[((stop - begin) * -(-source.row_blocks // many) * parts.programs,)](
+        start(
+            sum_pieces, ((stop - begin) * -(-source.row_blocks // many) * parts.programs,),
             pieces[k], pieces[v], grad[k], grad[v], readers.start, *readers.strides, begin, units, source.rows,
             source.row_blocks, readers.pieces, readers.most, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e,
             READERS=8, MANY=many, num_warps=4,

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _processors
+from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -388,7 +389,8 @@ def rows_backward(
     items = batch * (heads // stack) * (row_blocks + readers.pieces)
     tiles = TILES[width, k_block]
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
-    attend_backward_rows_hopper[(min(items, _processors(q.device) * tiles.programs),)](
+    start(
+        attend_backward_rows_hopper, (min(items, _processors(q.device) * tiles.programs),),
         _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
         shift, delta, readers.start, readers.reader, readers.key, *grads, *sums,
         readers.strides, items, heads, blocks, rows, row_blocks, readers.pieces, readers.most, readers.base, scale,

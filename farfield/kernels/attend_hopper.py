@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from farfield.kernels.replay import start
 from farfield.ops.attend import Call
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -560,13 +561,13 @@ def wants(call: Call) -> bool:
     return k[1].shape[1] == near_heads and (bias[1].dim() == 1 or bias[1].shape[1] in (1, near_heads))
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's."""
+def forward(call: Call, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, E] and lse [B, H, T], written into `lse` if given; the contract is ops.attend's."""
     q, k, v, bias, _, _, _, _, index, count, plans, scale = call
     batch, heads, tokens, width = q.shape
     near, far, two = plans[0], plans[-1], len(k) > 1
     out = q.new_empty(q.shape)
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32) if lse is None else lse
     blocks = index[0].shape[2]
     tiles = TILES[width, 64 if near.q_block % 128 else 128, near.k_block, two]
     parts = near.q_block // (64 * tiles.groups)
@@ -577,7 +578,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     far_bias = bias[-1].float().contiguous() if weighted else lse
     bias_strides = [0 if n == 1 else s for n, s in zip(far_bias.shape[:2], far_bias.stride(), strict=False)]
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
-    attend_hopper[(min(items, _processors(q.device) * tiles.programs),)](
+    start(
+        attend_hopper, (min(items, _processors(q.device) * tiles.programs),),
         _descriptor(q, 64), _descriptor(k[0], near.k_block), _descriptor(v[0], near.k_block), _descriptor(out, 64),
         lse, *near_lists[:2], k[-1], v[-1], far_bias, *far_lists[:2],
         k[-1].stride(), v[-1].stride(), *near_lists[2:], *bias_strides, *far_lists[2:], k[-1].shape[2],

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import replay
 from farfield.ops.pool import Tree
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -463,8 +464,10 @@ def pool_descend(
         )  # fmt: skip
 
 
-def forward(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Far keys and values, bias and span; the contract is ops.pool's."""
+def forward(
+    k: Tensor, v: Tensor, filters: Tensor, tree: Tree, into: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Far keys and values, bias and span; the contract is ops.pool's. `into`: the first three, contiguous."""
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         k, v = k.contiguous(), v.contiguous()
     batch, heads, _, width = k.shape
@@ -472,8 +475,11 @@ def forward(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, 
     blocks, rank, levels, lo, hi = tree.blocks, tree.rank, tree.levels, tree.lo, tree.hi
     groups, lead = tree.groups, -(-lo // rank) * rank
     rows = lead + rank * sum(groups)
-    far_k, far_v = k.new_empty((batch, heads, rows, width)), v.new_empty((batch, heads, rows, value_width))
-    bias = k.new_empty((1, 1, rows), dtype=torch.float32)
+    if into is None:
+        far_k, far_v = k.new_empty((batch, heads, rows, width)), v.new_empty((batch, heads, rows, value_width))
+        bias = k.new_empty((1, 1, rows), dtype=torch.float32)
+    else:
+        far_k, far_v, bias = into
     span = k.new_empty((2, rows), dtype=torch.int64)
     strides, piece = _strides(k, v, width, value_width)
     tile, climb = tiles(width, value_width, k.element_size(), tree.block // rank, rank, learned)
@@ -488,7 +494,8 @@ def forward(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, 
         above = k.new_empty(units * chunks * unit * (width + value_width), dtype=torch.float32)
     same = {"D": width, "E": value_width, "PIECE": piece, "RANK": rank, "SEG": tree.block // rank}
     same |= {"UP": int(not tree.complete), "LEARNED": learned}
-    pool_forward[(units * chunks * slices,)](
+    replay.start(
+        pool_forward, (units * chunks * slices,),
         k, v, filters, far_k, far_v, bias, span, above, *strides, heads, lo, hi, blocks, levels, rows, chunks,
         **tile, **same,
     )  # fmt: skip
@@ -500,7 +507,8 @@ def forward(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, 
         above = bias
         if levels > top + 1:
             above = k.new_empty(units * chunks * unit * (width + value_width), dtype=torch.float32)
-        pool_climb[(units * chunks * slices,)](
+        replay.start(
+            pool_climb, (units * chunks * slices,),
             below, above, filters, far_k, far_v, bias, span, heads, lo, hi, blocks, levels, rows, chunks, many, height,
             **climb, **same,
         )  # fmt: skip
@@ -533,11 +541,13 @@ def backward(
         tops, more = _tops(chunks, rank, tile["LIFTS"], levels), levels > tile["LIFTS"] + 1
     if more:
         scratch = filters.new_empty(units * tops * (width + value_width))
-        pool_descend[(units * slices,)](
+        replay.start(
+            pool_descend, (units * slices,),
             d_far_k, d_far_v, far_k, far_v, filters, part, scratch, heads, *lengths, tops,
             LIFTS=tile["LIFTS"], BD=tile["BD"], TILE=max(16, rank), num_warps=4, **same,
         )  # fmt: skip
-    pool_backward[(units * chunks * slices,)](
+    replay.start(
+        pool_backward, (units * chunks * slices,),
         near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, d_k, d_v, part, scratch, *strides, heads, tokens,
         *lengths, tops, PIECE=piece, LEARNED=learned, NEAR_K=near_k.dim() > 1, NEAR_V=near_v.dim() > 1, **tile, **same,
     )  # fmt: skip

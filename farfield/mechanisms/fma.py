@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
+from farfield.ops import multipole as whole
 from farfield.ops.attend import attend
 from farfield.ops.merge import merge
 from farfield.ops.pool import Tree
@@ -214,6 +215,10 @@ class FMA(Mechanism):
             return no_tokens(q, v)
         if group is not None:
             return self._packed(q, k, v, Packing(group, self.block), rotary)
+        if rotary is None and self._means():
+            field = whole.Field(self.block, self.near, self.rank, self.sinks)
+            if not whole.refusal(q, k, v, field, self.scale):
+                return whole.multipole(q, k, v, field, self.scale)
         blocks, kept = -(-q.shape[2] // self.block), self.queries == "kept"
         levels, radius = self._levels(blocks)
         far, starts = None, []
@@ -241,11 +246,13 @@ class FMA(Mechanism):
         handed_down = self._pooled_queries(q, far, starts, blocks, rotary)
         return here.out if handed_down is None else merge(here, handed_down).out
 
+    def _means(self) -> bool:
+        """Whether this is what one operation computes, where kernels take it: causal, queries kept, means."""
+        return self.causal and self.queries == "kept" and type(self.pool) is MeanPool
+
     def _levels(self, blocks: int) -> tuple[int, tuple[int, ...]]:
         """Levels that some query of so many blocks reads, and the radii of all."""
-        levels, radius = 0, self.near // self.block
-        while (blocks - 1 >> levels) > radius:
-            levels, radius = levels + 1, -(-radius // 2)
+        levels = whole.reached(blocks, self.near // self.block)
         levels = levels if self.pool.most is None else min(levels, self.pool.most)
         self._reach(levels, blocks)
         return levels, radii(self.near, self.block, levels)

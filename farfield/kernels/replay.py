@@ -1,0 +1,293 @@
+"""Launches recorded once and replayed past Triton's binder, which costs the host more than short kernels the GPU.
+
+A function that allocates, takes views and launches kernels, and does nothing else with tensors, does the same whenever
+shapes, strides, dtypes, device and options are the same: only addresses differ. Its first call is recorded: each launch
+with the kernel that Triton chose and with its arguments, in which an address is an input, an output or scratch memory
+and an offset. Further calls allocate the outputs and one piece of scratch memory and start the same kernels.
+
+What Triton would look at again is looked at here: a recorded kernel holds for addresses that 16 divides, so other
+inputs go the ordinary way, as do calls that a profiler listens to. Arguments other than addresses are part of what was
+recorded, and must follow from the key.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+
+KEPT = 128  # recordings
+ALIGNED = 16  # bytes; what Triton compiles for
+
+_aten: Any = torch.ops.aten
+_EMPTY = (
+    _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+)  # fmt: skip
+_local = threading.local()
+
+
+class Address:
+    """Memory of a dtype as Triton takes it in place of a tensor."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype):
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Hole(NamedTuple):
+    """Argument number `place` is `offset` bytes into memory `slot`: inputs, outputs, then scratch memory."""
+
+    place: int
+    slot: int
+    offset: int
+
+
+class Box(NamedTuple):
+    """The same for the address in a tensor descriptor, of which everything else is in `about`."""
+
+    place: int
+    slot: int
+    offset: int
+    kind: type
+    about: dict[str, Any]
+    dtype: torch.dtype
+
+
+class Launch(NamedTuple):
+    """One launch: Triton's compiled kernel, and its arguments with holes."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    values: list[Any]
+    holes: list[Hole]
+    boxes: list[Box]
+
+
+class Recording(NamedTuple):
+    """What a call did.
+
+    Args:
+        outputs: shapes and dtypes.
+        scratch: bytes.
+        single: the function returns a tensor, not a tuple of them.
+    """
+
+    launches: list[Launch]
+    outputs: list[tuple[torch.Size, torch.dtype]]
+    scratch: int
+    single: bool
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options), for functions that may be recorded."""
+    made = kernel[grid](*args, **options)
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        recorder.add(kernel, grid, made, args, options)
+
+
+def call(function: Callable[..., Any], key: tuple[Any, ...], inputs: Sequence[Tensor], *options: Any) -> Any:
+    """function(*inputs, *options), recorded when `function` and `key` meet for the first time, replayed afterwards.
+
+    Args:
+        function: launches through `start`, allocates, takes views; returns contiguous tensors.
+        key: what the launches depend on: shapes, strides and dtypes of the inputs, their device, the options.
+        inputs: on one CUDA device.
+
+    Raises:
+        RuntimeError: `function` does something else with tensors.
+    """
+    kept = _kept(function, key)
+    device = inputs[0].device
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _call(kept, function, inputs, options)
+    return _call(kept, function, inputs, options)
+
+
+def _call(kept: list[Recording], function: Callable[..., Any], inputs: Sequence[Tensor], options: Sequence[Any]) -> Any:
+    addresses = [x.data_ptr() for x in inputs]
+    # a capture is made once, and its first kernels may still have to be loaded
+    if _heard() or torch.cuda.is_current_stream_capturing() or any(at % ALIGNED for at in addresses):
+        return function(*inputs, *options)
+    if not kept:
+        found, recording = record(function, inputs, options)
+        kept.append(recording)
+        return found
+    device = inputs[0].device
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    return replay(kept[0], device, stream, addresses)
+
+
+@lru_cache(maxsize=KEPT)
+def _kept(function: Callable[..., Any], key: tuple[Any, ...]) -> list[Recording]:
+    """The recording of a key, none before its first call."""
+    return []
+
+
+def _heard() -> bool:
+    """Whether a profiler wants to know of every launch."""
+    hook: Any = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
+def replay(recording: Recording, device: torch.device, stream: int, addresses: list[int]) -> Any:
+    """The recorded launches on inputs at these addresses."""
+    outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in recording.outputs]
+    addresses += [x.data_ptr() for x in outputs]
+    if recording.scratch:
+        scratch = torch.empty(recording.scratch, dtype=torch.uint8, device=device)
+        addresses.append(scratch.data_ptr())
+    for kernel, grid, values, holes, boxes in recording.launches:
+        values = values.copy()
+        for place, slot, offset in holes:
+            values[place] = addresses[slot] + offset
+        for place, slot, offset, kind, about, dtype in boxes:
+            made = object.__new__(kind)
+            made.__dict__.update(about, base=Address(addresses[slot] + offset, dtype))
+            values[place] = made
+        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+    return outputs[0] if recording.single else tuple(outputs)
+
+
+def record(
+    function: Callable[..., Any], inputs: Sequence[Tensor], options: Sequence[Any] = ()
+) -> tuple[Any, Recording]:
+    """The function's result, and the recording of the call."""
+    spans = sorted((x.data_ptr(), x.data_ptr() + _extent(x)) for x in inputs)
+    if any(a[1] > b[0] for a, b in pairwise(spans)):
+        # one input is in the other: which of the two an address belongs to could not be told
+        inputs = [x.new_empty_strided(x.shape, x.stride()).copy_(x) for x in inputs]
+    recorder = _Recorder(inputs)
+    if getattr(_local, "recorder", None) is not None:
+        raise RuntimeError("a recorded function must not record another one")
+    _local.recorder = recorder
+    try:
+        with recorder:
+            found = function(*inputs, *options)
+    finally:
+        _local.recorder = None
+    return found, recorder.done(found)
+
+
+class _Memory(NamedTuple):
+    """Bytes first .. last - 1; tensors that died may have had the same."""
+
+    first: int
+    last: int
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every allocation and every launch of a function."""
+
+    def __init__(self, inputs: Sequence[Tensor]):
+        super().__init__()
+        self.inputs = [_Memory(x.data_ptr(), x.data_ptr() + _extent(x)) for x in inputs]
+        self.made: list[_Memory] = []
+        # launches; (place, allocation or -1 - input, offset) stands where a hole will be
+        self.seen: list[tuple[Any, tuple[int, int, int], list[Any], list[Hole], list[Box]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func in _EMPTY:
+            at = found.untyped_storage().data_ptr()
+            self.made.append(_Memory(at, at + found.untyped_storage().nbytes()))
+        elif not (func.is_view or func is _aten.detach.default):
+            raise RuntimeError(f"{func} cannot be recorded: only allocations, views and launches can")
+        return found
+
+    def add(self, kernel: Any, grid: tuple[int, ...], made: Any, args: Sequence[Any], options: dict[str, Any]) -> None:
+        made = made.result() if hasattr(made, "result") else made
+        names = [parameter.name for parameter in kernel.params]
+        values = [*args, *(options[name] for name in names[len(args) :])]
+        holes, boxes = [], []
+        for place, value in enumerate(values):
+            if isinstance(value, Tensor):
+                where = self._find(value.data_ptr())
+                values[place] = 0
+                # nothing, and nothing is read from it
+                if where is not None:
+                    holes.append(Hole(place, *where))
+            elif isinstance(base := getattr(value, "base", None), Tensor):
+                where = self._find(base.data_ptr())
+                assert where is not None, "a descriptor of nothing"
+                values[place] = None
+                about = {name: x for name, x in vars(value).items() if name != "base"}
+                boxes.append(Box(place, *where, type(value), about, base.dtype))
+            elif isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
+                raise RuntimeError(f"{kernel.__name__}: tensors in tuples cannot be recorded")
+        grid_3 = grid[0], *grid[1:], *((1,) * (3 - len(grid)))
+        self.seen.append((made, grid_3, values, holes, boxes))
+
+    def done(self, found: Any) -> Recording:
+        """The recording, once it is known which allocations are outputs."""
+        outputs: list[Tensor] = [found] if isinstance(found, Tensor) else list(found)
+        slots: dict[int, tuple[int, int]] = {-1 - i: (i, 0) for i in range(len(self.inputs))}
+        for j, x in enumerate(outputs):
+            if not x.is_contiguous():
+                raise RuntimeError("a recorded function must return contiguous tensors")
+            at = x.untyped_storage().data_ptr()
+            if not at or x.storage_offset():
+                raise RuntimeError("a recorded function must return tensors that it has allocated")
+            owner = max(i for i, memory in enumerate(self.made) if memory.first == at)
+            slots[owner] = len(self.inputs) + j, 0
+        # what shared memory one after the other shares it again
+        regions: list[list[int]] = []
+        rest = [i for i, memory in enumerate(self.made) if i not in slots and memory.last > memory.first]
+        for i in sorted(rest, key=lambda i: self.made[i].first):
+            first, last = self.made[i]
+            if regions and first < regions[-1][1]:
+                regions[-1][1] = max(regions[-1][1], last)
+            else:
+                regions.append([first, last])
+        scratch, at = len(self.inputs) + len(outputs), 0
+        starts = []
+        for first, last in regions:
+            # as far from a multiple of 512 as it was
+            at = -(-at // 512) * 512 + first % 512
+            starts.append(at)
+            at += last - first
+        for i in rest:
+            memory = self.made[i]
+            n = max(n for n, region in enumerate(regions) if region[0] <= memory.first)
+            slots[i] = scratch, starts[n] + memory.first - regions[n][0]
+        launches = [
+            Launch(
+                kernel, grid, values,
+                [Hole(place, slots[i][0], slots[i][1] + offset) for place, i, offset in holes],
+                [Box(place, slots[i][0], slots[i][1] + offset, *more) for place, i, offset, *more in boxes],
+            )
+            for kernel, grid, values, holes, boxes in self.seen
+        ]  # fmt: skip
+        return Recording(launches, [(x.shape, x.dtype) for x in outputs], at, isinstance(found, Tensor))
+
+    def _find(self, address: int) -> tuple[int, int] | None:
+        """Which memory an address is in, the latest that was there, and how far from its start."""
+        if not address:
+            return None
+        for i in reversed(range(len(self.made))):
+            if self.made[i].first <= address < self.made[i].last:
+                return i, address - self.made[i].first
+        for i, memory in enumerate(self.inputs):
+            if memory.first <= address < memory.last:
+                return -1 - i, address - memory.first
+        raise RuntimeError("a recorded launch reads memory that is neither an input nor allocated by the function")
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if not x.numel():
+        return 0
+    return (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
