@@ -120,7 +120,7 @@ def _lists(q: Tensor, field: Field) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _alone(where[0]):
         return _kept_lists.__wrapped__(*where, 0)
     # what one stream writes is not there yet for another
-    return _kept_lists(*where, torch._C._cuda_getCurrentRawStream(q.device.index))
+    return _kept_lists(*where, replay._stream(q.device))
 
 
 def _readers(q: Tensor, field: Field, lists: tuple[Tensor, ...]) -> tuple[Readers, Readers]:
@@ -128,7 +128,7 @@ def _readers(q: Tensor, field: Field, lists: tuple[Tensor, ...]) -> tuple[Reader
     where = -(-q.shape[2] // field.block), field, q.device
     if _alone(where[0]):
         return _transposed(lists, where[0], field)
-    return _kept_readers(*where, torch._C._cuda_getCurrentRawStream(q.device.index))
+    return _kept_readers(*where, replay._stream(q.device))
 
 
 def _alone(blocks: int) -> bool:

@@ -127,8 +127,12 @@ def _call(kept: list[Recording], function: Callable[..., Any], inputs: Sequence[
         kept.append(recording)
         return found
     device = inputs[0].device
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    return replay(kept[0], device, stream, addresses)
+    return replay(kept[0], device, _stream(device), addresses)
+
+
+def _stream(device: torch.device) -> int:
+    """The handle of the stream that launches go to."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 @lru_cache(maxsize=KEPT)
@@ -239,7 +243,8 @@ class _Recorder(TorchDispatchMode):
             if not x.is_contiguous():
                 raise RuntimeError("a recorded function must return contiguous tensors")
             at = x.untyped_storage().data_ptr()
-            if not at or x.storage_offset():
+            own = any(memory.first == at for memory in self.made)
+            if not own or x.storage_offset() or x.untyped_storage().nbytes() != x.nbytes:
                 raise RuntimeError("a recorded function must return tensors that it has allocated")
             owner = max(i for i, memory in enumerate(self.made) if memory.first == at)
             slots[owner] = len(self.inputs) + j, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -98,12 +98,12 @@ def multipole(
     The kernels are those of `pool` and `attend` and so are their numbers; a call costs the host less. Differentiable
     in q, k and v. Takes what `refusal` has nothing against; what lies in memory as no kernel reads it is copied.
     """
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not eager(q, k, v):
-        return _forward(q, k, v, *field, scale)[0]
+        return _forward(q, k, v, *field, factor)[0]
     if recorded(q, k, v):
-        return _Multipole.apply(q, k, v, field, scale)
-    return _multipole(q, k, v, field, scale)[0]
+        return _Multipole.apply(q, k, v, field, factor)
+    return _multipole(q, k, v, field, factor)[0]
 
 
 def _multipole(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,8 @@ class _Multipole(torch.autograd.Function):
         saved, (field, scale) = ctx.saved_tensors, ctx.about
         # the registered operation refuses a gradient of its gradients
         if torch.is_grad_enabled() or not eager(d_out, *saved[:3]):
-            return *_backward(d_out, *saved, *field, scale), None, None
+            given: list[Any] = [d_out, *saved, *field, scale]
+            return *_backward(*given), None, None
         return *_gradients(d_out, *saved, field, scale), None, None
 
 

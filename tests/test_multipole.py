@@ -1,0 +1,138 @@
+"""multipole without a GPU: sizes, what it takes, what a compiler sees of it, one kernel for all lengths."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import farfield as ff
+from farfield.ops import multipole as op
+from farfield.ops.multipole import Field, kept_parts, reached, refusal, tree_of
+
+FIELDS = (Field(64, 64, 4, 0), Field(64, 128, 16, 5), Field(128, 384, 32, 128), Field(64, 64, 1, 3))
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=str)
+def test_what_is_kept_has_room_for_every_length(field):
+    first = field.near + field.block + 1
+    for tokens in (*range(first, first + 700, 37), 9999, 65_536, 65_537, 1_000_003):
+        q, k = torch.Size((2, 8, tokens, 64)), torch.Size((2, 4, tokens, 64))
+        tree = tree_of(tokens, field)
+        far_k, far_v, bias, end = kept_parts(q, k, 2, field)
+        rows = 2 * 4 * 64 * 2 * tree.rows
+        assert 4 * 2 * 8 * tokens <= far_k
+        assert far_k + rows <= far_v
+        assert far_v + rows <= bias
+        assert bias + 4 * tree.rows <= end
+        assert not any(at % 16 for at in (far_k, far_v, bias))
+        # and not for much more
+        assert end - 4 * 2 * 8 * tokens < 1.2 * (2 * rows + 4 * tree.rows) + 2 * 64 * 4 * 64 * 2 * 32
+
+
+def test_levels_end_where_nothing_is_left_to_read():
+    """The last query's block and the neighbours of its group on the top level are all there is."""
+    for radius in (1, 2, 3, 6):
+        for blocks in range(1, 400):
+            levels, own = reached(blocks, radius), radius
+            for _ in range(levels):
+                assert blocks - 1 >> _ > own
+                own = (own + 1) // 2
+            assert blocks - 1 >> levels <= own
+
+
+def fake(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(op, "_major", lambda device: 9)
+    with FakeTensorMode():
+        yield
+
+
+def test_what_it_takes(hopper):
+    def why(*, tokens=1000, width=64, value_width=64, dtype=torch.bfloat16, field=FIELDS[0], scale=None, batch=1):
+        q, k = (fake(batch, h, tokens, width, dtype=dtype) for h in (4, 2))
+        return refusal(q, k, fake(batch, 2, tokens, value_width, dtype=dtype), field, scale) or "taken"
+
+    assert why() == why(width=128, value_width=128) == why(dtype=torch.float16) == why(scale=0.3) == "taken"
+    assert why(tokens=129) == "taken"
+    assert "far field" in why(tokens=128)
+    assert "far field" in why(batch=0)
+    assert "not torch.float32" in why(dtype=torch.float32)
+    assert "got 64 and 128" in why(value_width=128)
+    assert "got 80" in why(width=80, value_width=80)
+    assert "got 32" in why(field=Field(32, 32, 4, 0))
+    assert "got 64 and 64" in why(field=Field(64, 64, 64, 0))
+    assert "got -1.0" in why(scale=-1.0)
+    x = torch.empty(1, 4, 1000, 64, dtype=torch.bfloat16, device="cpu")
+    assert "Hopper" in (refusal(x, x, x, FIELDS[0], None) or "")
+
+
+def test_older_gpus_are_left_to_the_general_kernels(hopper, monkeypatch):
+    monkeypatch.setattr(op, "_major", lambda device: 8)
+    x = fake(1, 4, 1000, 64)
+    assert "Hopper" in (refusal(x, x, x, FIELDS[0], None) or "")
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=str)
+def test_fake_tensors_have_the_shapes(hopper, field):
+    q, k, v = fake(2, 8, 3000, 64), fake(2, 4, 3000, 64), fake(2, 3000, 4, 64).transpose(1, 2)
+    out, kept = torch.ops.farfield.multipole(q, k, v, *field, 0.125)
+    assert (out.shape, out.dtype, out.is_contiguous()) == (q.shape, q.dtype, True)
+    assert (kept.shape, kept.dtype) == ((kept_parts(q.shape, k.shape, 2, field)[-1],), torch.uint8)
+    grads = torch.ops.farfield.multipole_backward(out, q, k, v, out, kept, *field, 0.125)
+    for grad, x in zip(grads, (q, k, v), strict=True):
+        assert (grad.shape, grad.dtype, grad.is_contiguous()) == (x.shape, x.dtype, True)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The operation takes everything, and nothing is computed."""
+    monkeypatch.setattr(op, "refusal", lambda *given: None)
+    with FakeTensorMode():
+        yield [torch.empty(1, heads, 1000, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+
+
+def test_the_mechanism_chooses_it_by_its_options(taken, monkeypatch):
+    calls = []
+    monkeypatch.setattr(op, "multipole", lambda q, k, v, field, scale: calls.append((field, scale)))
+    ff.FMA()(*taken)
+    ff.FMA(block=128, near=256, rank=8, sinks=3, scale=0.3)(*taken)
+    assert calls == [((64, 128, 16, 0), None), ((128, 256, 8, 3), 0.3)]
+    for other in (
+        ff.FMA(pool="learned", kv_heads=2),
+        ff.FMA(pool="softmax", kv_heads=2, width=64),
+        ff.FMA(causal=False),
+        ff.FMA(causal=False, queries="pooled"),
+    ):
+        other(*taken)
+    ff.FMA()(*taken, rotary=lambda x, position: x)
+    assert len(calls) == 2
+
+
+def test_gradients_have_the_shapes(taken):
+    q, k, v = (x.requires_grad_() for x in taken)
+    out = ff.FMA()(q, k, v)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
+
+
+def test_second_derivatives_are_refused(taken):
+    q, k, v = taken
+    q.requires_grad_()
+    (grad,) = torch.autograd.grad(ff.FMA()(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.autograd.grad(grad.sum(), q)
+
+
+def test_one_graph_for_all_lengths(taken, monkeypatch):
+    """Sizes follow from the length without steps: no number of levels is part of a compiled graph."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda q, k, v: op.multipole(q, k, v, FIELDS[1]), dynamic=True, backend=counter)
+    for tokens in (1000, 1500, 9000, 70_000):
+        compiled(*(torch.empty(1, heads, tokens, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)))
+    assert counter.frame_count == 1

@@ -1,0 +1,230 @@
+"""Launches recorded and replayed: right addresses, nothing kept too long, nothing recorded that cannot be."""
+
+import ctypes
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from farfield.kernels import replay
+from farfield.testing.contract import poisoned_memory
+
+SIZE = 8  # numbers that a kernel reads
+
+
+class Sum:
+    """A kernel in Python: target[:SIZE] = first[:SIZE] + factor * second[:SIZE], by addresses as a launch has them."""
+
+    __name__ = "sum"
+    params = tuple(SimpleNamespace(name=name) for name in ("target", "first", "second", "factor", "CONSTANT"))
+    function = packed_metadata = None
+
+    def __init__(self):
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        assert grid == (3,)
+
+        def launch(*args, CONSTANT, num_warps):
+            self.run(*grid, 1, 1, *(None,) * 6, *args, CONSTANT)
+            return self
+
+        return launch
+
+    def run(self, *args):
+        grid, (target, first, second, factor, constant) = args[:3], args[9:]
+        assert (grid, constant) == ((3, 1, 1), "constant")
+        self.launches += 1
+        target, first, second = (
+            (ctypes.c_float * SIZE).from_address(_address(t) if t is not None else 0)
+            for t in (target, getattr(first, "base", first), second)
+        )
+        for i in range(SIZE):
+            target[i] = first[i] + factor * second[i]
+
+
+def _address(x):
+    return x if isinstance(x, int) else x.data_ptr()
+
+
+class Descriptor:
+    """As Triton's: a base, and what is known of it."""
+
+    def __init__(self, base):
+        self.base, self.shape = base, list(base.shape)
+
+
+kernel = Sum()
+
+
+def add(target, first, second, factor):
+    replay.start(kernel, (3,), target, first, second, factor, CONSTANT="constant", num_warps=1)
+
+
+def chain(x, y, factor):
+    """out = x + factor y, and again = 2 x + 3 factor y; through memory that is given back, and through a view."""
+    out = torch.empty(SIZE)
+    add(out, Descriptor(x), y, factor)
+    passing = x.new_empty(4 * SIZE)[SIZE : 2 * SIZE]
+    add(passing, out, x, 1.0)  # 2 x + factor y
+    again = torch.empty_like(out)
+    add(again, passing, y[SIZE:], 2.0)
+    return out, again
+
+
+def numbers(seed):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(SIZE, generator=gen), torch.randn(2 * SIZE, generator=gen)
+
+
+def check(found, x, y, factor=0.5):
+    out, again = found
+    assert torch.equal(out, x + factor * y[:SIZE])
+    assert torch.equal(again, out + x + 2.0 * y[SIZE:])
+
+
+def replayed(recording, *inputs):
+    return replay.replay(recording, torch.device("cpu"), 0, [x.data_ptr() for x in inputs])
+
+
+def test_a_replay_computes_what_was_recorded():
+    x, y = numbers(0)
+    found, recording = replay.record(chain, (x, y), (0.5,))
+    check(found, x, y)
+    assert [len(launch.holes) + len(launch.boxes) for launch in recording.launches] == [3, 3, 3]
+    with poisoned_memory():
+        for seed in (1, 2):
+            x, y = numbers(seed)
+            before = kernel.launches
+            check(replayed(recording, x, y), x, y)
+            assert kernel.launches == before + 3
+
+
+def test_memory_that_is_given_back_is_used_again():
+    def twice(x):
+        for _ in range(4):
+            passing = torch.empty(1 << 16)
+            add(passing, x, x, 1.0)
+            del passing
+        out = torch.empty(SIZE)
+        add(out, x, x, 2.0)
+        return out
+
+    x, _ = numbers(0)
+    found, recording = replay.record(twice, (x,))
+    assert torch.equal(found, 3 * x)
+    assert isinstance(replayed(recording, x), torch.Tensor)
+    # the allocator gives the same place out again; at worst, a few
+    assert recording.scratch < 4 * (4 << 16)
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    x, y = numbers(0)
+    _, recording = replay.record(chain, (y[:SIZE], y), (0.5,))
+    check(replayed(recording, x, y), x, y)
+
+
+def test_what_else_is_done_is_refused():
+    def adds(x):
+        return x + x
+
+    def gathers(x):
+        out = torch.empty(SIZE)
+        replay.start(kernel, (3,), out, x, (x, x), 1.0, CONSTANT="constant", num_warps=1)
+        return out
+
+    def elsewhere(x, y):
+        out = torch.empty(SIZE)
+        add(out, x, y, 1.0)
+        return out
+
+    x, y = numbers(0)
+    with pytest.raises(RuntimeError, match=r"aten.add.Tensor cannot be recorded"):
+        replay.record(adds, (x,))
+    with mock.patch.object(Sum, "run"), pytest.raises(RuntimeError, match="tensors in tuples"):
+        replay.record(gathers, (x,))
+    with pytest.raises(RuntimeError, match="neither an input nor allocated"):
+        replay.record(elsewhere, (x,), (y,))
+    for returned in (lambda x: x, lambda x: torch.empty(4, 4).T, lambda x: torch.empty(4)[1:]):
+        with pytest.raises(RuntimeError, match="must return"):
+            replay.record(returned, (x,))
+    # nothing is left behind
+    check(replay.record(chain, (x, y), (0.5,))[0], x, y)
+
+
+@pytest.fixture
+def cuda():
+    """As much of a device as `call` asks for."""
+    replay._kept.cache_clear()
+    stubs = {"current_device": lambda: None, "is_current_stream_capturing": lambda: False}
+    with mock.patch.multiple(torch.cuda, **stubs), mock.patch.object(replay, "_stream", return_value=0):
+        yield
+    replay._kept.cache_clear()
+
+
+def recordings():
+    return mock.patch.object(replay, "record", wraps=replay.record)
+
+
+def test_calls_are_recorded_once_a_key(cuda):
+    with recordings() as recorded:
+        for seed in range(6):
+            x, y = numbers(seed)
+            factor = 2.0 if seed % 2 else 0.5
+            check(replay.call(chain, (factor,), (x, y), factor), x, y, factor)
+    assert recorded.call_count == 2
+
+
+def test_recordings_are_bounded(cuda):
+    x, y = numbers(0)
+    for key in range(replay.KEPT + 50):
+        replay.call(chain, (key,), (x, y), 0.5)
+    assert replay._kept.cache_info().currsize == replay.KEPT
+
+
+def test_other_alignments_go_the_ordinary_way(cuda):
+    x, y = numbers(0)
+    for _ in range(2):
+        check(replay.call(chain, ("a",), (x, y), 0.5), x, y)
+    shifted = torch.cat([y[:1], y])[1:]
+    assert shifted.data_ptr() % replay.ALIGNED
+    with recordings() as recorded, mock.patch.object(replay, "replay") as again:
+        check(replay.call(chain, ("a",), (x, shifted), 0.5), x, y)
+        check(replay.call(chain, ("b",), (x, shifted), 0.5), x, y)
+    assert not recorded.called
+    assert not again.called
+
+
+@pytest.mark.parametrize("why", ["a profiler listens", "a graph is captured"])
+def test_profilers_and_captures_see_ordinary_launches(cuda, why):
+    x, y = numbers(0)
+    check(replay.call(chain, (), (x, y), 0.5), x, y)
+    stub = (
+        mock.patch.object(replay, "_heard", return_value=True)
+        if why == "a profiler listens"
+        else mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
+    )
+    with stub, mock.patch.object(replay, "replay") as again:
+        check(replay.call(chain, (), (x, y), 0.5), x, y)
+        check(replay.call(chain, ("new",), (x, y), 0.5), x, y)
+    assert not again.called
+
+
+def test_hooks_of_profilers_are_seen():
+    from triton import knobs
+
+    assert not replay._heard()
+    hooks = knobs.runtime.launch_enter_hook
+
+    def listen(metadata):
+        pass
+
+    hooks.add(listen)
+    try:
+        assert replay._heard()
+    finally:
+        hooks.remove(listen)
+    assert not replay._heard()
