@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -132,12 +132,12 @@ class _Multipole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):
-        saved, (field, scale) = ctx.saved_tensors, ctx.about
+        q, k, v, out, kept = ctx.saved_tensors
+        field, scale = ctx.about
         # the registered operation refuses a gradient of its gradients
-        if torch.is_grad_enabled() or not eager(d_out, *saved[:3]):
-            given: list[Any] = [d_out, *saved, *field, scale]
-            return *_backward(*given), None, None
-        return *_gradients(d_out, *saved, field, scale), None, None
+        if torch.is_grad_enabled() or not eager(d_out, q, k, v):
+            return *_backward(d_out, q, k, v, out, kept, *field, scale), None, None
+        return *_gradients(d_out, q, k, v, out, kept, field, scale), None, None
 
 
 @custom_op("farfield::multipole", mutates_args=())
