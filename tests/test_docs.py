@@ -3,6 +3,7 @@ records'."""
 
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -290,3 +291,27 @@ def test_no_records_no_table(tables, tmp_path):
     assert tables.render(tmp_path) == tables.PLACEHOLDER
     with pytest.raises(ValueError, match="no table"):
         tables.between("nothing here")
+
+
+# pages of mechanisms
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return load(ROOT / "docs" / "mechanism_pages.py")
+
+
+@pytest.mark.parametrize("which", mechanisms.names())
+def test_a_mechanism_has_a_page_whose_code_runs(which, pages):
+    text = pages.page(which, pictured=False)
+    kind = mechanisms.get(which)
+    assert kind.paper.title in text
+    assert all(f"`{option}`" in text for option in inspect.signature(kind).parameters)
+    names = {}
+    exec(re.search(r"^```python\n(.*?)^```$", text, re.S | re.M)[1], names)
+    assert names["out"].shape == names["q"].shape
+
+
+def test_pictures_of_mechanisms(pages):
+    assert "<svg" in pages.svg("window")
+    assert pages.svg("full") is None

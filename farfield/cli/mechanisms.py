@@ -83,7 +83,7 @@ def show(
     console = Console(highlight=False)
     console.print(f"[bold]{name}[/]  {inspect.getfile(kind)}", soft_wrap=True)
     console.print()
-    console.print(_doc(kind), markup=False, soft_wrap=True)
+    console.print(describe(kind), markup=False, soft_wrap=True)
     console.print()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
@@ -199,7 +199,7 @@ def able(supports: Supports) -> list[str]:
 
 def idea(kind: type[Mechanism]) -> str:
     """The first paragraph of the mechanism's description, in one line."""
-    return " ".join(_doc(kind).partition("\n\n")[0].split())
+    return " ".join(describe(kind).partition("\n\n")[0].split())
 
 
 def defaults(kind: type[Mechanism]) -> dict[str, object]:
@@ -255,7 +255,8 @@ def _print_table(names) -> None:
     Console(highlight=False).print(table)
 
 
-def _doc(kind: type[Mechanism]) -> str:
+def describe(kind: type[Mechanism]) -> str:
+    """The docstring of the mechanism's file, or else of its class."""
     module = inspect.getmodule(kind)
     return inspect.cleandoc((module and module.__doc__) or kind.__doc__ or "")
 
@@ -266,4 +267,4 @@ def _text(name: str) -> str:
 
     kind = mechanisms.get(name)
     paper = kind.paper
-    return " ".join([name, paper.title, paper.authors, str(paper.year), paper.arxiv or "", _doc(kind)]).lower()
+    return " ".join([name, paper.title, paper.authors, str(paper.year), paper.arxiv or "", describe(kind)]).lower()
