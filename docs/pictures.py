@@ -91,7 +91,7 @@ def sharded(*, heads: int = 4, local: int = 2, block: int = 4) -> Picture:
     level = torch.where(read.any(0), read.int().argmax(0) + 1, NOTHING).masked_fill(read.all(0), 0)
     named = ff.select.to_dense(replace(layout, causal=False))[0]
     level = level.masked_fill(named.any(0) & ~read.any(0), CUT)
-    legend = [(0, "all heads"), *((g + 1, f"head {g}") for g in range(heads))]
+    legend = [(0, "all heads"), *((g + 1, f"head {g}") for g in range(heads)), (CUT, "hidden")]
     title = f"sharded: heads {heads}, stride {heads}, local {local}, block {block}"
     return Picture(title, boxes(level, torch.arange(TOKENS).repeat(TOKENS, 1)), tuple(legend))
 
