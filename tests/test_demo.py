@@ -181,12 +181,12 @@ def test_steps_follow_the_time_there_is(tmp_path, monkeypatch):
 
 
 def test_folders_are_never_written_twice(tmp_path):
-    assert demos._free(tmp_path / "run") == tmp_path / "run"
+    assert demos.free(tmp_path / "run") == tmp_path / "run"
     (tmp_path / "run").mkdir()
-    assert demos._free(tmp_path / "run") == tmp_path / "run"
+    assert demos.free(tmp_path / "run") == tmp_path / "run"
     (tmp_path / "run" / "mine").touch()
     (tmp_path / "run-2").touch()
-    assert demos._free(tmp_path / "run") == tmp_path / "run-3"
+    assert demos.free(tmp_path / "run") == tmp_path / "run-3"
 
 
 def test_held_out_modules_are_held_out_whole(tmp_path):

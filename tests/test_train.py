@@ -19,7 +19,7 @@ from farfield.train.config import TrainConfig, pick_device
 from farfield.train.data import Split, open_data
 from farfield.train.evaluate import REPEATS, copy_probe, evaluate, last_repeat, token_bits
 from farfield.train.loop import train
-from farfield.train.optim import Optimizers, PlainMuon, rate, split_parameters
+from farfield.train.optim import Optimizers, PlainMuon, StackedMuon, rate, split_parameters
 from farfield.train.report import read_log
 
 
@@ -403,6 +403,24 @@ def test_plain_muon_is_muon_but_for_rounding(shape):
     # the iteration is in bfloat16 there: its rounding is 1 in 256
     assert (plain - torchs).norm() < 0.02 * (torchs - start).norm()
     assert (torchs - start).norm() > 0.1
+
+
+def test_stacked_muon_is_muon():
+    starts = [torch.randn(shape) for shape in ((8, 20), (20, 8), (12, 12), (20, 8), (12, 12))]
+    grads, ends = torch.randn(5, 20, 20), []
+    for kind in (StackedMuon, torch.optim.Muon):
+        parameters = [torch.nn.Parameter(x.clone()) for x in (*starts, torch.ones(3, 3))]
+        muon = kind(parameters, lr=0.1, weight_decay=0.1)
+        for grad in grads:
+            for at, p in enumerate(parameters[:-1]):  # the last one has no part in the loss
+                p.grad = (at + 1) * grad[: p.shape[0], : p.shape[1]]
+            muon.step()
+        ends.append([p.detach() for p in parameters])
+    for start, stacked, single in zip(starts, *ends, strict=False):
+        # products of a batch may be summed in another order, in bfloat16
+        assert (stacked - single).norm() < 0.02 * (single - start).norm()
+        assert (single - start).norm() > 0.1
+    assert torch.equal(ends[0][-1], torch.ones(3, 3))
 
 
 @pytest.mark.parametrize("name", mechanisms.names())

@@ -9,4 +9,4 @@ from farfield.bench.runner import PASSES, Bench, Work, baseline, bench, get, nam
 
 __all__ = ["MACHINERY", "PASSES", "Bench", "Work", "baseline", "bench", "get", "names", "run"]
 
-MACHINERY = ("demo", "memory", "plots", "records", "report", "runner", "tables", "worker")
+MACHINERY = ("compare", "demo", "learning", "memory", "plots", "records", "report", "runner", "tables", "worker")

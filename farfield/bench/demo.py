@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import shutil
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from farfield.bench import records, report, runner, tables
+from farfield.bench import learning, records, report, runner, tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,7 +105,7 @@ def demo(
     from rich.console import Console
 
     chosen = Settings(minutes=minutes, seed=seed, **settings)
-    run = Run(_free(Path(out)), chosen, console or Console(highlight=False))
+    run = Run(free(Path(out)), chosen, console or Console(highlight=False))
     try:
         run.read_text()
         run.measure_attention()
@@ -121,10 +119,6 @@ def demo(
     run.say_results()
     run.console.print(f"\nReport: [bold]{page}[/]", soft_wrap=True)
     return page
-
-
-class _Enough(Exception):
-    """Ends a trial."""
 
 
 class Run:
@@ -254,35 +248,18 @@ class Run:
             began = time.perf_counter()
             result = train(model, config, progress=True)
             took = time.perf_counter() - began
-            about: dict[str, Any] = {
-                "folder": name,
-                "checkpoint": str(result.checkpoint.relative_to(self.folder)),
-                "parameters": sum(p.numel() for p in result.model.parameters()),
-                "curve": [(e["step"] * size, round(e["loss"] / math.log(2), 4)) for e in result.history if "loss" in e],
-                "speed": result.step * size / took,
-            }
+            about: dict[str, Any] = {"folder": name, **learning.trained(result, size, self.folder)}
+            about["speed"] = result.step * size / took
             self.found["models"][name] = about
-            self.found["model"] = _plain(model.to_dict(), drop=("attention", "attention_options", "kind"))
-            self.found["train"] = _plain(
-                config.to_dict(), keep=("optimizer", "lr", "warmup", "schedule", "clip", "dtype", "seed")
-            )
+            shape = model.to_dict()
+            self.found["model"] = learning.plain(shape, drop=("attention", "attention_options", "kind"))
+            self.found["train"] = learning.recipe(config)
             self.save()
             if result.interrupted:
                 raise KeyboardInterrupt
             held = evaluate(result.model, result.data.valid, windows=scored)
-            self.found["held_out"] = {
-                "windows": held.windows,
-                "bytes": held.bytes,
-                "early": (0, max(1, s.tokens // 16)),
-                "late": (s.tokens // 2, s.tokens),
-            }
-            about |= {
-                "overall": held.bits_per_byte,
-                "early": held.early,
-                "late": held.late,
-                "by_position": [(b.name, b.bits_per_byte, b.share) for b in held.by_position],
-                "by_repeat": [(b.name, _or_none(b.bits_per_byte), b.share) for b in held.by_repeat],
-            }
+            self.found["held_out"] = learning.held_out(held)
+            about |= learning.scores(held)
             self.save()
         self.done("training")
 
@@ -315,27 +292,9 @@ class Run:
         return model, config
 
     def _step_seconds(self, name: str) -> float:
-        """Duration of a training step: the mean of two, after a first one that also sets things up."""
-        from farfield.train import train
-
-        moments: list[float] = []
-
-        def note(step: int) -> None:
-            moments.append(time.perf_counter())
-            if step == 3:
-                raise _Enough
-
-        trial = self.folder / f".trial-{name}"
+        """Duration of a training step."""
         model, config = self._configs(name, 1000)
-        try:
-            result = train(model, replace(config, out=str(trial), log_every=0), progress=False, on_step=note)
-            if result.interrupted:
-                raise KeyboardInterrupt
-        except _Enough:
-            pass
-        finally:
-            shutil.rmtree(trial, ignore_errors=True)
-        return (moments[2] - moments[0]) / 2
+        return learning.step_seconds(model, config, self.folder / f".trial-{name}")
 
     # ----------------------------------------------------------------------------------------------------- 4 sample
 
@@ -397,16 +356,9 @@ class Run:
 
     def say_results(self) -> None:
         """The table of held-out results."""
-        from rich.table import Table
-
-        held, models = self.found["held_out"], self.found["models"]
-        table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-        table.title = f"\nHeld-out bits per byte after {self.found['trained']['bytes']:,} bytes"
-        for heading in ("attention", "all", f"first {held['early'][1]}", f"from {held['late'][0]:,}", "bytes/s"):
-            table.add_column(heading, justify="left" if heading == "attention" else "right")
-        for name, m in models.items():
-            table.add_row(name, *(f"{m[key]:.3f}" for key in ("overall", "early", "late")), f"{m['speed']:,.0f}")
-        self.console.print(table)
+        title = f"\nHeld-out bits per byte after {self.found['trained']['bytes']:,} bytes"
+        speed = [("bytes/s", "speed", ",.0f")]
+        learning.print_scores(self.console, title, self.found["models"], self.found["held_out"], speed)
 
 
 def standard_library(root: Path | str | None = None) -> tuple[list[Path], list[Path], list[str]]:
@@ -471,15 +423,7 @@ def _defaults(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty} | MODELS[name]
 
 
-def _plain(values: Mapping[str, Any], *, keep: Sequence[str] = (), drop: Sequence[str] = ()) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if (k in keep or not keep) and k not in drop and v is not None}
-
-
-def _or_none(x: float) -> float | None:
-    return None if math.isnan(x) else x
-
-
-def _free(folder: Path) -> Path:
+def free(folder: Path) -> Path:
     """`folder`, or the next numbered name that holds nothing yet."""
     number, name = 1, folder
     while name.exists() and (not name.is_dir() or any(name.iterdir())):

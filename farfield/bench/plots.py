@@ -230,7 +230,7 @@ def loss_figure(
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         ax = figure.subplots()
         for at, (name, curve) in enumerate(curves.items()):
-            style = look(name, at)
+            style = look(name.partition(":")[0], at)
             smooth = running_mean([y for _, y in curve])
             ax.plot([x for x, _ in curve], smooth, label=name, color=style["color"], linestyle=style["linestyle"])
             if points and name in points:
@@ -242,8 +242,47 @@ def loss_figure(
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count_tick(x)))
         ax.set(xlabel="bytes trained on", ylabel="bits per byte")
         ax.grid(True)
-        ax.legend(loc="upper right")
+        _legend(figure, ax)
     return figure
+
+
+def position_figure(curves: Mapping[str, Sequence[tuple[str, float | None, float]]]) -> Figure:
+    """Bits per byte by position in the window, on a log axis.
+
+    Args:
+        curves: (bucket such as "64-127", bits per byte, share) of each model.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    with styled():
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        ax = figure.subplots()
+        ends: list[int] = []
+        for at, (name, rows) in enumerate(curves.items()):
+            spans = [tuple(map(int, bucket.split("-"))) for bucket, _, _ in rows]
+            ends = [last + 1 for _, last in spans]
+            # a bucket from 0 has no middle on a log axis
+            middles = [((first or last / 2) * last) ** 0.5 for first, last in spans]
+            bits = [float("nan") if y is None else y for _, y, _ in rows]
+            style = look(name.partition(":")[0], at)
+            ax.plot(middles, bits, label=name, **style)
+        ax.set(xscale="log", xlabel="position in the window", ylabel="bits per byte")
+        ax.xaxis.set_major_locator(FixedLocator(ends))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens_tick(n)))
+        ax.grid(True)
+        _legend(figure, ax)
+    return figure
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    """Inside while there is room, beside the axes otherwise."""
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) <= 4:
+        ax.legend(loc="upper right")
+    else:
+        figure.legend(handles, labels, loc="outside right upper")
 
 
 def running_mean(values: Sequence[float], share: float = 0.04) -> list[float]:

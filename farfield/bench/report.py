@@ -84,13 +84,153 @@ def page(run: Mapping[str, Any], speed: Sequence[Record]) -> str:
         _sample(run.get("sample")),
         _repeat(run, env),
     ]
+    return _document([s for s in sections if s])
+
+
+def _document(sections: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>farfield report</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(s for s in sections if s)
+        + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def render_comparison(folder: Path | str) -> Path:
+    """Write report.html, compare.md, loss.svg and position.svg from compare.json, without running anything.
+
+    Raises:
+        FileNotFoundError: the folder has no compare.json.
+    """
+    folder = Path(folder)
+    about = folder / "compare.json"
+    if not about.exists():
+        raise FileNotFoundError(f"{folder}: no comparison to report: compare.json is not there")
+    run = json.loads(about.read_text(encoding="utf-8"))
+    for name, figure in comparison_figures(run).items():
+        plots.save(figure, folder / f"{name}.svg")
+    write_atomic(folder / "compare.md", comparison_markdown(run))
+    path = folder / NAME
+    write_atomic(path, comparison_page(run))
+    return path
+
+
+def comparison_page(run: Mapping[str, Any]) -> str:
+    """A comparison as one document."""
+    from farfield.bench.compare import merged
+
+    models, trained = merged(run), run.get("trained", {})
+    figures = comparison_figures(run)
+    what = {"loss": ("Loss curves", "Training text, running mean; the single points are the held-out results."),
+            "position": ("Bits by position", "Held-out text, by position in the window.")}  # fmt: skip
+    parts = ["<h1>One model, several mechanisms</h1>", f"<p>{escape(_told(run))}</p>"]
+    headings, rows = _comparison_rows(run)
+    if models:
+        lowest = {at: min(float(row[at]) for row in rows if row[at]) for at in (1, 2, 3)}
+        body = []
+        for row in rows:
+            best = [
+                ' class="best"' if at in lowest and float(cell) == lowest[at] else "" for at, cell in enumerate(row)
+            ]
+            cells = (f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(best, row, strict=True))
+            body.append(f"<tr>{''.join(cells)}</tr>")
+        parts.append(_table(f"After {trained['tokens']:,} tokens each; bits per byte, lower is better", headings, body))
+    parts += [f'<p class="soft">{escape(line)}</p>' for line in _comparison_notes(run)]
+    for name, figure in figures.items():
+        label, caption = what[name]
+        parts.append(f"<figure>{plots.svg(figure, label)}<figcaption>{caption}</figcaption></figure>")
+    parts.append(_repeats({name: m["by_repeat"] for name, m in models.items() if m.get("by_repeat")}))
+    parts.append(_repeat(run, run.get("env", {})))
+    return _document([part for part in parts if part])
+
+
+def comparison_markdown(run: Mapping[str, Any]) -> str:
+    """The same in a table of Markdown."""
+    headings, rows = _comparison_rows(run)
+    env = run.get("env", {})
+    lines = ["# One model, several mechanisms", "", _told(run), ""]
+    if rows:
+        lines += [f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines.append("")
+    for line in _comparison_notes(run):
+        lines += [line, ""]
+    versions = ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items() if v)
+    lines += [
+        f"Model: {', '.join(f'{k} {v}' for k, v in run.get('model', {}).items())}. "
+        f"Training: {', '.join(f'{k} {v}' for k, v in run.get('train', {}).items())}.",
+        "",
+        f"`{env.get('command', '')}`, commit {env.get('commit', 'unknown')}, {env.get('date', '')}, "
+        f"{_machine(env.get('machine', {}))}; {versions}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def comparison_figures(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Loss curves and bits by position of what there is."""
+    from farfield.bench.compare import merged
+
+    models = merged(run)
+    if not models:
+        return {}
+    curves = {name: m["curve"] for name, m in models.items()}
+    ends = {name: (m["curve"][-1][0], m["overall"]) for name, m in models.items()}
+    return {
+        "loss": plots.loss_figure(curves, points=ends),
+        "position": plots.position_figure({name: m["by_position"] for name, m in models.items()}),
+    }
+
+
+def _told(run: Mapping[str, Any]) -> str:
+    """How the runs were made, in a paragraph."""
+    trained, held, text = run.get("trained", {}), run.get("held_out") or {}, run.get("text", {})
+    if not trained:
+        return "Nothing has been trained yet."
+    said = (
+        f"The same model was trained with each mechanism on {', '.join(text.get('files', []))} "
+        f"({text.get('train_bytes', 0):,} bytes): the same windows in the same order, the same recipe and initial "
+        f"weights from the same seed, {trained['tokens']:,} tokens in {trained['steps']:,} steps of "
+        f"{trained['batch']} x {trained['length']:,}."
+    )
+    if held:
+        said += f" Scored: {held['bytes']:,} held-out bytes in {held['windows']} windows."
+    if minutes := run.get("settings", {}).get("minutes"):
+        said += f" So many tokens is what the slowest mechanism was expected to take {minutes:g} minutes for."
+    return said
+
+
+def _comparison_rows(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    from farfield.bench.compare import COLUMNS, merged
+
+    held = run.get("held_out") or {"early": (0, 0), "late": (0, 0)}
+    headings = ["attention", "held out, all", f"first {held['early'][1]:,}", f"from {held['late'][0]:,}"]
+    headings += [heading for heading, _, _ in COLUMNS]
+    models = merged(run)
+    several = any(len(m["seeds"]) > 1 for m in models.values())
+    rows = []
+    for name, m in models.items():
+        cells = [name, *(f"{m[key]:.3f}" for key in ("overall", "early", "late"))]
+        for _, key, form in COLUMNS:
+            value = m.get(key)
+            cells.append("" if value is None else value if isinstance(value, str) else format(value, form))
+        rows.append(cells + [" ".join(f"{x:.3f}" for x in m["seeds"].values())] * several)
+    return headings + ["all, by seed"] * several, rows
+
+
+def _comparison_notes(run: Mapping[str, Any]) -> list[str]:
+    """Noise, what the columns mean, what failed."""
+    from farfield.bench.compare import spread
+
+    notes = [x for x in [spread(run)] if x]
+    if run.get("runs"):
+        notes.append(
+            "Rows read: rows that enter a query's softmax, on average; none for a scan. Tokens/s: of training steps. "
+            "Memory: what the forward and the backward of one step allocate at their peak, gradients included."
+        )
+    failed = run.get("failed", {}).values()
+    return notes + [f"{x['label']}, seed {x['seed']}, failed: {x['reason']}" for x in failed]
 
 
 def _head(run: Mapping[str, Any], speed: Sequence[Record]) -> str:

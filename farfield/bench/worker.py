@@ -61,11 +61,14 @@ class Worker:
             else:
                 raise WorkError(value)
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, patience: float = 10.0) -> None:
+        """Let the process end, or end it when it does not within `patience` seconds."""
         if self.process is not None:
-            self.process.kill()
-            self.process.join()
+            self.pipe.close()
+            self.process.join(patience)
+            if self.process.is_alive():
+                self.process.kill()
+                self.process.join()
             self.process = None
 
     def __enter__(self) -> Worker:
@@ -80,7 +83,8 @@ class Worker:
         # a forked child of a process with threads and a GPU context is no fresh one
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        # no daemon: those may not have processes of their own, as compilers do
+        self.process = context.Process(target=_serve, args=(theirs,))
         self.process.start()
         theirs.close()
         # loading PyTorch is not part of anybody's limit
@@ -100,7 +104,7 @@ class Worker:
         until = time.monotonic() + seconds
         while not self.pipe.poll(min(1.0, max(0.0, until - time.monotonic()))):
             if time.monotonic() >= until:
-                self.close()
+                self.close(0)
                 return "error", f"no answer within {seconds:g} s; its process was ended"
         try:
             kind, value, lost = self.pipe.recv()
@@ -110,7 +114,7 @@ class Worker:
             self.process = None
             return "error", f"its process ended with exit code {code}"
         if lost:
-            self.close()
+            self.close(0)
         return kind, value
 
 
@@ -126,6 +130,8 @@ def _serve(pipe: Any) -> None:
             for item in work(*args):
                 pipe.send(("item", item, False))
             pipe.send(("end", None, False))
+        except BrokenPipeError:
+            return
         except KeyboardInterrupt:
             pipe.send(("interrupted", None, False))
         except Exception as error:

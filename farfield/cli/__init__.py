@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from farfield.cli import bench, demo, evaluate, generate, mechanisms, train
+from farfield.cli import bench, compare, demo, evaluate, generate, mechanisms, train
 from farfield.cli.errors import Commands
 
 __all__ = ["app", "main"]
@@ -52,6 +52,7 @@ for module, panel in (
     (train, "Models"),
     (evaluate, "Models"),
     (generate, "Models"),
+    (compare, "Mechanisms"),
     (bench, "Mechanisms"),
     (mechanisms, "Mechanisms"),
 ):

@@ -68,6 +68,18 @@ def chosen(text: str, flag: str) -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
+def number(text: str, flag: str) -> int:
+    """ "4k" as 4096.
+
+    Raises:
+        ValueError: no positive whole number, or several.
+    """
+    found = numbers(text, flag)
+    if len(found) > 1:
+        raise ValueError(f"{flag} takes one number, got {text!r}")
+    return found[0]
+
+
 def numbers(text: str, flag: str) -> list[int]:
     """ "1024,4k" as [1024, 4096].
 

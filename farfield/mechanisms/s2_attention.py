@@ -138,6 +138,16 @@ class S2Attention(Mechanism):
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
         return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
+    def rows_read(self, tokens: int) -> float:
+        """Over as many key heads as it takes for the shards to come round."""
+        if not self.causal:
+            return self._by_distance(tokens).visible
+        heads = max(self.stride, self.dense_heads + 1)
+        return static.sharded(
+            tokens=tokens, heads=heads, stride=self.stride, local=self.local, block=self.block,
+            step=self._shards(heads).step, offset=self.offset, dense=self.dense_heads,
+        ).visible  # fmt: skip
+
     def layouts(self, tokens: int) -> dict[str, Layout]:
         """What the first and the second of `stride` key heads read, for pictures."""
         if not self.causal:

@@ -43,7 +43,7 @@ class TrainConfig:
         clip: largest gradient norm; 0 for none.
         mask_share: share of the tokens hidden from an encoder.
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
-        compile: torch.compile the loss.
+        compile: torch.compile the blocks.
         seed: of weights, order of data and dropout.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         out: run folder: checkpoints and log.jsonl.

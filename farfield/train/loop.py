@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def train(
     model = build(model_config).to(device)
     optimizers = Optimizers(model, config)
     step = _resume(run, model, optimizers, config, data) if resume else _start(run)
-    loss_of = torch.compile(model.loss) if config.compile else model.loss
+    if config.compile:
+        for block in model.blocks:
+            # one block's code serves all of them
+            block.compile(dynamic=False)
     per_step = config.batch * config.accumulate
     losses: list[torch.Tensor] = []
     saved: Path | None = None
@@ -94,7 +98,7 @@ def train(
             draw = torch.Generator().manual_seed((config.seed << 32) + sample)
             inputs, targets = model.corrupt(inputs, share=config.mask_share, generator=draw)
         with autocast(device, config.dtype):
-            return loss_of(inputs.to(device), targets.to(device))
+            return model.loss(_to(device, inputs), _to(device, targets))
 
     def due(every: int) -> bool:
         return step == config.steps or (every > 0 and step % every == 0)
@@ -125,11 +129,12 @@ def train(
                 _check_finite(mean, step, run)
                 losses.clear()
                 bar.update(step, loss=mean)
-                log.write(step=step, loss=mean, lr=factor * config.rates[0], tokens_per_second=bar.speed(step),
-                          seconds=bar.seconds)  # fmt: skip
+                log.write(step=step, loss=mean, lr=factor * config.rates[0],
+                          tokens_per_second=bar.recent(step), seconds=bar.seconds)  # fmt: skip
             if due(config.eval_every):
-                found = evaluate(model, data.valid, windows=config.eval_windows, dtype=config.dtype,
-                                 mask_share=config.mask_share)  # fmt: skip
+                with as_written(config.compile):
+                    found = evaluate(model, data.valid, windows=config.eval_windows, dtype=config.dtype,
+                                     mask_share=config.mask_share)  # fmt: skip
                 bar.update(step, bits=found.bits_per_byte)
                 log.write(step=step, bits_per_byte=found.bits_per_byte, early=found.early, late=found.late)
             if saving:
@@ -142,8 +147,21 @@ def train(
             bar.say(
                 f"Stopped at step {step} of {config.steps}, saved in {saved}. To go on: the same command with --resume."
             )
+    if config.compile:
+        for block in model.blocks:
+            block._compiled_call_impl = None
     saved = saved or checkpoint.read(run).path
     return TrainResult(model, data, log.history, saved, step, config.steps, step < config.steps)
+
+
+def as_written(compiled: bool = True):
+    """The context in which compiled blocks run as they are written: evaluation has other shapes, for a few forwards."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def _to(device: torch.device, x: torch.Tensor) -> torch.Tensor:
+    """To the device; on a GPU without waiting for the work there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _start(run: Path) -> int:

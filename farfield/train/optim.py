@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,50 @@ class PlainMuon(torch.optim.Muon):
         return loss
 
 
+class StackedMuon(torch.optim.Muon):
+    """torch.optim.Muon with the matrices of one size in one batched product: for GPUs, where a small model's many small
+    products would cost more in launches than in arithmetic. Tall and wide matrices of the same sizes go together."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            owners = [p for p in group["params"] if p.grad is not None]
+            if not owners:
+                continue
+            grads = [p.grad for p in owners]
+            for p in owners:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            updates = buffers = [self.state[p]["momentum_buffer"] for p in owners]
+            foreach: Any = torch  # its lists of tensors have no public names
+            foreach._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            if group["nesterov"]:
+                updates = foreach._foreach_lerp(grads, buffers, group["momentum"])
+            foreach._foreach_mul_(owners, 1 - group["lr"] * group["weight_decay"])
+            alike: dict[tuple[int, ...], list[int]] = {}
+            for at, p in enumerate(owners):
+                alike.setdefault(tuple(sorted(p.shape)), []).append(at)
+            for sizes, members in alike.items():
+                wide = [updates[at] if updates[at].shape == sizes else updates[at].T for at in members]
+                turned = _orthogonal(torch.stack(wide).bfloat16(), group)
+                for at, x in zip(members, turned, strict=True):
+                    p = owners[at]
+                    p.add_(x if p.shape == sizes else x.T, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+        return loss
+
+
 def _orthogonal(x: Tensor, group: Mapping) -> Tensor:
+    """Newton-Schulz on one matrix or on a stack of them."""
     a, b, c = group["ns_coefficients"]
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=group["eps"])
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
+    times = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(group["ns_steps"]):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = times(x, times(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Optimizers:
@@ -86,19 +122,19 @@ class Optimizers:
     def __init__(self, model: Transformer, config: TrainConfig):
         matrices, rest = split_parameters(model)
         lr, rest_lr = config.rates
-        decay = config.weight_decay
+        decay, device = config.weight_decay, next(model.parameters()).device
+        fused = device.type == "cuda"
         if config.optimizer == "muon":
-            on_cpu = any(p.device.type == "cpu" for p in matrices.values())
-            kind = PlainMuon if on_cpu else torch.optim.Muon
+            kind = {"cpu": PlainMuon, "cuda": StackedMuon}.get(device.type, torch.optim.Muon)
             muon = kind(matrices.values(), lr=lr, weight_decay=decay, momentum=0.95, nesterov=True)
-            adamw = torch.optim.AdamW(rest.values(), lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.95))
+            adamw = torch.optim.AdamW(rest.values(), lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
             self.inner: list[torch.optim.Optimizer] = [muon, adamw]
         else:
             groups = [
                 {"params": list(matrices.values()), "lr": lr, "weight_decay": decay},
                 {"params": list(rest.values()), "lr": rest_lr, "weight_decay": 0.0},
             ]
-            self.inner = [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
+            self.inner = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)]
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         for group in self._groups():
             group["full_lr"] = group["lr"]
@@ -150,5 +186,6 @@ class Optimizers:
                 if any(x.shape != p.shape for kind, x in state.items() if kind != "step"):
                     raise ValueError(f"optimizer state of {self.names[p]} has another shape than the parameter")
                 if state:
-                    # "step" stays on the CPU, where AdamW counts
-                    optimizer.state[p] = {k: x.clone() if k == "step" else x.to(p) for k, x in state.items()}
+                    # AdamW counts in float32, on the CPU unless it is fused
+                    count = p.device if optimizer.defaults.get("fused") else "cpu"
+                    optimizer.state[p] = {k: x.clone().to(count) if k == "step" else x.to(p) for k, x in state.items()}

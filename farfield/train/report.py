@@ -54,6 +54,7 @@ class Bar:
         self.steps, self.first, self.tokens, self.show = steps, done, tokens, show
         self.loss = self.bits = "-"
         self.busy = 0.0  # seconds of training, without evaluation and saving
+        self.mark = (done, 0.0)
         self.started = self.said = time.perf_counter()
         console = Console(stderr=True, quiet=not show)
         self.live = show and console.is_terminal
@@ -84,6 +85,11 @@ class Bar:
     def speed(self, step: int) -> float:
         """Tokens a second of training."""
         return (step - self.first) * self.tokens / max(self.busy, 1e-9)
+
+    def recent(self, step: int) -> float:
+        """The same since the last call of this; the first call counts what comes before training, such as compiling."""
+        (before, then), self.mark = self.mark, (step, self.busy)
+        return (step - before) * self.tokens / max(self.busy - then, 1e-9)
 
     def update(self, step: int, *, loss: float | None = None, bits: float | None = None) -> None:
         """Show what is known after `step` steps."""

@@ -1,0 +1,406 @@
+"""The same small model with several mechanisms, on the same text: what each learns, how fast, reading how much.
+
+Equal tokens is the rule: every run takes the same steps over the same windows in the same order, from the same seed.
+A budget of minutes is turned into tokens by the slowest of them. What a run found is kept as soon as it is there; a
+comparison that was cut goes on, from the checkpoint of the run that it was in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from farfield.bench import learning, records, report
+from farfield.bench.records import slug
+from farfield.bench.worker import Worker, WorkError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from farfield.nn import ModelConfig
+    from farfield.train import TrainConfig
+
+NAME = "compare.json"
+FREE = ("scored", "seeds", "again")
+"""Settings that may differ when a comparison goes on; so may the list of mechanisms."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "cpu": {"length": 2048, "batch": 1, "width": 128, "layers": 3, "heads": 2, "scored": 16},
+    "cuda": {"length": 8192, "batch": 4, "width": 512, "layers": 8, "heads": 8, "scored": 128,
+             "dtype": "bfloat16", "compile": True},
+}  # fmt: skip
+"""What a plain comparison has on which kind of device."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the runs have in common.
+
+    Args:
+        steps, tokens, minutes: of each run; one of the three. `tokens` is rounded up to whole steps; `minutes` are
+            those that the slowest mechanism takes, by the time of its first steps.
+        length: n.
+        batch: sequences a step.
+        width, layers, heads, kv_heads: shape of the model.
+        scored: held-out windows.
+        seeds: 0, 1, ...: how many runs of each mechanism.
+        again: the mechanisms that get more than seed 0, by their name, with or without options; empty: all.
+        dtype, compile: see TrainConfig.
+        model, train: further fields of ModelConfig and TrainConfig.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    length: int = 2048
+    batch: int = 1
+    width: int = 128
+    layers: int = 3
+    heads: int = 2
+    kv_heads: int | None = None
+    scored: int = 16
+    seeds: int = 1
+    again: tuple[str, ...] = ()
+    dtype: str = "float32"
+    compile: bool = False
+    model: Mapping[str, Any] | None = None
+    train: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"compare: give one of steps, tokens and minutes for each run; got {' and '.join(given) or 'none'}"
+            )
+        for name in (*given, "length", "batch", "scored", "seeds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"compare: {name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def size(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A mechanism of the comparison, with its options."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """As it is given: "fma", "nsa:block=32,top=8"."""
+        given = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.name}:{given}" if given else self.name
+
+
+def compare(
+    chosen: Sequence[tuple[str, Mapping[str, Any]]],
+    text: Sequence[str],
+    settings: Settings,
+    *,
+    valid: Sequence[str] | None = None,
+    out: Path | str = "runs/compare",
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    own_process: bool | None = None,
+    limit: float = math.inf,
+    console: Console | None = None,
+) -> Path:
+    """Train, score and report; returns the page. A mechanism that fails is shown with its reason.
+
+    Args:
+        chosen: (registry name, options) of each mechanism.
+        text, valid: files, folders or globs; without held-out text its last 5 % are.
+        out: folder of checkpoints, compare.json, report.html, compare.md and the figures.
+        resume: go on with what `out` holds: finished runs are kept, failed ones are tried again.
+        own_process: train in another process, which a fault may take down; by default on the GPU.
+        limit: seconds a run may take in a process of its own.
+
+    Raises:
+        ValueError: settings that do not fit, a folder that holds a comparison, or one that is another comparison.
+        FileNotFoundError: no such text.
+        KeyboardInterrupt: Ctrl-C, after what is there has been written.
+    """
+    from rich.console import Console
+
+    device = torch.device(device)
+    entries = [Entry(name, options) for name, options in chosen]
+    run = Comparison(Path(out), entries, settings, device, console or Console(highlight=False))
+    run.open(text, valid, resume=resume)
+    isolated = device.type == "cuda" if own_process is None else own_process
+    try:
+        with Worker(own=isolated, limit=limit) as worker:
+            run.plan(worker)
+            run.train(worker)
+    except BaseException:
+        run.console.print(
+            f"\nStopped early. What there is: {run.finish()}\nTo go on: the same command with --resume.",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+        raise
+    page = run.finish()
+    run.say()
+    run.console.print(f"\nReport: [bold]{page}[/]", soft_wrap=True)
+    return page
+
+
+class Comparison:
+    """The stages of one comparison. `found` is what compare.json holds."""
+
+    def __init__(
+        self, folder: Path, entries: Sequence[Entry], settings: Settings, device: torch.device, console: Console
+    ):
+        if unknown := set(settings.again) - {x for e in entries for x in (e.label, e.name)}:
+            labels = ", ".join(e.label for e in entries)
+            raise ValueError(f"compare: no {min(unknown)!r} among what is compared: {labels}")
+        self.folder, self.entries, self.settings = folder, entries, settings
+        self.device, self.console = device, console
+        self.text: tuple[str, ...] = ()
+        self.valid: tuple[str, ...] | None = None
+        self.found: dict[str, Any] = {}
+
+    @property
+    def runs(self) -> list[tuple[Entry, int]]:
+        """Every run, seed by seed, so that a cut comparison has all mechanisms once before any twice."""
+        s = self.settings
+        several = [e for e in self.entries if not s.again or {e.label, e.name} & set(s.again)]
+        return [(e, seed) for seed in range(s.seeds) for e in (several if seed else self.entries)]
+
+    def open(self, text: Sequence[str], valid: Sequence[str] | None, *, resume: bool) -> None:
+        """Read the text, and what the folder holds."""
+        self.text, self.valid = tuple(text), None if valid is None else tuple(valid)
+        data = self._data()
+        about = {
+            "files": [Path(x).name for x in (*self.text, *(self.valid or ()))],
+            "train_bytes": _bytes(data.train),
+            "valid_bytes": _bytes(data.valid),
+            "digest": data.digest,
+        }
+        there = self.folder / NAME
+        settings = json.loads(json.dumps(asdict(self.settings)))
+        if not there.exists():
+            self.found = {
+                "settings": settings, "env": records.environment(self.device), "text": about,
+                "runs": {}, "failed": {}, "seconds": {},
+            }  # fmt: skip
+        elif not resume:
+            raise ValueError(
+                f"{self.folder} already holds a comparison: go on with --resume (resume=True), or give another folder"
+            )
+        else:
+            self.found = json.loads(there.read_text(encoding="utf-8"))
+            before = self.found["settings"]
+            changed = [f"{k} was {before[k]!r} and is now {x!r}" for k, x in settings.items()
+                       if k not in FREE and before.get(k) != x]  # fmt: skip
+            if about["digest"] != self.found["text"]["digest"]:
+                changed.append("the text is another one")
+            if changed:
+                raise ValueError(
+                    f"cannot go on with {there}: {'; '.join(changed)}. Keep its values, or give another folder."
+                )
+            self.found["settings"], self.found["failed"] = settings, {}
+        self._save()
+
+    def plan(self, worker: Worker) -> None:
+        """Settle the number of steps, the same for all."""
+        s = self.settings
+        if not (steps := self.found.get("trained", {}).get("steps")):
+            if s.steps:
+                steps = s.steps
+            elif s.tokens:
+                steps = math.ceil(s.tokens / s.size)
+            else:
+                steps = self._steps_in_time(worker, 60 * (s.minutes or 0))
+        self.found["trained"] = {
+            "steps": steps, "tokens": steps * s.size, "batch": s.batch, "length": s.length,
+        }  # fmt: skip
+        model, config = self._configs(self.entries[0], 0, steps)
+        self.found["model"] = learning.plain(model.to_dict(), drop=("attention", "attention_options", "kind"))
+        self.found["train"] = learning.recipe(config) | {"compile": config.compile}
+        self._save()
+        self.console.print(
+            f"{len(self.runs)} runs of {steps * s.size:,} tokens each: {steps:,} steps of {s.batch} x {s.length:,}"
+        )
+
+    def _steps_in_time(self, worker: Worker, seconds: float) -> int:
+        """So many that the slowest mechanism takes `seconds` for them. One that fails here has failed."""
+        slowest = 0.0
+        for entry in self.entries:
+            self.console.print(f"  measuring a step of {entry.label}", style="dim")
+            model, config = self._configs(entry, 0, 1000)
+            trial = self.folder / f".trial-{slug(entry.label)}"
+            try:
+                (took,) = worker.run(measure_step, model, config, trial)
+            except WorkError as error:
+                self._fail(entry, 0, str(error))
+            else:
+                self.found["seconds"][f"a step of {entry.label}"] = took
+                slowest = max(slowest, took)
+        if not slowest:
+            raise ValueError("compare: no mechanism can be trained; see the reasons in the report")
+        return max(1, int(seconds / slowest))
+
+    def train(self, worker: Worker) -> None:
+        """Every run that is not there yet."""
+        for number, (entry, seed) in enumerate(self.runs, 1):
+            key = _key(entry, seed)
+            said = f"{number}/{len(self.runs)} {entry.label}, seed {seed}"
+            if self.found["runs"].get(key, {}).get("overall") is not None:
+                self.console.print(f"{said}: there already", style="dim", markup=False)
+                continue
+            if key in self.found["failed"]:
+                continue
+            self.console.print(said, markup=False)
+            model, config = self._configs(entry, seed, self.found["trained"]["steps"])
+            began = time.perf_counter()
+            try:
+                for about in worker.run(learn, model, config, self.settings.scored, self.folder):
+                    who = {"attention": entry.name, "options": dict(entry.options), "label": entry.label, "seed": seed}
+                    self.found["held_out"] = about.pop("held_out", self.found.get("held_out"))
+                    self.found["runs"][key] = who | about
+                    self._save()
+            except WorkError as error:
+                self._fail(entry, seed, str(error))
+                continue
+            self.found["seconds"][key] = round(time.perf_counter() - began, 2)
+            self._save()
+
+    def _fail(self, entry: Entry, seed: int, why: str) -> None:
+        key = _key(entry, seed)
+        self.found["failed"][key] = {"label": entry.label, "seed": seed, "reason": why}
+        self.found["runs"].pop(key, None)
+        self.console.print(f"  {entry.label} failed: {why}", style="yellow", markup=False, soft_wrap=True)
+        self._save()
+
+    def finish(self) -> Path:
+        """Write the page, the table and the figures from what there is."""
+        return report.render_comparison(self.folder)
+
+    def say(self) -> None:
+        """The table of results, and what failed."""
+        if models := merged(self.found):
+            title = f"\nHeld-out bits per byte after {self.found['trained']['tokens']:,} tokens"
+            learning.print_scores(self.console, title, models, self.found["held_out"], COLUMNS)
+        if noise := spread(self.found):
+            self.console.print(noise, style="dim")
+        for one in self.found["failed"].values():
+            said = f"{one['label']}, seed {one['seed']}, failed: {one['reason']}"
+            self.console.print(said, style="yellow", markup=False, soft_wrap=True)
+
+    def _save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        records.write_atomic(self.folder / NAME, json.dumps(self.found, indent=1))
+
+    def _data(self):
+        from farfield.train import open_data
+
+        return open_data(self.text, tokens=self.settings.length, valid=self.valid)
+
+    def _configs(self, entry: Entry, seed: int, steps: int) -> tuple[ModelConfig, TrainConfig]:
+        from farfield.nn import ModelConfig
+        from farfield.nn.config import known
+        from farfield.train import TrainConfig
+
+        s = self.settings
+        shape = {"width": s.width, "layers": s.layers, "heads": s.heads, "kv_heads": s.kv_heads}
+        model = ModelConfig(
+            **(shape | dict(known(ModelConfig, s.model or {}))), attention=entry.name, attention_options=entry.options
+        )
+        config = TrainConfig(
+            text=self.text, valid=self.valid, tokens=s.length, batch=s.batch, steps=steps, dtype=s.dtype,
+            compile=s.compile, warmup=max(1, min(100, steps // 10)), eval_every=0, eval_windows=1, keep=1,
+            log_every=max(1, steps // 100), save_every=max(1, steps // 4), device=str(self.device), seed=seed,
+            out=str(self.folder / slug(f"{entry.label} seed {seed}")),
+        )  # fmt: skip
+        return model, replace(config, **known(TrainConfig, s.train or {}))
+
+
+COLUMNS = (
+    ("rows read", "rows", ",.0f"),
+    ("tokens/s", "speed", ",.0f"),
+    ("memory", "memory_shown", ""),
+    ("parameters", "parameters", ","),
+)
+
+
+def learn(model: ModelConfig, config: TrainConfig, scored: int, root: Path) -> Iterator[dict[str, Any]]:
+    """Train a model, from its checkpoint where there is one, and score it: what is told of it, before and after."""
+    from farfield.train import checkpoint, evaluate, train
+
+    # the code compiled for the model before is of no use to this one, and the number of codes is limited
+    torch.compiler.reset()
+    result = train(model, config, resume=bool(checkpoint.steps(config.out)), progress=True)
+    about = learning.trained(result, config.batch * config.tokens, root)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    attention: Any = result.model.blocks[0].attention
+    about |= {
+        "speed": learning.steady_speed(result),
+        "rows": attention.mechanism.rows_read(config.tokens),
+        "memory": learning.step_memory(result, config),
+    }
+    held = evaluate(result.model, result.data.valid, windows=scored, dtype=config.dtype)
+    yield about | learning.scores(held) | {"held_out": learning.held_out(held)}
+
+
+def measure_step(model: ModelConfig, config: TrainConfig, trial: Path) -> Iterator[float]:
+    """Seconds of a training step; the first ones compile."""
+    torch.compiler.reset()
+    on_gpu = torch.device(config.device).type == "cuda"
+    yield learning.step_seconds(model, config, trial, first=5 if on_gpu else 1, steps=10 if on_gpu else 2)
+
+
+def merged(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The finished runs by label, the mean over seeds where there are several."""
+    from farfield.bench.tables import size
+
+    by_label: dict[str, list[Mapping[str, Any]]] = {}
+    for about in found["runs"].values():
+        if about.get("overall") is not None:
+            by_label.setdefault(about["label"], []).append(about)
+    made = {}
+    for label, several in by_label.items():
+        one: dict[str, Any] = dict(several[0])
+        for key in ("overall", "early", "late", "speed"):
+            values = [about[key] for about in several if about[key] is not None]
+            one[key] = statistics.fmean(values) if values else None
+        for key in ("by_position", "by_repeat"):
+            rows = zip(*(about[key] for about in several), strict=True)
+            one[key] = [(row[0][0], _mean([bits for _, bits, _ in row]), row[0][2]) for row in rows]
+        one["seeds"] = {about["seed"]: about["overall"] for about in several}
+        one["memory_shown"] = size(one["memory"])
+        made[label] = one
+    return made
+
+
+def spread(found: Mapping[str, Any]) -> str:
+    """What two seeds of one mechanism differ by, in words; empty with one seed each."""
+    several = {name: list(m["seeds"].values()) for name, m in merged(found).items() if len(m["seeds"]) > 1}
+    if not several:
+        return ""
+    each = ", ".join(f"{name} {max(x) - min(x):.4f}" for name, x in several.items())
+    return f"Bits per byte between the best and the worst seed: {each}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [x for x in values if x is not None]
+    return statistics.fmean(there) if there else None
+
+
+def _key(entry: Entry, seed: int) -> str:
+    return f"{entry.label} seed {seed}"
+
+
+def _bytes(split) -> int:
+    return len(split.ids) if split.sizes is None else int(split.sizes.sum(dtype="int64"))

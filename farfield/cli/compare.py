@@ -1,0 +1,95 @@
+"""compare: the same model with several mechanisms, for equal tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farfield.cli.options import chosen, examples, number, parse, unset
+
+EXAMPLES = examples(
+    "farfield compare --attention full,window,fma --text book.txt --minutes 2",
+    "farfield compare --attention fma,fma:rank=32,window:width=512 --text corpus/ --steps 2000 --seeds 2",
+    "farfield compare --attention full,fma,window --text train.xz --tokens 100m --seeds 2 --seeds-of full,fma",
+)
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the command to `app`."""
+    app.command("compare", rich_help_panel=panel, epilog=EXAMPLES)(compare)
+
+
+def compare(
+    attention: Annotated[
+        str,
+        typer.Option(
+            "--attention",
+            "-a",
+            metavar="NAME,NAME:OPTION=VALUE,...",
+            help="Mechanisms, by names that may be cut short.",
+        ),
+    ],
+    text: Annotated[
+        list[str], typer.Option("--text", metavar="TEXT", help="File, folder or glob to learn from; may be repeated.")
+    ],
+    valid: Annotated[
+        list[str] | None, unset("the last 5 % of the text", "Held-out text; may be repeated.", metavar="TEXT")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, show_default=False, help="Steps of each run, or")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", show_default=False, help="tokens of each run: 100m,")
+    ] = None,
+    minutes: Annotated[float | None, unset(2, "or minutes of the slowest run; the others get as many tokens.")] = None,
+    length: Annotated[str | None, unset("2048; 8192 on a GPU", "Sequence length n.", "--length", "-n")] = None,
+    batch: Annotated[int | None, unset("1; 4 on a GPU", "Sequences a step.")] = None,
+    width: Annotated[int | None, unset("128; 512 on a GPU", "Width of the residual stream.")] = None,
+    layers: Annotated[int | None, unset("3; 8 on a GPU", "Blocks.")] = None,
+    heads: Annotated[int | None, unset("2; 8 on a GPU", "Query heads.")] = None,
+    kv_heads: Annotated[int | None, unset("as many as heads", "Key and value heads.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each mechanism.")] = 1,
+    seeds_of: Annotated[
+        str | None, unset("all", "Mechanisms that get more than one seed, as in --attention.", metavar="NAME,...")
+    ] = None,
+    scored: Annotated[int | None, unset("16; 128 on a GPU", "Held-out windows.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other field of ModelConfig: conv=0.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other field of TrainConfig: lr=0.02.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    dtype: Annotated[str | None, unset("float32; bfloat16 on a GPU", "float32, or bfloat16 for autocast.")] = None,
+    compile: Annotated[bool | None, unset("on a GPU", "torch.compile the blocks.", "--compile/--no-compile")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of everything made.")] = Path("runs/compare"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what --out holds: finished runs are kept.")
+    ] = False,
+    limit: Annotated[float | None, unset("none", "End a run that takes longer, on a GPU.", metavar="SECONDS")] = None,
+) -> None:
+    """Train the same model with each mechanism for equal tokens: bits per byte, speed, memory, rows read."""
+    import math
+
+    from farfield.bench.compare import SHAPES, Entry, Settings
+    from farfield.bench.compare import compare as run
+    from farfield.train.config import pick_device
+
+    where = pick_device(device)
+    if steps is None and tokens is None and minutes is None:
+        minutes = 2.0
+    given = {
+        "steps": steps, "minutes": minutes, "batch": batch, "width": width, "layers": layers, "heads": heads,
+        "kv_heads": kv_heads, "scored": scored, "dtype": dtype, "compile": compile,
+        "tokens": None if tokens is None else number(tokens, "--tokens"),
+        "length": None if length is None else number(length, "--length"),
+    }  # fmt: skip
+    again = tuple(Entry(*each).label for each in chosen(seeds_of, "--seeds-of")) if seeds_of else ()
+    settings = Settings(
+        **SHAPES["cuda" if where.type == "cuda" else "cpu"] | {k: x for k, x in given.items() if x is not None},
+        seeds=seeds, again=again, model=parse(model, "--model"), train=parse(recipe, "--recipe"),
+    )  # fmt: skip
+    run(
+        chosen(attention, "--attention"), text, settings, valid=valid, out=out, device=where, resume=resume,
+        limit=math.inf if limit is None else limit,
+    )  # fmt: skip

@@ -1,0 +1,268 @@
+"""Several mechanisms on one text in miniature: equal tokens, failures, seeds, going on, and what is written."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from farfield import mechanisms
+from farfield.bench import compare as comparing
+from farfield.bench import learning, report, worker
+from farfield.bench.compare import Entry, Settings, compare, merged
+from farfield.cli import app
+from farfield.cli.options import chosen
+
+FMA = {"block": 8, "near": 8, "rank": 4}
+TINY = Settings(steps=4, length=64, width=16, layers=1, heads=2, scored=3)
+CHOSEN = [("full", {}), ("fma", FMA), ("window", {"width": 16})]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(f"the number after {i} is {i + 1}\n" for i in range(400)))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FARFIELD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def run(text, out, settings=TINY, entries=CHOSEN, **options):
+    said = StringIO()
+    page = compare(entries, [text], settings, out=out, console=Console(file=said, width=140), **options)
+    return json.loads((page.parent / comparing.NAME).read_text()), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def made(text, tmp_path_factory):
+    """A finished comparison, with two seeds of one mechanism and one that fails: folder, findings, what it said."""
+    folder = tmp_path_factory.mktemp("compare") / "run"
+    entries = [*CHOSEN, ("fma", {"block": 8, "near": 8, "rank": 3})]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FARFIELD_CACHE", str(folder.parent / "cache"))
+        found, said = run(text, folder, replace(TINY, seeds=2, again=("full",)), entries)
+    return folder, found, said
+
+
+def test_every_run_has_equal_tokens_and_its_numbers(made):
+    folder, found, said = made
+    assert found["trained"] == {"steps": 4, "tokens": 4 * 64, "batch": 1, "length": 64}
+    labels = ["full", "fma:block=8,near=8,rank=4", "window:width=16"]
+    assert list(found["runs"]) == [*(f"{x} seed 0" for x in labels), "full seed 1"]
+    for about in found["runs"].values():
+        steps = [step for step, _ in about["curve"]]
+        assert steps[-1] == 256
+        assert 0 < about["overall"] < 9
+        assert about["memory"] > 0
+        assert about["speed"] > 0
+        assert (folder / about["checkpoint"] / "model.safetensors").exists()
+        rows = mechanisms.make(about["attention"], **about["options"]).rows_read(64)
+        assert about["rows"] == rows
+        for key in ("early", "late"):
+            assert f"{about[key]:.3f}" in said or about["label"] == "full"
+    assert found["held_out"]["early"] == [0, 4]
+    assert found["held_out"]["late"] == [32, 64]
+    curves = [found["runs"][f"full seed {seed}"]["curve"] for seed in (0, 1)]
+    assert curves[0] != curves[1]
+
+
+def test_a_mechanism_that_fails_is_shown_with_its_reason(made):
+    folder, found, said = made
+    (failed,) = found["failed"].values()
+    assert failed["label"] == "fma:block=8,near=8,rank=3"
+    assert "rank" in failed["reason"]
+    line = f"{failed['label']}, seed 0, failed: {failed['reason']}"
+    assert line in said
+    assert line in (folder / "compare.md").read_text()
+    assert "rank=3, seed 0, failed" in (folder / "report.html").read_text()
+
+
+def test_seeds_are_averaged_and_their_spread_is_told(made):
+    _, found, said = made
+    one, two = (found["runs"][f"full seed {seed}"] for seed in (0, 1))
+    mean = merged(found)["full"]
+    assert mean["overall"] == pytest.approx((one["overall"] + two["overall"]) / 2)
+    assert mean["by_position"][0][1] == pytest.approx((one["by_position"][0][1] + two["by_position"][0][1]) / 2)
+    assert f"full {abs(one['overall'] - two['overall']):.4f}" in said
+
+
+def test_the_report_has_table_figures_and_settings(made):
+    folder, found, _ = made
+    html, markdown = ((folder / name).read_text() for name in ("report.html", "compare.md"))
+    for part in ("Loss curves", "Bits by position", "To repeat it", "words.txt", found["env"]["date"]):
+        assert part in html
+    assert "<script" not in html
+    rows = [line for line in markdown.splitlines() if line.startswith(("| full", "| fma", "| window"))]
+    assert len(rows) == 3
+    assert f"| {merged(found)['full']['overall']:.3f} |" in rows[0]
+    assert all((folder / f"{name}.svg").read_text().startswith("<?xml") for name in ("loss", "position"))
+    html_again = report.render_comparison(folder).read_text()
+    assert html_again == html
+
+
+def test_finished_runs_are_kept_and_mechanisms_can_be_added(made, text, tmp_path):
+    folder, found, _ = made
+    shutil.copytree(folder, tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a comparison: go on with --resume"):
+        run(text, tmp_path / "run")
+    again, said = run(text, tmp_path / "run", entries=[*CHOSEN, ("window", {"width": 8})], resume=True)
+    assert said.count("there already") == 3
+    assert again["failed"] == {}
+    for key, about in found["runs"].items():
+        assert again["runs"][key] == about
+    assert again["runs"]["window:width=8 seed 0"]["overall"] > 0
+    with pytest.raises(ValueError, match=r"cannot go on with .*steps was 4 and is now 5"):
+        run(text, tmp_path / "run", replace(TINY, steps=5), resume=True)
+
+
+def test_a_cut_run_goes_on_from_its_checkpoint(text, tmp_path, monkeypatch):
+    """Stopped in the second run, after its checkpoint: the comparison ends with the same numbers as an uncut one."""
+    from farfield.train import checkpoint, loop
+
+    whole, _ = run(text, tmp_path / "whole", entries=CHOSEN[:2])
+    save = checkpoint.save
+
+    def stop(folder, step, *args, **options):
+        saved = save(folder, step, *args, **options)
+        if "fma" in str(folder) and step == 2:
+            raise KeyboardInterrupt
+        return saved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.checkpoint, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(text, tmp_path / "cut", entries=CHOSEN[:2])
+    there = json.loads((tmp_path / "cut" / comparing.NAME).read_text())
+    assert list(there["runs"]) == ["full seed 0"]
+    assert (tmp_path / "cut" / "report.html").exists()
+    starts = []
+    monkeypatch.setattr(loop, "_resume", lambda *a, own=loop._resume: starts.append(own(*a)) or starts[-1])
+    found, _ = run(text, tmp_path / "cut", entries=CHOSEN[:2], resume=True)
+    assert starts == [2]
+    for key, about in whole["runs"].items():
+        assert found["runs"][key]["overall"] == about["overall"]
+
+
+def test_minutes_are_those_of_the_slowest(text, tmp_path, monkeypatch):
+    took = {"full": 0.5, "fma": 3.0, "window": 1.0}
+
+    def measured(model, config, trial):
+        if model.attention == "window":
+            raise NotImplementedError("no kernel")
+        yield took[model.attention]
+
+    def learned(model, config, scored, root):
+        raise RuntimeError(f"{config.steps} steps")
+        yield
+
+    monkeypatch.setattr(comparing, "measure_step", measured)
+    monkeypatch.setattr(comparing, "learn", learned)
+    found, _ = run(text, tmp_path / "run", replace(TINY, steps=None, minutes=2))
+    assert found["trained"]["steps"] == 40
+    reasons = {key.partition(" ")[0].partition(":")[0]: x["reason"] for key, x in found["failed"].items()}
+    assert reasons == {
+        "window": "NotImplementedError: no kernel", "full": "RuntimeError: 40 steps", "fma": "RuntimeError: 40 steps",
+    }  # fmt: skip
+
+
+def test_a_step_is_measured(text, tmp_path):
+    run = comparing.Comparison(tmp_path, [Entry("full", {})], TINY, torch.device("cpu"), Console(quiet=True))
+    run.text = (text,)
+    model, config = run._configs(Entry("full", {}), 0, 1000)
+    assert learning.step_seconds(model, config, tmp_path / "trial") > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokens_are_rounded_up_to_steps(text, tmp_path, monkeypatch):
+    run = comparing.Comparison(
+        tmp_path, [Entry("full", {})], replace(TINY, steps=None, tokens=130), torch.device("cpu"), Console(quiet=True)
+    )
+    run.open([text], None, resume=False)
+    run.plan(worker.Worker(own=False))
+    assert run.found["trained"]["steps"] == 3
+
+
+def test_speed_leaves_out_what_a_session_sets_up():
+    def log(*entries):
+        return type("Result", (), {"history": [{"tokens_per_second": x, "seconds": s} for x, s in entries]})
+
+    assert learning.steady_speed(log((1, 10), (100, 11), (102, 12), (3, 5), (98, 6))) == 100
+    assert learning.steady_speed(log((7, 1))) == 7
+    assert learning.steady_speed(log()) is None
+
+
+# the command
+
+
+def test_names_may_be_cut_short_and_take_options():
+    assert chosen("fu,fma:block=32,rank=4,win", "-a") == [
+        ("full", {}), ("fma", {"block": 32, "rank": 4}), ("window", {}),
+    ]  # fmt: skip
+    assert chosen("window:width=8,window:width=9", "-a") == [("window", {"width": 8}), ("window", {"width": 9})]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("f", r"mechanism 'f' is not unique: .*fma, full"),
+        ("flash", "no mechanism 'flash'"),
+        ("", "no mechanism ''"),
+        ("rank=3", "'rank=3' follows no mechanism's options; write NAME:rank=3"),
+        ("fma,rank=3", "follows no mechanism's options"),
+        ("fma:rank", "-a fma takes NAME=VALUE"),
+        ("fma,fma", "fma is given twice"),
+    ],
+)
+def test_wrong_lists_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        chosen(text, "-a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give one of steps, tokens and minutes for each run; got none"),
+        ({"steps": 1, "minutes": 1}, "got steps and minutes"),
+        ({"tokens": 0}, "tokens must be positive, got 0"),
+        ({"steps": 1, "batch": 0}, "batch must be positive, got 0"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+def test_the_command(text, tmp_path):
+    shape = [
+        "--length",
+        "64",
+        "--width",
+        "16",
+        "--layers",
+        "1",
+        "--scored",
+        "2",
+        "--model",
+        "conv=0",
+        "--recipe",
+        "lr=0.02",
+    ]
+    given = ["compare", "-a", "fu,win:width=8", "--text", text, "--steps", "2", *shape, "--out", str(tmp_path / "run")]
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(
+        app, [*given, "--device", "cpu", "--seeds", "2", "--seeds-of", "win"]
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"Held-out bits per byte after 128 tokens", result.output)
+    found = json.loads((tmp_path / "run" / comparing.NAME).read_text())
+    assert list(found["runs"]) == ["full seed 0", "window:width=8 seed 0", "window:width=8 seed 1"]
+    assert (found["model"]["conv"], found["train"]["lr"]) == (0, 0.02)
+    result = CliRunner().invoke(app, [*given, "--seeds-of", "fma", "--resume"])
+    assert result.exit_code == 2
