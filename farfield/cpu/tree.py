@@ -73,10 +73,10 @@ def _descend(q: Tensor, k: Tensor, plan: Search, first: Tensor, size: Tensor, fo
         block = start + (length // 2, 0, length - 1)[plan.place]
         rows = (block[..., None] * plan.k_block + sampled).clamp(0, tokens - 1)
         keys = k[b, g, rows].to(wide).flatten(3, 4)  # [B, H, N, 2 nodes x sampled, D]
-        scores = (asking @ keys.mT).masked_fill(~asked[..., None], float("-inf")).amax(3)
         # a node that is there wins over one that is not, even if its keys are NaN
-        scores = scores.nan_to_num(nan=lowest, neginf=lowest).unflatten(-1, (-1, len(sampled))).amax(-1)
-        scores = scores.masked_fill(length == 0, float("-inf"))
+        scores = (asking @ keys.mT).nan_to_num(nan=lowest, posinf=float("inf"), neginf=lowest)
+        scores = scores.masked_fill(~asked[..., None], float("-inf")).amax(3)
+        scores = scores.unflatten(-1, (-1, len(sampled))).amax(-1).masked_fill(length == 0, float("-inf"))
         # nodes ascend, so that the earlier one of equals wins
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : plan.nodes].sort(-1).values
         start, length = start.gather(-1, best), length.gather(-1, best)
