@@ -135,7 +135,7 @@ def test_07_recall_is_that_of_the_keys_listed():
     assert window.recall == pytest.approx(seen)
 
 
-@pytest.mark.parametrize("options", [{}, {"q_block": 64, "k_block": 2, "q_stride": 2, "k_stride": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"k_block": 64, "k_stride": 16}, {"q_block": 64, "k_block": 2, "q_stride": 2, "k_stride": 1}], ids=str)
 def test_07_more_is_found_than_by_chance_or_nearby(options):
     q, k = topical(1, 2, 1, 4096, 32, topics=16)
     mech = Hip(keep=256, **options)
@@ -256,7 +256,7 @@ def test_one_kernel_for_all_lengths_and_no_spills(width):
     from farfield.kernels import tree as kernel
     from farfield.testing import compiled
 
-    plan = Search(0, 8, 1, 256, 128, 64, 8, 16, 0)
+    plan = Search(0, 4, 1, 256, 128, 128, 8, 32, 0)
     with compiled.recording() as launches:
         for tokens in [1, 127, 128, 129, *range(1000, 5000, 97), (1 << 18) - 1, 1 << 18]:
             q, k = (torch.empty(1, h, tokens, width, dtype=torch.bfloat16, device="meta") for h in (4, 2))

@@ -21,9 +21,8 @@ from farfield.ops.tree import Search
 
 WIDEST = 256  # key width
 MOST = 1024  # nodes of a list
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-ABSENT = tl.constexpr(-(2**63))
-LOW = tl.constexpr(2**31 - 1)
+# halves of a step -> warps
+WARPS: dict[int, int] = {8: 1, 16: 1}
 
 VARIES = ["heads", "blocks", "start", "held", "tokens", "q_b", "q_h", "q_t", "k_b", "k_h", "k_t"]
 
@@ -36,6 +35,10 @@ def tree_search(
     PICKS: tl.constexpr, QUERIES: tl.constexpr, ASKED: tl.constexpr, SAMPLES: tl.constexpr, SAMPLED: tl.constexpr,
     HALVES: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    # constants of the module would be compared at every launch, in Python
+    LOWEST: tl.constexpr = -3.4028234663852886e38
+    ABSENT: tl.constexpr = -(2**63)
+    LOW: tl.constexpr = 2**31 - 1
     pid = tl.program_id(0)
     # the longest searches first
     n = blocks - 1 - pid % blocks
@@ -147,23 +150,35 @@ def _load(at, there, D: tl.constexpr, D_TILE: tl.constexpr):
     return tl.load(at) if D == D_TILE else tl.load(at, mask=there, other=0.0)
 
 
-class Tiles(NamedTuple):
-    """How a launch is cut.
+class Cut(NamedTuple):
+    """The constants of a launch, in the kernel's order from KEEP on, and its warps."""
 
-    Args:
-        rows: sampled keys of a product, at most.
-    """
-
-    rows: int
+    constants: tuple[int, ...]
     warps: int
 
 
 @cache
-def tiles(rows: int, width: int, dtype: torch.dtype) -> Tiles:
-    """By the sampled keys of a step, the padded width, and the dtype."""
+def cut(
+    nodes: int, sinks: int, width: int, q_block: int, k_block: int, q_stride: int, k_stride: int, place: int,
+    picks: int, d: int, dtype: torch.dtype,
+) -> Cut:  # fmt: skip
+    """From Search's fields but the first, its picks, the key width and the dtype."""
+    asked, sampled = -(-q_block // q_stride), -(-k_block // k_stride)
+    samples, wide = padded(sampled, 1), padded(d)
+    # a product has 16 rows of keys at least
+    branches = 2 * max(padded(nodes, 1), 8 // samples)
+    rows = branches * samples
     if dtype == torch.float32:
-        return Tiles(max(16, min(rows, 4096 // width)), 4)
-    return Tiles(min(rows, 64), 4)
+        # IEEE products run on no tensor core, and their operands lie in registers
+        rows, warps = max(16, min(rows, 4096 // wide)), 4
+    else:
+        rows, warps = min(rows, 64), WARPS.get(branches, 4)
+    halves = max(1, min(branches, rows // samples))
+    return Cut(
+        (nodes, branches // 2, sinks, width, q_block, k_block, q_stride, k_stride, place, picks, padded(asked), asked,
+         samples, sampled, halves, d, wide),
+        warps,
+    )  # fmt: skip
 
 
 def refusal(q: Tensor, plan: Search) -> str | None:
@@ -189,20 +204,14 @@ def search(q: Tensor, k: Tensor, plan: Search) -> tuple[Tensor, Tensor]:
     if not batch:
         return index, count
     (q, q_at), (k, k_at) = _dense(q), _dense(k)
+    # 16 bytes are loaded at once where all strides allow it
     unit = math.gcd(16 // q.element_size(), width, *q_at, *k_at)
-    asked, sampled = -(-plan.q_block // plan.q_stride), -(-plan.k_block // plan.k_stride)
-    nodes, samples, wide = padded(plan.nodes, 1), padded(sampled, 1), padded(width)
-    cut = tiles(2 * nodes * samples, wide, q.dtype)
-    # products have 16 rows at least
-    nodes = max(nodes, 8 // samples)
-    halves = max(1, min(2 * nodes, cut.rows // samples))
+    constants, warps = cut(*plan[1:], plan.picks, width, q.dtype)
+    (q_b, q_h, q_t), (k_b, k_h, k_t) = q_at, k_at
     tree_search[(batch * heads * blocks,)](
         q, k, index, count, heads, blocks, plan.start, held, tokens,
-        *[n // unit for n in q_at], *[n // unit for n in k_at],
-        REPEAT=heads // kv_heads, KEEP=plan.nodes, NODES=nodes, SINKS=plan.sinks, WINDOW=plan.width,
-        Q_BLOCK=plan.q_block, K_BLOCK=plan.k_block, Q_STRIDE=plan.q_stride, K_STRIDE=plan.k_stride, PLACE=plan.place,
-        PICKS=plan.picks, QUERIES=padded(asked), ASKED=asked, SAMPLES=samples, SAMPLED=sampled, HALVES=halves,
-        D=width, D_TILE=wide, UNIT=unit, num_warps=cut.warps,
+        q_b // unit, q_h // unit, q_t // unit, k_b // unit, k_h // unit, k_t // unit,
+        heads // kv_heads, *constants, unit, num_warps=warps,
     )  # fmt: skip
     return index, count
 

@@ -9,8 +9,8 @@
 T (k + window + sinks) scores, and (T / b_q) log2(T / k) steps of 2 k / b_sk keys for the choice; the state keeps all
 keys and values, up to 2 b_q queries and the list of the open block, which is chosen anew every b_q tokens.
 Departs from the paper: the queries that choose for a block are those of the block before and the block's own first one
-(the paper asks the block itself, and so lets later queries choose for earlier ones); blocks of 128 queries and 64 keys,
-sampled by 8 and 16, where the paper has 64 and 2, sampled by 2 and 1 (`Hip(q_block=64, k_block=2, q_stride=2,
+(the paper asks the block itself, and so lets later queries choose for earlier ones); blocks of 128 queries and 128 keys,
+sampled by 8 and 32, where the paper has 64 and 2, sampled by 2 and 1 (`Hip(q_block=64, k_block=2, q_stride=2,
 k_stride=1)`; 32 and 2 in its appendix); sinks and window are rounded up to whole key blocks and left out of the search;
 a layer is sparse throughout (which layers stay dense is the model's to say); no offloading.
 """
@@ -105,9 +105,9 @@ class Hip(Mechanism):
         sinks: int = 16,
         width: int = 256,
         q_block: int = 128,
-        k_block: int = 64,
+        k_block: int = 128,
         q_stride: int = 8,
-        k_stride: int = 16,
+        k_stride: int = 32,
         place: str = "centre",
         rewind: int = 0,
         causal: bool = True,

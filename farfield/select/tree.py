@@ -18,7 +18,7 @@ def tree(
     sinks: int = 16,
     width: int = 256,
     q_block: int = 128,
-    k_block: int = 64,
+    k_block: int = 128,
     q_stride: int = 1,
     k_stride: int = 1,
     place: str = "centre",
@@ -65,5 +65,5 @@ def tree(
     nodes, sink_blocks = keep // k_block, -(-sinks // k_block)
     plan = Search(start, nodes, sink_blocks, width, q_block, k_block, q_stride, k_stride, PLACES.index(place))
     with torch.no_grad():
-        index, count = search(q.detach(), k.detach(), plan)
+        index, count = search(q, k, plan)
     return Layout(index, count, q_block, k_block, tokens - start * q_block, tokens, causal=True)
