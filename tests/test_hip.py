@@ -135,7 +135,9 @@ def test_07_recall_is_that_of_the_keys_listed():
     assert window.recall == pytest.approx(seen)
 
 
-@pytest.mark.parametrize("options", [{"k_block": 64, "k_stride": 16}, {"q_block": 64, "k_block": 2, "q_stride": 2, "k_stride": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"k_block": 64, "k_stride": 16}, {"q_block": 64, "k_block": 2, "q_stride": 2, "k_stride": 1}], ids=str
+)
 def test_07_more_is_found_than_by_chance_or_nearby(options):
     q, k = topical(1, 2, 1, 4096, 32, topics=16)
     mech = Hip(keep=256, **options)

@@ -9,8 +9,8 @@
 T (k + window + sinks) scores, and (T / b_q) log2(T / k) steps of 2 k / b_sk keys for the choice; the state keeps all
 keys and values, up to 2 b_q queries and the list of the open block, which is chosen anew every b_q tokens.
 Departs from the paper: the queries that choose for a block are those of the block before and the block's own first one
-(the paper asks the block itself, and so lets later queries choose for earlier ones); blocks of 128 queries and 128 keys,
-sampled by 8 and 32, where the paper has 64 and 2, sampled by 2 and 1 (`Hip(q_block=64, k_block=2, q_stride=2,
+(the paper asks the block itself, and so lets later queries choose for earlier ones); blocks are 128 queries and 128
+keys, sampled by 8 and 32, where the paper has 64 and 2, sampled by 2 and 1 (`Hip(q_block=64, k_block=2, q_stride=2,
 k_stride=1)`; 32 and 2 in its appendix); sinks and window are rounded up to whole key blocks and left out of the search;
 a layer is sparse throughout (which layers stay dense is the model's to say); no offloading.
 """
@@ -147,14 +147,15 @@ class Hip(Mechanism):
         if not new:
             out = no_tokens(q, v[:, :, :0])
         else:
-            start = seen // block + (index is not None)
-            if count is not None:
+            start, lists = seen // block, []
+            if index is not None and count is not None:
                 # the window of the open block grows
-                count = count + _blocks_between(seen, min(tokens, start * block), self.k_block)
+                start += 1
+                lists.append((index, count + _blocks_between(seen, min(tokens, start * block), self.k_block)))
             if start * block < tokens:
                 found = self.choose(asking, k, start)
-                index = found.index if index is None else torch.cat([index, found.index], 2)
-                count = found.count if count is None else torch.cat([count, found.count], 2)
+                lists.append((found.index, found.count))
+            index, count = (torch.cat(x, 2) for x in zip(*lists, strict=True))
             # a chunk that leaves the open block is filled up from the block's beginning, so that its blocks are those
             # of the sequence; what stands there is dropped again
             skip = late if late + new > block else 0
@@ -164,8 +165,8 @@ class Hip(Mechanism):
             out = attend(filled, Rows(k, v), layout, scale=self.scale, position=position).out[:, :, skip:]
         held = asking.shape[2]
         asking = asking[:, :, max(_asked(max(tokens - self.rewind, 0), block) - (tokens - held), 0) :]
-        if tokens % block:
-            index, count = (None if x is None else x[:, :, -1:] for x in (index, count))
+        if index is not None and count is not None and tokens % block:
+            index, count = index[:, :, -1:], count[:, :, -1:]
         else:
             index = count = None
         return out, HipState(tokens, asking, k, v, index, count, block, self.k_block)
