@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import farfield as ff
+from farfield.select import hashed
 
 HERE = Path(__file__).parent / "pictures"
 TOKENS, UNIT, LEFT, TOP = 64, 6, 34, 26
@@ -103,7 +104,32 @@ def powers(*, window: int = 2, sinks: int = 1, block: int = 2) -> Picture:
     return Picture(f"powers: window {window}, sinks {sinks}, block {block}", _blocks(layout), legend)
 
 
-PICTURES = {"multipole": multipole, "window": window, "strided": strided, "sharded": sharded, "powers": powers}
+def sorted_slots(*, block: int = 4) -> Picture:
+    """Tokens sorted by (bucket, position): a block of queries reads a run of blocks of its bucket."""
+    sizes = torch.tensor([16, 8, 28, 12])
+    bucket = torch.arange(4).repeat_interleave(sizes)[
+        torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
+    ]
+    bucket = bucket.expand(1, 1, -1)
+    order = hashed.sort(bucket, many=4, queries=bucket, block=block)
+    named = ff.select.to_dense(replace(order.layout, causal=False))[0, 0, :TOKENS, :TOKENS]
+    read = named & (torch.arange(TOKENS) <= order.slots.position[0, 0, :TOKENS, None])
+    if read.sum() != (sizes * (sizes - 1) // 2).sum():
+        raise AssertionError("a token does not read what is before it in its bucket, and nothing else")
+    own = bucket[0, 0, order.slots.q_token[0, 0, :TOKENS].long()]
+    level = torch.where(read, own[:, None] + 1, torch.where(named, CUT, NOTHING))
+    legend = [*((b + 1, f"bucket {b}") for b in range(4)), (CUT, "in a block on the list, but hidden")]
+    return Picture(f"sorted: block {block}", boxes(level, torch.arange(TOKENS).repeat(TOKENS, 1)), tuple(legend))
+
+
+PICTURES = {
+    "multipole": multipole,
+    "window": window,
+    "strided": strided,
+    "sharded": sharded,
+    "powers": powers,
+    "sorted": sorted_slots,
+}
 
 
 def boxes(level: Tensor, row: Tensor) -> tuple[Box, ...]:

@@ -202,7 +202,7 @@ def pictures():
     return load(ROOT / "docs" / "pictures.py")
 
 
-@pytest.mark.parametrize("which", ["multipole", "window", "strided", "sharded", "powers"])
+@pytest.mark.parametrize("which", ["multipole", "window", "strided", "sharded", "powers", "sorted"])
 def test_picture_is_up_to_date(which, pictures):
     path = ROOT / "docs" / "pictures" / f"{which}.svg"
     drawn = pictures.svg(pictures.PICTURES[which]())

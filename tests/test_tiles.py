@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are compiled here", allow_module_level=True)
 
-from farfield.kernels import append, attend_backward, attend_decode, launch, lists, patterns, pool
+from farfield.kernels import append, attend_backward, attend_decode, hashed, launch, lists, patterns, pool
 from farfield.nn import Rope
+from farfield.ops import hashed as ops_hashed
 from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
 from farfield.ops.pool import Tree
@@ -90,6 +91,13 @@ CALLS = {
         f"blocks64-{d}": ((source(64, rows=5000, heads=4),), {"width": d, "q_block": 64, "kv_heads": 4})
         for d in (64, 128)
     },
+    **{
+        f"sorted-{d}": (
+            (source(128, causal=True, heads=4),),
+            {"width": d, "q_block": 128, "kv_heads": 4, "position": True},
+        )
+        for d in (64, 128)
+    },
     **{f"fma-fp32-{d}": (FMA, {"width": d, "dtype": "fp32"}) for d in (64, 128, 256)},
     **{f"fma-fp16-{d}": (FMA, {"width": d, "dtype": "fp16"}) for d in (64, 128)},
     "window": ((source(64, causal=True, reach=256),), {}),
@@ -105,7 +113,8 @@ CALLS = {
 # the backward has two kernels a source more, and so fewer cases
 BACKWARD = {name: CALLS[name] for name in (
     "fma-64", "fma-80", "fma-128", "fma-256", "fma-m128-64", "fma-m128-128", "blocks128-64", "blocks128-128",
-    "blocks64-64", "blocks64-128", "fma-fp16-64", "fma-fp32-64", "values-wider", "everything",
+    "blocks64-64", "blocks64-128", "fma-fp16-64", "fma-fp32-64", "values-wider", "everything", "sorted-64",
+    "sorted-128",
 )}  # fmt: skip
 ONE = {"tokens": 1, "q_block": 1, "heads": 32, "kv_heads": 8, "width": 128}
 
@@ -191,6 +200,17 @@ def appending(batch=1, width=128, dtype="bf16", sinks=0, rotary=None):
     append.launch(Append(*token, *held, ring.plan))
 
 
+def sorting(shared, tokens=5000, many=16, dtype="bf16", width=64):
+    """What sorted attention launches besides attend."""
+    bucket, x = empty(1, 4, tokens, dtype=torch.int32), empty(1, 4, tokens, width, dtype=DTYPES[dtype])
+    parts = empty(1 if dtype == "fp32" else 3, 4, width, 16, dtype=DTYPES[dtype])
+    hashed.buckets(x, parts, many // 2)
+    queries = bucket[:, :, :0] if shared else bucket
+    shapes = ops_hashed._shapes(queries, bucket, many, 128, shared)
+    found = hashed.slots(queries, bucket, many, 128, True, shared, shapes)
+    hashed.take(x, found[1])
+
+
 # kernel-case -> what launches it
 LAUNCHES = {
     **{f"forward-{name}": (lambda case=case: forward(case)) for name, case in CALLS.items()},
@@ -200,6 +220,9 @@ LAUNCHES = {
     "lists-causal": lambda: listing(True),
     "lists-noncausal": lambda: listing(False),
     "lists-patterns": patterned,
+    "sorting": lambda: sorting(True),
+    "sorting-both": lambda: sorting(False),
+    "sorting-fp32": lambda: sorting(False, dtype="fp32", width=128),
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
     "append-fp32": lambda: appending(width=64, dtype="fp32"),
@@ -215,6 +238,7 @@ FEW = (
     "backward-fma-64", "backward-fma-128", "backward-blocks64-128",
     "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
+    "forward-sorted-128", "sorting-both",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
 
@@ -264,6 +288,8 @@ AT_LENGTH = {
     "forward-blocks": lambda n: forward(PLAIN, tokens=n),
     # widths whose strides are multiples of 16 or not by the length
     "forward-general": lambda n: forward((ALL, {"q_block": 16, "width": 24, "batch": 2}), tokens=n),
+    "forward-sorted": lambda n: forward(CALLS["sorted-64"], tokens=n),
+    "sorting": lambda n: sorting(False, n),
     "backward-fma": lambda n: backward((FMA, {}), tokens=n),
     "backward-blocks": lambda n: backward(PLAIN, tokens=n),
     "pool": lambda n: pooling(POOL["64-m64-p4"], n),

@@ -172,10 +172,12 @@ def _source(
     # whole row blocks that every query of the block sees come first, and need no mask: lists ascend; which those are
     # a short list is read sooner than told
     plain = listed * 0
-    if BLOCKED and not (SHORT or REACH or GROUP or (CAUSAL and (END or POSITION))):
+    if BLOCKED and not (SHORT or REACH or GROUP or (CAUSAL and END)):
         plain = listed
         limit = n * 0 + rows
-        if CAUSAL:
+        if CAUSAL and POSITION:
+            limit = tl.minimum(limit, tl.min(at, 0) + 1)
+        elif CAUSAL:
             limit = tl.minimum(limit, n * Q_BLOCK + 1)
         stop = _stop(index, plain, K_BLOCK)
         while (plain > 0) & (stop > limit):
@@ -776,11 +778,12 @@ def gradients(
             continue
         plan, k_block = s.plan, s.plan.k_block
         pieces = _pieces(s, batch * units * readers.pieces, delta)
-        plain = not (positioned or grouped or s.reach or s.biased or s.ended or s.grouped)
+        plain = not (grouped or s.reach or s.biased or s.ended or s.grouped)
         if plain and hopper.wants_rows(q, d_out, s.k, s.v, k_block, q_block):
             hopper.rows_backward(
                 q, d_out, s.k, s.v, shift, delta, readers, grad[:2], pieces[:2], q_block=q_block, k_block=k_block,
                 stack=stack, repeat=s.repeat, blocks=blocks, causal=s.causal, scale=scale,
+                position=position if positioned and s.causal else None,
             )  # fmt: skip
         else:
             tiles = row_tiles(wide, padded(k_block), size, dtype)

@@ -29,6 +29,7 @@ from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers
 
 LOG2E = gl.constexpr(1.4426950408889634)
+EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
 TOLD = gl.constexpr(4)  # row blocks that the loading warp may run ahead, as long as most of them are nothing to do
 
 # Triton 3.7 has renamed it
@@ -37,11 +38,12 @@ _sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 @gluon.jit
 def _load(
-    q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+    q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
     told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-    shift, delta, start, reader, key, segment_strides, items, heads, blocks, row_blocks, pieces, most, base,
+    shift, delta, position, position_strides, start, reader, key, segment_strides, items, heads, blocks, row_blocks,
+    pieces, most, base,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
-    D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, POSITION: gl.constexpr,
 ):  # fmt: skip
     """Everything that the products take, by one warp."""
     BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
@@ -102,19 +104,32 @@ def _load(
                 stat = (b * heads + h).to(gl.int64) * (blocks * Q_BLOCK) + i + gl.arange(0, BQ, flat)
                 async_copy.async_copy_global_to_shared(shift_ring.index(s), shift + stat)
                 async_copy.async_copy_global_to_shared(delta_ring.index(s), delta + stat)
+                if POSITION:
+                    place = b.to(gl.int64) * position_strides[0] + h.to(gl.int64) * position_strides[1]
+                    place_at = position + place + i + gl.arange(0, BQ, flat)
+                    async_copy.async_copy_global_to_shared(place_ring.index(s), place_at)
                 async_copy.mbarrier_arrive(stat_full.index(s), increment_count=False)
                 step += 1
 
 
 @gluon.jit
-def _weigh(scores, shift_at, row, i, factor, layout: gl.constexpr, BQ: gl.constexpr, CAUSAL: gl.constexpr):
+def _weigh(
+    scores, shift_at, place_at, row, i, factor, layout: gl.constexpr, BQ: gl.constexpr, CAUSAL: gl.constexpr,
+    POSITION: gl.constexpr,
+):  # fmt: skip
     """Products of 64 rows and BQ queries as softmax weights; 0 where the query is before the row."""
     weights = gl.exp2(scores * factor - shift_at.load(gl.SliceLayout(0, layout))[None, :])
     if CAUSAL:
+        if POSITION:
+            # every warp holds all of them, so that the least is found within a warp
+            i = gl.min(place_at.load(gl.BlockedLayout([BQ // 32], [32], [4], [0])), 0)
         past = row + 63 <= i
         if not past:
             rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
-            queries = i + gl.arange(0, BQ, gl.SliceLayout(0, layout))[None, :]
+            if POSITION:
+                queries = place_at.load(gl.SliceLayout(0, layout))[None, :]
+            else:
+                queries = i + gl.arange(0, BQ, gl.SliceLayout(0, layout))[None, :]
             weights = gl.where(rows <= queries, weights, 0.0)
     return weights
 
@@ -131,13 +146,15 @@ def _query(reader, begin, j, Q_BLOCK: gl.constexpr, BQ: gl.constexpr, STACK: gl.
 
 @gluon.jit
 def _compute(
-    d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+    d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
     told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
     reader, items, rows, row_blocks, pieces, scale,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    AHEAD: gl.constexpr,
+    AHEAD: gl.constexpr, POSITION: gl.constexpr,
 ):  # fmt: skip
+    # where positions are told, nobody asks which query a tile starts with
+    FROM_LIST: gl.constexpr = CAUSAL and not POSITION
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])
     of_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
@@ -181,9 +198,11 @@ def _compute(
                     d_tile = d_ring.index(s).reshape([BQ, E]).permute((1, 0))
                     d_product = warpgroup_mma(values, d_tile, d_weights, use_acc=False, is_async=True)
                     mbarrier.wait(stat_full.index(s), phase)
-                    i = _query(reader, begin, 0, Q_BLOCK, BQ, STACK, CAUSAL)
+                    i = _query(reader, begin, 0, Q_BLOCK, BQ, STACK, FROM_LIST)
                     scores = warpgroup_mma_wait(1, deps=[product])
-                    scores = _weigh(scores, shift_ring.index(s), row, i, factor, score, BQ, CAUSAL)
+                    scores = _weigh(
+                        scores, shift_ring.index(s), place_ring.index(s), row, i, factor, score, BQ, CAUSAL, POSITION
+                    )
                     d_weights = warpgroup_mma_wait(0, deps=[d_product])
                     d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
                     weights = gl.convert_layout(scores.to(dtype), left_v)
@@ -202,9 +221,20 @@ def _compute(
                         sum_of_v = warpgroup_mma(weights, d_ring.index(before).reshape([BQ, E]), acc_v, is_async=True)
                         sum_of_k = warpgroup_mma(d_scores, q_ring.index(before).reshape([BQ, D]), acc_k, is_async=True)
                         mbarrier.wait(stat_full.index(s), phase)
-                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, CAUSAL)
+                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST)
                         scores = warpgroup_mma_wait(3, deps=[product])
-                        scores = _weigh(scores, shift_ring.index(s), row, i, factor, score, BQ, CAUSAL)
+                        scores = _weigh(
+                            scores,
+                            shift_ring.index(s),
+                            place_ring.index(s),
+                            row,
+                            i,
+                            factor,
+                            score,
+                            BQ,
+                            CAUSAL,
+                            POSITION,
+                        )
                         d_weights = warpgroup_mma_wait(2, deps=[d_product])
                         d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
                         acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
@@ -234,9 +264,20 @@ def _compute(
                             values, d_tile.permute((1, 0)), d_weights, use_acc=False, is_async=True
                         )
                         mbarrier.wait(stat_full.index(s), phase)
-                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, CAUSAL)
+                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST)
                         scores = warpgroup_mma_wait(1, deps=[product])
-                        scores = _weigh(scores, shift_ring.index(s), row, i, factor, score, BQ, CAUSAL)
+                        scores = _weigh(
+                            scores,
+                            shift_ring.index(s),
+                            place_ring.index(s),
+                            row,
+                            i,
+                            factor,
+                            score,
+                            BQ,
+                            CAUSAL,
+                            POSITION,
+                        )
                         weights = gl.convert_layout(scores.to(dtype), left_v)
                         sum_of_v = warpgroup_mma(weights, d_tile, acc_v, is_async=True)
                         d_weights = warpgroup_mma_wait(1, deps=[d_product])
@@ -267,16 +308,27 @@ def _compute(
                 gl.store(sum_v + line * E + at_v, acc_v)
 
 
-VARIES = ["segment_strides", "items", "heads", "blocks", "rows", "row_blocks", "pieces", "most", "base"]
+VARIES = [
+    "position_strides",
+    "segment_strides",
+    "items",
+    "heads",
+    "blocks",
+    "rows",
+    "row_blocks",
+    "pieces",
+    "most",
+    "base",
+]
 
 
 @gluon.jit(do_not_specialize=VARIES)
 def attend_backward_rows_hopper(
-    q, d_out, k, v, shift, delta, start, reader, key, d_k, d_v, sum_k, sum_v,
-    segment_strides, items, heads, blocks, rows, row_blocks, pieces, most, base, scale,
+    q, d_out, k, v, shift, delta, position, start, reader, key, d_k, d_v, sum_k, sum_v,
+    position_strides, segment_strides, items, heads, blocks, rows, row_blocks, pieces, most, base, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    AHEAD: gl.constexpr, LOADING: gl.constexpr,
+    AHEAD: gl.constexpr, POSITION: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -286,6 +338,9 @@ def attend_backward_rows_hopper(
     d_ring = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, 1, BQ, E], d_out.layout)
     shift_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
+    place_ring = shift_ring
+    if POSITION:
+        place_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BQ], plain)
     # readers (none to do: -1), row block, piece and first reader of an item
     told = gl.allocate_shared_memory(gl.int32, [TOLD, 4], plain)
     told_full = gl.allocate_shared_memory(gl.int64, [TOLD, 1], bars)
@@ -314,37 +369,39 @@ def attend_backward_rows_hopper(
     if GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
-                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, POSITION,
             )),
             (_load, (
-                q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                shift, delta, start, reader, key, segment_strides, items, heads, blocks, row_blocks, pieces, most, base,
-                STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES,
+                shift, delta, position, position_strides, start, reader, key, segment_strides, items, heads, blocks,
+                row_blocks, pieces, most, base,
+                STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, POSITION,
             )),
         ], [1], [LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
-                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, POSITION,
             )),
             (_compute, (
-                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD,
+                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, POSITION,
             )),
             (_load, (
-                q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring,
+                q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                shift, delta, start, reader, key, segment_strides, items, heads, blocks, row_blocks, pieces, most, base,
-                STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES,
+                shift, delta, position, position_strides, start, reader, key, segment_strides, items, heads, blocks,
+                row_blocks, pieces, most, base,
+                STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, POSITION,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -381,21 +438,34 @@ LOADING = 40  # registers of the thread that loads, where one group computes
 def rows_backward(
     q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, shift: Tensor, delta: Tensor, readers: Readers, grads, sums,
     *, q_block: int, k_block: int, stack: int, repeat: int, blocks: int, causal: bool, scale: float,
+    position: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """What attend_backward_rows computes, written into `grads` and, by pieces, into `sums`."""
+    """What attend_backward_rows computes, written into `grads` and, by pieces, into `sums`.
+
+    `position` [1|B, 1|H, T] of the queries; None: they stand where they are.
+    """
     batch, heads, _, width = q.shape
     rows = k.shape[2]
     row_blocks = -(-rows // k_block)
     items = batch * (heads // stack) * (row_blocks + readers.pieces)
     tiles = TILES[width, k_block]
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
+    places, place_strides = delta, (0, 0)
+    if position is not None:
+        # whole blocks are read; rows are their own positions, and fewer than 2**30
+        short = blocks * q_block - position.shape[2]
+        places = torch.nn.functional.pad(position, (0, short), value=EVERY.value) if short else position
+        places = (places if places.dtype == torch.int32 else places.clamp(-1, EVERY.value).int()).contiguous()
+        place_strides = tuple(0 if n == 1 else x for n, x in zip(places.shape[:2], places.stride(), strict=False))
     start(
         attend_backward_rows_hopper, (min(items, _processors(q.device) * tiles.programs),),
         _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
-        shift, delta, readers.start, readers.reader, readers.key, *grads, *sums,
-        readers.strides, items, heads, blocks, rows, row_blocks, readers.pieces, readers.most, readers.base, scale,
+        shift, delta, places, readers.start, readers.reader, readers.key, *grads, *sums,
+        place_strides, readers.strides, items, heads, blocks, rows, row_blocks, readers.pieces, readers.most,
+        readers.base, scale,
         STACK=stack, REPEAT=repeat, GROUPS=k_block // 64, Q_BLOCK=q_block, BQ=tiles.queries, D=width, E=v.shape[-1],
-        K_STAGES=tiles.k_stages, STAGES=tiles.stages, CAUSAL=causal, AHEAD=tiles.ahead, LOADING=LOADING,
+        K_STAGES=tiles.k_stages, STAGES=tiles.stages, CAUSAL=causal, AHEAD=tiles.ahead,
+        POSITION=position is not None, LOADING=LOADING,
         num_warps=4, **bounds,
     )  # fmt: skip
 

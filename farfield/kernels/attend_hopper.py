@@ -31,6 +31,7 @@ from farfield.ops.attend import Call
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
 
 # Triton 3.7 has renamed it
 _sync = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -161,17 +162,20 @@ def _load_rows(
 
 @gluon.jit
 def _hide(
-    scores, row, first, rows, reach, sinks, layout: gl.constexpr, BK: gl.constexpr,
-    CAUSAL: gl.constexpr, REACH: gl.constexpr,
+    scores, row, first, at, least, rows, reach, sinks, layout: gl.constexpr, BK: gl.constexpr,
+    CAUSAL: gl.constexpr, REACH: gl.constexpr, POSITION: gl.constexpr,
 ):  # fmt: skip
-    """-inf where the queries from `first` on must not see the rows from `row` on."""
+    """-inf where the queries from `first` on, or at positions `at`, must not see the rows from `row` on."""
     whole = row + BK <= rows
     if CAUSAL:
-        whole &= row + BK <= first + 1
+        whole &= row + BK <= least + 1
     if REACH:
         whole &= (first + 64 - row <= reach) & (row + BK - first <= reach)
     if not whole:
-        i = first + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+        if POSITION:
+            i = at[:, None]
+        else:
+            i = first + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
         r = row + gl.arange(0, BK, gl.SliceLayout(0, layout))[None, :]
         seen = r < rows
         if CAUSAL:
@@ -218,11 +222,11 @@ def _soften_scaled(scores, peak, mass, factor):
 @gluon.jit
 def _compute(
     out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+    block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
     items, blocks, heads, tokens, rows, reach, sinks, scale,
     GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, REACH: gl.constexpr,
+    CAUSAL: gl.constexpr, REACH: gl.constexpr, POSITION: gl.constexpr,
     FAR: gl.constexpr, K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
@@ -239,6 +243,14 @@ def _compute(
         b, h, n, tile = _place(item, blocks, heads, TILES)
         inside = (tile * GROUPS + GROUP) * 64
         first = n * Q_BLOCK + inside
+        at, least = first, first
+        if POSITION:
+            position_at = position + b.to(gl.int64) * position_b + h.to(gl.int64) * position_h
+            line = first + gl.arange(0, 64, per_row)
+            at = gl.load(position_at + line, mask=line < tokens, other=EVERY)
+            # every warp holds all of them, so that the least is found within a warp
+            line = first + gl.arange(0, 64, PAIR)
+            least = gl.min(gl.load(position_at + line, mask=line < tokens, other=EVERY), 0)
 
         peak = gl.full([64], float("-inf"), gl.float32, per_row)
         mass = gl.zeros([64], gl.float32, per_row)
@@ -258,7 +270,7 @@ def _compute(
         scores = warpgroup_mma(queries, keys, scores, use_acc=False)
         _sync()
         mbarrier.arrive(k_empty.index(s), count=1)
-        scores = _hide(scores, row, first, rows, reach, sinks, score, BK, CAUSAL, REACH)
+        scores = _hide(scores, row, first, at, least, rows, reach, sinks, score, BK, CAUSAL, REACH, POSITION)
         weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
         operand = gl.convert_layout(weights.to(dtype), left)
         for _ in range(1, listed):
@@ -275,7 +287,7 @@ def _compute(
             scores = warpgroup_mma_wait(1, deps=[product])
             _sync()
             mbarrier.arrive(k_empty.index(s), count=1)
-            scores = _hide(scores, row, first, rows, reach, sinks, score, BK, CAUSAL, REACH)
+            scores = _hide(scores, row, first, at, least, rows, reach, sinks, score, BK, CAUSAL, REACH, POSITION)
             weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             _sync()
@@ -351,16 +363,18 @@ def _compute(
 # rows are multiples of their width at any length
 VARIES = ["items", "blocks", "heads", "tokens", "rows", "reach", "sinks", "picks", "batch_lists", "head_lists"]
 VARIES += ["bias_batch", "bias_head", "far_picks", "far_batch_lists", "far_head_lists", "far_rows"]
+VARIES += ["position_b", "position_h"]
 
 
 @gluon.jit(do_not_specialize=VARIES)
 def attend_hopper(
     q, k, v, out, lse, index, count, far_k, far_v, far_bias, far_index, far_count, far_k_strides, far_v_strides,
-    picks, batch_lists, head_lists, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists, far_rows,
+    position, position_b, position_h, picks, batch_lists, head_lists, bias_batch, bias_head, far_picks,
+    far_batch_lists, far_head_lists, far_rows,
     items, blocks, heads, tokens, rows, reach, sinks, scale,
     REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, REACH: gl.constexpr,
+    CAUSAL: gl.constexpr, REACH: gl.constexpr, POSITION: gl.constexpr,
     FAR: gl.constexpr, K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr,
     SEGMENT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -407,9 +421,9 @@ def attend_hopper(
         gl.warp_specialize([
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
                 items, blocks, heads, tokens, rows, reach, sinks, scale,
-                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_load_rows, (
@@ -428,9 +442,9 @@ def attend_hopper(
         gl.warp_specialize([
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
                 items, blocks, heads, tokens, rows, reach, sinks, scale,
-                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_load_blocks, (
@@ -444,16 +458,16 @@ def attend_hopper(
         gl.warp_specialize([
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
                 items, blocks, heads, tokens, rows, reach, sinks, scale,
-                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
                 items, blocks, heads, tokens, rows, reach, sinks, scale,
-                1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_load_rows, (
@@ -472,16 +486,16 @@ def attend_hopper(
         gl.warp_specialize([
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
                 items, blocks, heads, tokens, rows, reach, sinks, scale,
-                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_compute, (
                 out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty,
+                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
                 items, blocks, heads, tokens, rows, reach, sinks, scale,
-                1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
                 FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
             )),
             (_load_blocks, (
@@ -547,7 +561,9 @@ def wants(call: Call) -> bool:
         return False
     if not q.shape[-1] == v[0].shape[-1] in (64, 128) or scale <= 0 or not k[0].shape[2]:
         return False
-    if any(x.dim() > 1 for x in (position, group, *end, *row_group, bias[0])):
+    if any(x.dim() > 1 for x in (group, *end, *row_group, bias[0])):
+        return False
+    if position.dim() > 1 and (len(k) > 1 or plans[0].reach >= 0):
         return False
     if plans[0].q_block % 64 or plans[0].k_block not in (64, 128):
         return False
@@ -563,7 +579,7 @@ def wants(call: Call) -> bool:
 
 def forward(call: Call, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out [B, H, T, E] and lse [B, H, T], written into `lse` if given; the contract is ops.attend's."""
-    q, k, v, bias, _, _, _, _, index, count, plans, scale = call
+    q, k, v, bias, _, _, position, _, index, count, plans, scale = call
     batch, heads, tokens, width = q.shape
     near, far, two = plans[0], plans[-1], len(k) > 1
     out = q.new_empty(q.shape)
@@ -574,6 +590,11 @@ def forward(call: Call, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     items = batch * heads * blocks * parts
     near_lists = _lists(index[0], count[0])
     far_lists = _lists(index[1], count[1]) if two else near_lists
+    positioned = position.dim() > 1 and bool(near.causal)
+    if positioned:
+        # rows are their own positions, and fewer than 2**30
+        position = position.contiguous() if position.dtype == torch.int32 else position.clamp(-1, EVERY.value).int()
+    at = [0 if n == 1 else s for n, s in zip(position.shape[:2], position.stride(), strict=False)]
     weighted = bias[-1].dim() > 1
     far_bias = bias[-1].float().contiguous() if weighted else lse
     bias_strides = [0 if n == 1 else s for n, s in zip(far_bias.shape[:2], far_bias.stride(), strict=False)]
@@ -582,11 +603,12 @@ def forward(call: Call, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
         attend_hopper, (min(items, _processors(q.device) * tiles.programs),),
         _descriptor(q, 64), _descriptor(k[0], near.k_block), _descriptor(v[0], near.k_block), _descriptor(out, 64),
         lse, *near_lists[:2], k[-1], v[-1], far_bias, *far_lists[:2],
-        k[-1].stride(), v[-1].stride(), *near_lists[2:], *bias_strides, *far_lists[2:], k[-1].shape[2],
+        k[-1].stride(), v[-1].stride(), position if positioned else lse, *(at if positioned else (0, 0)),
+        *near_lists[2:], *bias_strides, *far_lists[2:], k[-1].shape[2],
         items, blocks, heads, tokens, k[0].shape[2], near.reach, near.sinks, scale,
         REPEAT=heads // k[0].shape[1], TILES=parts, GROUPS=tiles.groups, Q_BLOCK=near.q_block, BK=near.k_block,
         D=width, E=width, Q_STAGES=tiles.q_stages, STAGES=tiles.stages, CAUSAL=bool(near.causal),
-        REACH=near.reach >= 0, FAR=two, K_BLOCK=far.k_block if two else 1, BF=tiles.far_rows,
+        REACH=near.reach >= 0, POSITION=positioned, FAR=two, K_BLOCK=far.k_block if two else 1, BF=tiles.far_rows,
         FAR_STAGES=tiles.far_stages, BIAS=weighted, SEGMENT=SEGMENT, REGISTERS=tiles.loading,
         num_warps=4, **bounds,
     )  # fmt: skip

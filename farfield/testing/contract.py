@@ -116,7 +116,7 @@ def check_refuses_wrong_inputs(kind: Kind, case: Case) -> None:
         (q[..., 1:], k, v),
         (q, k, v[:, :, 1:]),
         (q[:1], k, v),
-        (q[:, : case.kv_heads + 1], k, v) if (case.kv_heads + 1) % case.kv_heads else (q, k[:, :0], v[:, :0]),
+        (q[:, 1:], k, v) if (case.heads - 1) % case.kv_heads else (q, k[:, :0], v[:, :0]),
         (q.double(), k, v),
         (q.long(), k.long(), v.long()),
         (q, k, v[:, : case.kv_heads - 1]),

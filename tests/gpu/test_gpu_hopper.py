@@ -122,3 +122,28 @@ def test_repeats_are_bitwise_equal(seed):
         again = ff.attend(q, sources)
         assert torch.equal(again.out, first.out)
         assert torch.equal(again.lse, first.lse)
+
+
+@pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+def test_positions(width, block, shape, position_dtype):
+    """Queries in any order, some before all rows, forward and backward; lists that differ from head to head."""
+    gen = torch.Generator(device="cuda").manual_seed(width + block)
+    q, k, v, d_out = (
+        torch.randn(2, heads, tokens, width, generator=gen, device="cuda").bfloat16()
+        for heads, tokens in ((4, 700), (2, 500), (2, 500), (4, 700))
+    )
+    position = torch.randint(-1, 600, (*shape, 700), generator=gen, device="cuda").to(position_dtype)
+    full = ff.select.full(tokens=700, rows=500, q_block=block, k_block=block, device="cuda")
+    count = torch.randint(0, full.row_blocks + 1, (*shape, full.index.shape[2]), generator=gen, device="cuda")
+    layout = ff.Layout(full.index.expand(*shape, -1, -1), count.int(), block, block, 700, 500, causal=True)
+
+    def run(dtype):
+        x = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        got = ff.attend(x[0], ff.Rows(x[1], x[2]), layout, position=position)
+        return got.out, got.lse, *torch.autograd.grad(got.out, x, d_out.to(dtype))
+
+    for name, got, exact in zip(("out", "lse", "dq", "dk", "dv"), run(q.dtype), run(torch.float64), strict=True):
+        assert_within(got, exact, terms=700, name=name)
