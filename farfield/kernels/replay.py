@@ -3,27 +3,28 @@
 A function that allocates, takes views and launches kernels, and does nothing else with tensors, does the same whenever
 shapes, strides, dtypes, device and options are the same: only addresses differ. Its first call is recorded: each launch
 with the kernel that Triton chose and with its arguments, in which an address is an input, an output or scratch memory
-and an offset. Further calls allocate the outputs and one piece of scratch memory and start the same kernels.
+and an offset, or a constant: what `constant` made, which is the same at every call. Further calls allocate the outputs
+and one piece of scratch memory and start the same kernels.
 
 What Triton would look at again is looked at here: a recorded kernel holds for addresses that 16 divides, so other
-inputs go the ordinary way, as do calls that a profiler listens to. Arguments other than addresses are part of what was
-recorded, and must follow from the key.
+inputs go the ordinary way. So does a call that a profiler listens to, or that a CUDA graph captures: the graph would go
+on reading constants that are given back here, and what is made during a capture is made when the graph runs.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 
-KEPT = 128  # recordings
+STREAMS = 4  # that a function's recordings are kept for
 ALIGNED = 16  # bytes; what Triton compiles for
 
 _aten: Any = torch.ops.aten
@@ -82,63 +83,79 @@ class Recording(NamedTuple):
         outputs: shapes and dtypes.
         scratch: bytes.
         single: the function returns a tensor, not a tuple of them.
+        constants: tensors whose addresses stand in the launches.
     """
 
     launches: list[Launch]
     outputs: list[tuple[torch.Size, torch.dtype]]
     scratch: int
     single: bool
+    constants: list[Tensor]
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options), for functions that may be recorded."""
     made = kernel[grid](*args, **options)
     recorder = getattr(_local, "recorder", None)
-    if recorder is not None:
+    if recorder is not None and not recorder.paused:
         recorder.add(kernel, grid, made, args, options)
 
 
-def call(function: Callable[..., Any], key: tuple[Any, ...], inputs: Sequence[Tensor], *options: Any) -> Any:
-    """function(*inputs, *options), recorded when `function` and `key` meet for the first time, replayed afterwards.
+def constant(make: Callable[..., Any], *given: Any) -> Any:
+    """make(*given), tensors or None, which a recording keeps instead of making them again.
+
+    It must follow from what the recording is for, and nobody may write to it.
+    """
+    recorder = getattr(_local, "recorder", None)
+    return make(*given) if recorder is None else recorder.constant(make, given)
+
+
+class Recorded:
+    """A function of tensors on one CUDA device, recorded at its first call on a stream and replayed afterwards.
+
+    It is for one shape, stride and dtype of each input.
 
     Args:
-        function: launches through `start`, allocates, takes views; returns contiguous tensors.
-        key: what the launches depend on: shapes, strides and dtypes of the inputs, their device, the options.
-        inputs: on one CUDA device.
+        function: launches through `start`, allocates, takes views; returns contiguous tensors, or one.
+        options: what it takes behind the tensors.
 
     Raises:
-        RuntimeError: `function` does something else with tensors.
+        RuntimeError: at the first call, `function` does something else with tensors.
     """
-    kept = _kept(function, key)
-    device = inputs[0].device
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _call(kept, function, inputs, options)
-    return _call(kept, function, inputs, options)
 
+    __slots__ = ("function", "options", "recordings")
 
-def _call(kept: list[Recording], function: Callable[..., Any], inputs: Sequence[Tensor], options: Sequence[Any]) -> Any:
-    addresses = [x.data_ptr() for x in inputs]
-    # a capture is made once, and its first kernels may still have to be loaded
-    if _heard() or torch.cuda.is_current_stream_capturing() or any(at % ALIGNED for at in addresses):
-        return function(*inputs, *options)
-    if not kept:
-        found, recording = record(function, inputs, options)
-        kept.append(recording)
+    def __init__(self, function: Callable[..., Any], *options: Any):
+        self.function, self.options = function, options
+        # constants that one stream has made are not there yet for another
+        self.recordings: dict[int, Recording] = {}
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        device = inputs[0].device
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(*inputs)
+        addresses = [x.data_ptr() for x in inputs]
+        bits = 0
+        for at in addresses:
+            bits |= at
+        # a capture is made once
+        if bits % ALIGNED or _heard() or torch.cuda.is_current_stream_capturing():
+            return self.function(*inputs, *self.options)
+        stream = _stream(device)
+        recording = self.recordings.get(stream)
+        if recording is not None:
+            return replay(recording, device, stream, addresses)
+        found, recording = record(self.function, inputs, self.options)
+        if len(self.recordings) >= STREAMS:
+            self.recordings.clear()
+        self.recordings[stream] = recording
         return found
-    device = inputs[0].device
-    return replay(kept[0], device, _stream(device), addresses)
 
 
 def _stream(device: torch.device) -> int:
     """The handle of the stream that launches go to."""
     return torch._C._cuda_getCurrentRawStream(device.index)
-
-
-@lru_cache(maxsize=KEPT)
-def _kept(function: Callable[..., Any], key: tuple[Any, ...]) -> list[Recording]:
-    """The recording of a key, none before its first call."""
-    return []
 
 
 def _heard() -> bool:
@@ -200,16 +217,29 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.inputs = [_Memory(x.data_ptr(), x.data_ptr() + _extent(x)) for x in inputs]
         self.made: list[_Memory] = []
+        self.constants: list[Tensor] = []
+        self.paused = False
         # launches; (place, allocation or -1 - input, offset) stands where a hole will be
         self.seen: list[tuple[Any, tuple[int, int, int], list[Any], list[Hole], list[Box]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
+        if self.paused:
+            return found
         if func in _EMPTY:
             at = found.untyped_storage().data_ptr()
             self.made.append(_Memory(at, at + found.untyped_storage().nbytes()))
         elif not (func.is_view or func is _aten.detach.default):
             raise RuntimeError(f"{func} cannot be recorded: only allocations, views and launches can")
+        return found
+
+    def constant(self, make: Callable[..., Any], given: Sequence[Any]) -> Any:
+        self.paused = True
+        try:
+            found = make(*given)
+        finally:
+            self.paused = False
+        self.constants += [x for x in tree_leaves(found) if isinstance(x, Tensor)]
         return found
 
     def add(self, kernel: Any, grid: tuple[int, ...], made: Any, args: Sequence[Any], options: dict[str, Any]) -> None:
@@ -219,14 +249,14 @@ class _Recorder(TorchDispatchMode):
         holes, boxes = [], []
         for place, value in enumerate(values):
             if isinstance(value, Tensor):
+                values[place] = value.data_ptr()
                 where = self._find(value.data_ptr())
-                values[place] = 0
-                # nothing, and nothing is read from it
                 if where is not None:
                     holes.append(Hole(place, *where))
             elif isinstance(base := getattr(value, "base", None), Tensor):
                 where = self._find(base.data_ptr())
-                assert where is not None, "a descriptor of nothing"
+                if where is None:
+                    raise RuntimeError(f"{kernel.__name__}: a descriptor of a constant cannot be recorded")
                 values[place] = None
                 about = {name: x for name, x in vars(value).items() if name != "base"}
                 boxes.append(Box(place, *where, type(value), about, base.dtype))
@@ -276,11 +306,15 @@ class _Recorder(TorchDispatchMode):
             )
             for kernel, grid, values, holes, boxes in self.seen
         ]  # fmt: skip
-        return Recording(launches, [(x.shape, x.dtype) for x in outputs], at, isinstance(found, Tensor))
+        about = [(x.shape, x.dtype) for x in outputs]
+        return Recording(launches, about, at, isinstance(found, Tensor), self.constants)
 
     def _find(self, address: int) -> tuple[int, int] | None:
-        """Which memory an address is in, the latest that was there, and how far from its start."""
-        if not address:
+        """Which memory an address is in, the latest that was there, and how far from its start; None for a constant.
+
+        Nothing is at 0, and nothing is read from there.
+        """
+        if not address or any(x.data_ptr() <= address < x.data_ptr() + _extent(x) for x in self.constants):
             return None
         for i in reversed(range(len(self.made))):
             if self.made[i].first <= address < self.made[i].last:
@@ -288,7 +322,7 @@ class _Recorder(TorchDispatchMode):
         for i, memory in enumerate(self.inputs):
             if memory.first <= address < memory.last:
                 return -1 - i, address - memory.first
-        raise RuntimeError("a recorded launch reads memory that is neither an input nor allocated by the function")
+        raise RuntimeError("a recorded launch reads what is neither an input nor a constant nor allocated here")
 
 
 def _extent(x: Tensor) -> int:

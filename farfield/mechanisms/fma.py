@@ -210,15 +210,19 @@ class FMA(Mechanism):
         self.pool = pool if isinstance(pool, Pool) else make_pool(pool, block, rank, sizes)
 
     def forward(self, q, k, v, *, group=None, rotary=None):
+        field = None
+        if group is None and rotary is None and self._means():
+            field = whole.Field(self.block, self.near, self.rank, self.sinks)
+            out = whole.again(q, k, v, field, self.scale)
+            if out is not None:
+                return out
         self.check(q, k, v, group=group, rotary=rotary)
         if not q.shape[2]:
             return no_tokens(q, v)
         if group is not None:
             return self._packed(q, k, v, Packing(group, self.block), rotary)
-        if rotary is None and self._means():
-            field = whole.Field(self.block, self.near, self.rank, self.sinks)
-            if not whole.refusal(q, k, v, field, self.scale):
-                return whole.multipole(q, k, v, field, self.scale)
+        if field is not None and not whole.refusal(q, k, v, field, self.scale):
+            return whole.multipole(q, k, v, field, self.scale)
         blocks, kept = -(-q.shape[2] // self.block), self.queries == "kept"
         levels, radius = self._levels(blocks)
         far, starts = None, []
@@ -248,7 +252,8 @@ class FMA(Mechanism):
 
     def _means(self) -> bool:
         """Whether this is what one operation computes, where kernels take it: causal, queries kept, means."""
-        return self.causal and self.queries == "kept" and type(self.pool) is MeanPool
+        # not self.pool, which takes a module as long to find as a kernel to launch
+        return self.causal and self.queries == "kept" and type(self._modules["pool"]) is MeanPool
 
     def _levels(self, blocks: int) -> tuple[int, tuple[int, ...]]:
         """Levels that some query of so many blocks reads, and the radii of all."""

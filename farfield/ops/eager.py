@@ -16,9 +16,16 @@ def eager(*tensors: Tensor) -> bool:
         return False
     if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
         return False
-    return all(type(x) in _PLAIN and not x.is_meta for x in tensors)
+    for x in tensors:  # noqa: SIM110 (a generator would cost as much as all the rest)
+        if type(x) not in _PLAIN or x.is_meta:
+            return False
+    return True
 
 
 def recorded(*tensors: Tensor) -> bool:
     """Whether autograd needs a node for an operation on these."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,10 @@ from torch.library import custom_op
 from farfield.ops.eager import eager, recorded
 from farfield.ops.pool import Tree
 
+if TYPE_CHECKING:
+    from farfield.kernels.multipole import Whole
+
+KEPT = 64  # plans
 RANKS = (1, 2, 4, 8, 16, 32)
 
 
@@ -98,53 +103,80 @@ def multipole(
     The kernels are those of `pool` and `attend` and so are their numbers; a call costs the host less. Differentiable
     in q, k and v. Takes what `refusal` has nothing against; what lies in memory as no kernel reads it is copied.
     """
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not eager(q, k, v):
-        return _forward(q, k, v, *field, factor)[0]
+        return _forward(q, k, v, *field, q.shape[3] ** -0.5 if scale is None else float(scale))[0]
+    return _run(_plan(q, k, v, field, scale), q, k, v)
+
+
+def again(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float | None) -> Tensor | None:
+    """`multipole`, if it has taken a call with these shapes, strides, dtypes and devices before; otherwise None.
+
+    What was checked then need not be checked again.
+    """
+    if not eager(q, k, v):
+        return None
+    plan = _plans.get(_key(q, k, v, field, scale))
+    return None if plan is None else _run(plan, q, k, v)
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float | None) -> tuple[Any, ...]:
+    return (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+        q.device, k.device, v.device, field, scale,
+    )  # fmt: skip
+
+
+def _plan(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float | None) -> Whole:
+    """What the kernels keep for calls like this one."""
+    key = _key(q, k, v, field, scale)
+    plan = _plans.get(key)
+    if plan is None:
+        from farfield.kernels.multipole import Whole
+
+        plan = Whole(key[:3], key[3:6], field, q.shape[3] ** -0.5 if scale is None else float(scale))
+        with _lock:
+            while len(_plans) >= KEPT:
+                del _plans[next(iter(_plans))]
+            _plans[key] = plan
+    return plan
+
+
+# the oldest goes first; a plan holds lists and launches, not q, k and v
+_plans: dict[tuple[Any, ...], Whole] = {}
+_lock = threading.Lock()
+
+
+def _run(plan: Whole, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if recorded(q, k, v):
-        return _Multipole.apply(q, k, v, field, factor)
-    return _multipole(q, k, v, field, factor)[0]
-
-
-def _multipole(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float) -> tuple[Tensor, Tensor]:
-    from farfield.kernels.multipole import forward
-
-    return forward(q, k, v, field, scale)
-
-
-def _gradients(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, field: Field, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from farfield.kernels.multipole import backward
-
-    return backward(d_out, q, k, v, out, kept, field, scale)
+        return _Multipole.apply(q, k, v, plan)
+    return plan.forward(q, k, v)[0]
 
 
 class _Multipole(torch.autograd.Function):
     """The operation below without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, q, k, v, field, scale):
-        out, kept = _multipole(q, k, v, field, scale)
+    def forward(ctx, q, k, v, plan):
+        out, kept = plan.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, kept)
-        ctx.about = field, scale
+        ctx.plan = plan
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, kept = ctx.saved_tensors
-        field, scale = ctx.about
+        plan = ctx.plan
         # the registered operation refuses a gradient of its gradients
         if torch.is_grad_enabled() or not eager(d_out, q, k, v):
-            return *_backward(d_out, q, k, v, out, kept, *field, scale), None, None
-        return *_gradients(d_out, q, k, v, out, kept, field, scale), None, None
+            return *_backward(d_out, q, k, v, out, kept, *plan.field, plan.scale), None
+        return *plan.backward(d_out, q, k, v, out, kept), None
 
 
 @custom_op("farfield::multipole", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, block: int, near: int, rank: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _multipole(q, k, v, Field(block, near, rank, sinks), scale)
+    return _plan(q, k, v, Field(block, near, rank, sinks), scale).forward(q, k, v)
 
 
 @_forward.register_fake
@@ -158,7 +190,7 @@ def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor,
     block: int, near: int, rank: int, sinks: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _gradients(d_out, q, k, v, out, kept, Field(block, near, rank, sinks), scale)
+    return _plan(q, k, v, Field(block, near, rank, sinks), scale).backward(d_out, q, k, v, out, kept)
 
 
 @_backward.register_fake
