@@ -1,10 +1,16 @@
 """multipole without a GPU: sizes, what it takes, what a compiler sees of it, one kernel for all lengths."""
 
+from functools import partial
+from unittest import mock
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+pytest.importorskip("triton")
+
 import farfield as ff
+from farfield.kernels import multipole as km
 from farfield.ops import multipole as op
 from farfield.ops.multipole import Field, kept_parts, reached, refusal, tree_of
 
@@ -109,6 +115,53 @@ def test_the_mechanism_chooses_it_by_its_options(taken, monkeypatch):
         other(*taken)
     ff.FMA()(*taken, rotary=lambda x, position: x)
     assert len(calls) == 2
+
+
+def test_what_was_checked_once_is_not_checked_again(monkeypatch):
+    """Plans are found by everything that the checks look at; any change is checked, and refused, as at first."""
+    monkeypatch.setattr(op, "refusal", lambda *given: None)
+    monkeypatch.setattr(op, "_plans", {})
+    monkeypatch.setattr(km, "_forward", lambda q, k, v, field, scale: (torch.zeros_like(q), torch.empty(0)))
+    monkeypatch.setattr(km.Whole, "_recorded", lambda self, f: partial(f, field=self.field, scale=self.scale))
+    q, k, v = (torch.zeros(1, heads, 1000, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    mech = ff.FMA()
+    with mock.patch.object(mech, "check", wraps=mech.check) as checks:
+        mech(q, k, v)
+        mech(q, k, v)
+        assert checks.call_count == 1
+        mech(q[:, :, :999], k[:, :, :999], v[:, :, :999])
+        ff.FMA(scale=0.5)(q, k, v)
+        assert checks.call_count == 2
+        for wrong in ((q, k, v.half()), (q, k[:, :, 1:], v), (q.float(), k, v), (q, k, v.to("meta"))):
+            with pytest.raises((TypeError, ValueError, NotImplementedError)):
+                mech(*wrong)
+    for tokens in range(200, 200 + 2 * op.KEPT):
+        mech(q[:, :, :tokens], k[:, :, :tokens], v[:, :, :tokens])
+        assert len(op._plans) <= op.KEPT
+
+
+def test_tensors_that_no_kernel_reads_are_copied(monkeypatch):
+    seen = []
+
+    def forward(q, k, v, field, scale):
+        seen.append([x.stride() for x in (q, k, v)])
+        assert all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+        return q + k + v, torch.empty(0)
+
+    monkeypatch.setattr(km, "_forward", forward)
+    monkeypatch.setattr(km.Whole, "_recorded", lambda self, f: partial(f, field=self.field, scale=self.scale))
+    monkeypatch.setattr(op, "_plans", {})
+    shape, gen = (1, 2, 300, 64), torch.Generator().manual_seed(0)
+    whole = torch.randn(2 * 300 * 64 + 1, generator=gen).bfloat16()
+    dense, shifted = (x.view(shape) for x in (whole[:-1], whole[1:]))
+    turned = whole[:-1].view(1, 300, 2, 64).transpose(1, 2)
+    gaps = torch.randn(1, 2, 300, 68, generator=gen).bfloat16()[..., :64]
+    repeated = torch.randn(1, 1, 300, 64, generator=gen).bfloat16().expand(shape)
+    for x, kept in ((dense, True), (turned, True), (shifted, True), (gaps, False), (repeated, False)):
+        out = op.multipole(x, dense, x, FIELDS[0])
+        assert torch.equal(out, x + dense + x)
+        strides = x.stride() if kept else dense.stride()
+        assert seen.pop() == [strides, dense.stride(), strides]
 
 
 def test_gradients_have_the_shapes(taken):

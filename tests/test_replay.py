@@ -146,7 +146,7 @@ def test_what_else_is_done_is_refused():
         replay.record(adds, (x,))
     with mock.patch.object(Sum, "run"), pytest.raises(RuntimeError, match="tensors in tuples"):
         replay.record(gathers, (x,))
-    with pytest.raises(RuntimeError, match="neither an input nor allocated"):
+    with pytest.raises(RuntimeError, match="neither an input nor a constant"):
         replay.record(elsewhere, (x,), (y,))
     for returned in (lambda x: x, lambda x: torch.empty(4, 4).T, lambda x: torch.empty(4)[1:]):
         with pytest.raises(RuntimeError, match="must return"):
@@ -155,62 +155,105 @@ def test_what_else_is_done_is_refused():
     check(replay.record(chain, (x, y), (0.5,))[0], x, y)
 
 
-@pytest.fixture
-def cuda():
-    """As much of a device as `call` asks for."""
-    replay._kept.cache_clear()
-    stubs = {"current_device": lambda: None, "is_current_stream_capturing": lambda: False}
-    with mock.patch.multiple(torch.cuda, **stubs), mock.patch.object(replay, "_stream", return_value=0):
-        yield
-    replay._kept.cache_clear()
+def made(size):
+    return 2 * torch.arange(float(size))
 
 
-def recordings():
-    return mock.patch.object(replay, "record", wraps=replay.record)
+def offset(x, y, factor):
+    """x + factor * what is made once."""
+    out = torch.empty_like(x)
+    add(out, x, replay.constant(made, SIZE), factor)
+    return out
 
 
-def test_calls_are_recorded_once_a_key(cuda):
-    with recordings() as recorded:
-        for seed in range(6):
-            x, y = numbers(seed)
-            factor = 2.0 if seed % 2 else 0.5
-            check(replay.call(chain, (factor,), (x, y), factor), x, y, factor)
-    assert recorded.call_count == 2
-
-
-def test_recordings_are_bounded(cuda):
+def test_constants_are_made_once_and_kept():
     x, y = numbers(0)
-    for key in range(replay.KEPT + 50):
-        replay.call(chain, (key,), (x, y), 0.5)
-    assert replay._kept.cache_info().currsize == replay.KEPT
+    with mock.patch(f"{__name__}.made", wraps=made) as makes:
+        for seed in range(3):
+            x, y = numbers(seed)
+            if not seed:
+                found, recording = replay.record(offset, (x, y), (0.5,))
+            else:
+                found = replayed(recording, x, y)
+            assert torch.equal(found, x + torch.arange(SIZE))
+            torch.full((SIZE,), float("nan"))  # what was given back would be here
+        assert makes.call_count == 1
+    # outside of a recording it is just called
+    assert torch.equal(offset(x, y, 0.5), x + torch.arange(SIZE))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """As much of a device as `Recorded` asks for."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(replay, "_stream", lambda device: 0)
+    with mock.patch.object(replay, "record", wraps=replay.record) as record:
+        yield record
+
+
+def test_a_call_is_recorded_once_a_stream(cuda, monkeypatch):
+    run = replay.Recorded(chain, 0.5)
+    for stream in range(3 * replay.STREAMS):
+        monkeypatch.setattr(replay, "_stream", lambda device, stream=stream: stream)
+        for seed in range(3):
+            x, y = numbers(seed)
+            check(run(x, y), x, y)
+        assert cuda.call_count == stream + 1
+        assert len(run.recordings) <= replay.STREAMS
 
 
 def test_other_alignments_go_the_ordinary_way(cuda):
     x, y = numbers(0)
-    for _ in range(2):
-        check(replay.call(chain, ("a",), (x, y), 0.5), x, y)
+    run = replay.Recorded(chain, 0.5)
     shifted = torch.cat([y[:1], y])[1:]
     assert shifted.data_ptr() % replay.ALIGNED
-    with recordings() as recorded, mock.patch.object(replay, "replay") as again:
-        check(replay.call(chain, ("a",), (x, shifted), 0.5), x, y)
-        check(replay.call(chain, ("b",), (x, shifted), 0.5), x, y)
-    assert not recorded.called
+    check(run(x, shifted), x, y)
+    assert not cuda.called
+    check(run(x, y), x, y)
+    with mock.patch.object(replay, "replay") as again:
+        check(run(x, shifted), x, y)
     assert not again.called
 
 
 @pytest.mark.parametrize("why", ["a profiler listens", "a graph is captured"])
-def test_profilers_and_captures_see_ordinary_launches(cuda, why):
+def test_profilers_and_captures_see_ordinary_launches(cuda, monkeypatch, why):
     x, y = numbers(0)
-    check(replay.call(chain, (), (x, y), 0.5), x, y)
-    stub = (
-        mock.patch.object(replay, "_heard", return_value=True)
-        if why == "a profiler listens"
-        else mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
-    )
-    with stub, mock.patch.object(replay, "replay") as again:
-        check(replay.call(chain, (), (x, y), 0.5), x, y)
-        check(replay.call(chain, ("new",), (x, y), 0.5), x, y)
+    run, new = replay.Recorded(offset, 0.5), replay.Recorded(offset, 0.5)
+    run(x, y)
+    if why == "a profiler listens":
+        monkeypatch.setattr(replay, "_heard", lambda: True)
+    else:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with mock.patch.object(replay, "replay") as again, mock.patch(f"{__name__}.made", wraps=made) as makes:
+        for one in (run, new):
+            assert torch.equal(one(x, y), x + torch.arange(SIZE))
     assert not again.called
+    # neither is a kept constant read, nor is one kept
+    assert makes.call_count == 2
+    assert not new.recordings
+
+
+def test_another_device_is_made_the_current_one(cuda, monkeypatch):
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            entered.append(device)
+
+        def __enter__(self):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+
+        def __exit__(self, *error):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    x, y = numbers(0)
+    run = replay.Recorded(chain, 0.5)
+    for _ in range(2):
+        check(run(x, y), x, y)
+    assert entered == [x.device, x.device]
 
 
 def test_hooks_of_profilers_are_seen():
