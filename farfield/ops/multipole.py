@@ -146,6 +146,12 @@ _plans: dict[tuple[Any, ...], Whole] = {}
 _lock = threading.Lock()
 
 
+def forget() -> None:
+    """Give back what is kept for further calls."""
+    with _lock:
+        _plans.clear()
+
+
 def _run(plan: Whole, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if recorded(q, k, v):
         return _Multipole.apply(q, k, v, plan)
