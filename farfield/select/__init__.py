@@ -2,6 +2,7 @@
 
 from farfield.select.algebra import from_block_mask, from_dense, minus, to_block_mask, to_dense, transpose, union
 from farfield.select.static import Multipole, full, multipole, powers, sharded, strided, window
+from farfield.select.tree import tree
 
 __all__ = [
     "Multipole",
@@ -16,6 +17,7 @@ __all__ = [
     "to_block_mask",
     "to_dense",
     "transpose",
+    "tree",
     "union",
     "window",
 ]
