@@ -52,6 +52,7 @@ class MoBA(Mechanism):
         arxiv="2502.13189",
         code="github.com/MoonshotAI/MoBA",
     )
+    grouped = True
     cases = (
         Case(options={"block": 16, "picks": 3}, tokens=90),
         Case(options={"block": 8, "picks": 4}, tokens=67, block=8, heads=6, value_width=24),

@@ -106,6 +106,7 @@ class NSA(Mechanism):
         year=2025,
         arxiv="2502.11089",
     )
+    grouped = True
     cases = (
         Case(
             options={"block": 8, "picks": 3, "initial": 0, "local": 1, "span": 8, "stride": 8, "window": 9},

@@ -63,6 +63,7 @@ class SSA(Mechanism):
         arxiv="2511.20102",
         code="github.com/zhenyi4/ssa",
     )
+    grouped = True
     cases = (
         Case(options={"block": 8, "picks": 4}, tokens=91, block=8),
         Case(options={"block": 8, "picks": 3, "stream": "full"}, tokens=50, block=8, heads=6, value_width=24),
