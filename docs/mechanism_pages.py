@@ -28,7 +28,7 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add what the pages are made of."""
-    from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]  only `make docs` installs it
+    from mkdocs.structure.files import File
 
     for path, content in contents():
         files.append(File.generated(config, path, content=content))
