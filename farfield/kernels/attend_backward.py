@@ -784,6 +784,7 @@ def gradients(
                 q, d_out, s.k, s.v, shift, delta, readers, grad[:2], pieces[:2], q_block=q_block, k_block=k_block,
                 stack=stack, repeat=s.repeat, blocks=blocks, causal=s.causal, scale=scale,
                 position=position if positioned and s.causal else None,
+                uneven=readers.most > READS,
             )  # fmt: skip
         else:
             tiles = row_tiles(wide, padded(k_block), size, dtype)

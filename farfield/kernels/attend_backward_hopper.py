@@ -432,17 +432,21 @@ TILES = {
     (64, 64): Tiles(64, 2, 4, False, programs=2, registers=128),
     (128, 64): Tiles(32, 1, 3, True, programs=2, registers=128),
 }
+# Items of a program where row blocks are read often, and some far more often than others: programs that are many are
+# dealt out as multiprocessors fall free. Elsewhere a program a place is quicker: none has to fill its rings anew.
+EACH = 2
 LOADING = 40  # registers of the thread that loads, where one group computes
 
 
 def rows_backward(
     q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, shift: Tensor, delta: Tensor, readers: Readers, grads, sums,
-    *, q_block: int, k_block: int, stack: int, repeat: int, blocks: int, causal: bool, scale: float,
+    *, q_block: int, k_block: int, stack: int, repeat: int, blocks: int, causal: bool, scale: float, uneven: bool,
     position: Tensor | None = None,
 ) -> None:  # fmt: skip
     """What attend_backward_rows computes, written into `grads` and, by pieces, into `sums`.
 
-    `position` [1|B, 1|H, T] of the queries; None: they stand where they are.
+    `uneven`: some items may be far more work than others. `position` [1|B, 1|H, T] of the queries; None: they stand
+    where they are.
     """
     batch, heads, _, width = q.shape
     rows = k.shape[2]
@@ -457,8 +461,11 @@ def rows_backward(
         places = torch.nn.functional.pad(position, (0, short), value=EVERY.value) if short else position
         places = (places if places.dtype == torch.int32 else places.clamp(-1, EVERY.value).int()).contiguous()
         place_strides = tuple(0 if n == 1 else x for n, x in zip(places.shape[:2], places.stride(), strict=False))
+    programs = _processors(q.device) * tiles.programs
+    if uneven:
+        programs = max(programs, items // EACH)
     start(
-        attend_backward_rows_hopper, (min(items, _processors(q.device) * tiles.programs),),
+        attend_backward_rows_hopper, (min(items, programs),),
         _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
         shift, delta, places, readers.start, readers.reader, readers.key, *grads, *sums,
         place_strides, readers.strides, items, heads, blocks, rows, row_blocks, readers.pieces, readers.most,
