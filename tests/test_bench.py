@@ -1,5 +1,6 @@
 """Benchmarks: records, interleaving, failures, memory, the FMA case, all mechanisms, figures."""
 
+import itertools
 import json
 import math
 import os
@@ -668,6 +669,10 @@ def test_every_mechanism_is_measured_and_failures_are_shown(broken, tmp_path, ca
     Console(width=180).print(tables.mechanisms(made))
     shown = capsys.readouterr().out
     assert shown.count("failed") == 4
+    beside = {(r.contender, r.tokens): base for r, base in itertools.pairwise(made) if base.contender == "sdpa"}
+    for line in shown.splitlines():
+        if line.startswith("full"):
+            assert f"flash {tables.seconds(beside['full', 64].seconds)}" in line
     assert "fma (block=16, near=16, rank=4)" in shown
     labels = [t.get_text() for t in plots.mechanisms_figure(made).legends[0].get_texts()]
     assert labels == ["fma (block=16, near=16, rank=4)", "full", "sdpa, flash"]

@@ -200,7 +200,8 @@ def run_all(
             point, mine = _key(blank)[1:], (name, repr(options))
             if _key(blank) in known:
                 beside = (name, *runner.BASELINES)
-                found += [r for key, r in known.items() if key[1:] == point and r.contender in beside]
+                kept = (r for key, r in known.items() if key[1:] == point and r.contender in beside)
+                found += sorted(kept, key=lambda r: r.contender != name)
                 continue
             if mine in lost:
                 # what took a process down once would do so at every point

@@ -104,7 +104,11 @@ def points(records: Sequence[Record], title: str = "") -> Table:
 
 
 def mechanisms(records: Sequence[Record], title: str = "") -> Table:
-    """One line for each mechanism at each point with its baseline; at the last length, where the two are even."""
+    """One line for each mechanism at each point with its baseline; at the last length, where the two are even.
+
+    Args:
+        records: each mechanism's followed by those of its baselines.
+    """
     from rich.table import Table
 
     from farfield.bench.mechanisms import break_even
@@ -115,18 +119,20 @@ def mechanisms(records: Sequence[Record], title: str = "") -> Table:
     for at, heading in enumerate(headings):
         made.add_column(heading, justify="left" if at < 3 else "right", no_wrap=True)
     lines: dict[tuple[Any, ...], list[Record]] = {}
-    bases: dict[tuple[Any, ...], Record] = {}
+    bases: dict[int, Record] = {}
+    own: Record | None = None
     for r in records:
-        shape = (r.dtype, r.passes, *(r.params.get(name) for name in ("width", "heads", "kv_heads")))
         if r.contender in mechanism_names():
+            own = r
+            shape = (r.dtype, r.passes, *(r.params.get(name) for name in ("width", "heads", "kv_heads")))
             lines.setdefault((label(r), *shape), []).append(r)
-        else:
-            bases[r.contender, r.tokens, *shape] = r
-    for (who, dtype, passes, width, *heads), points in lines.items():
+        elif own is not None and own.against in (None, r.contender):
+            bases[id(own)] = r
+    for (who, dtype, passes, width, *_), points in lines.items():
         points.sort(key=lambda r: r.tokens)
         even = break_even(points)
         for at, r in enumerate(points):
-            base = bases.get((r.against, r.tokens, dtype, passes, width, *heads))
+            base = bases.get(id(r))
             beside = f"{base.backend.removesuffix('_attention') or base.contender} {_time(base)}" if base else ""
             rows = [r.rates.get(name) for name in ("rows", "read", "efficiency")]
             made.add_row(
