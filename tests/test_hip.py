@@ -20,7 +20,7 @@ from farfield.testing.recall import captured, topical
 from farfield.testing.units import assert_within
 
 SCALAR = {"sinks": 0, "width": 1, "q_block": 1, "k_block": 1}
-SMALL = {"keep": 16, "sinks": 4, "width": 8, "q_block": 8, "k_block": 4, "q_stride": 1, "k_stride": 1}
+SMALL = {"keep": 16, "sinks": 4, "width": 8, "q_block": 8, "k_block": 4, "q_stride": 1, "k_stride": 1, "beam": 1}
 
 
 def draw(tokens, *, heads=2, kv_heads=1, width=8, dtype=torch.float64):
@@ -136,16 +136,16 @@ def test_07_recall_is_that_of_the_keys_listed():
 
 
 @pytest.mark.parametrize(
-    "options", [{"k_block": 64, "k_stride": 16}, {"q_block": 64, "k_block": 2, "q_stride": 2, "k_stride": 1}], ids=str
+    "options", [{}, {"q_block": 64, "k_block": 2, "q_stride": 2, "k_stride": 1, "beam": 1}], ids=str
 )
 def test_07_more_is_found_than_by_chance_or_nearby(options):
-    q, k = topical(1, 2, 1, 4096, 32, topics=16)
+    q, k = topical(1, 2, 1, 8192, 32, topics=16)
     mech = Hip(keep=256, **options)
     hip = captured(q, k, mech.choose(q, k), keep=256)
     # as many keys: blocks chosen by the keys of another text, and a window
-    other = mech.choose(*topical(1, 2, 1, 4096, 32, topics=16, seed=1))
-    rows = round(mech.rows_read(4096))
-    for rival in (other, static.window(tokens=4096, width=rows - 16, sinks=16)):
+    other = mech.choose(*topical(1, 2, 1, 8192, 32, topics=16, seed=1))
+    rows = round(mech.rows_read(8192))
+    for rival in (other, static.window(tokens=8192, width=rows - 16, sinks=16)):
         theirs = captured(q, k, rival, keep=256)
         assert hip.recall > 1.2 * theirs.recall
         assert hip.mass > 1.2 * theirs.mass
@@ -219,16 +219,27 @@ def test_states_go_to_files_and_back(tmp_path):
         assert torch.equal(mech.extend(*rest, State.load(tmp_path / "state"))[0], mech.extend(*rest, state)[0])
 
 
+def test_a_wider_beam_finds_no_less_of_what_is_alike():
+    q, k = topical(1, 2, 1, 4096, 32, topics=16)
+    recalls = [captured(q, k, Hip(keep=256, beam=beam).choose(q, k), keep=256).recall for beam in (1, 4)]
+    assert recalls[1] > recalls[0]
+    # all nodes are followed: the best blocks by their samples
+    exact = Hip(keep=256, beam=16, q_stride=1, k_stride=1).choose(q, k)
+    assert captured(q, k, exact, keep=256).recall >= recalls[1]
+
+
 def test_steps_are_halvings():
-    plan = Search(0, 8, 1, 256, 128, 64, 8, 16, 0)
+    plan = Search(0, 8, 1, 1, 256, 128, 64, 8, 16, 0)
+    # nodes that are single blocks take a step as well where there is a choice
+    assert [plan._replace(beam=4).steps(t) for t in (896, 897, 1 << 15)] == [0, 1, 4]
     # 7, 9 and 17 blocks lie between sinks and window of the last list, then about T / 64
     assert [plan.steps(t) for t in (1, 896, 897, 1409, 1 << 15, 1 << 18)] == [0, 0, 1, 2, 6, 9]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"keep": 100}, {"keep": 0}, {"k_stride": 0}, {"width": 0}, {"sinks": -1}, {"place": "middle"}, {"scale": -1.0},
-     {"rewind": -1}],
+    [{"keep": 100}, {"keep": 0}, {"k_stride": 0}, {"beam": 0}, {"width": 0}, {"sinks": -1}, {"place": "middle"},
+     {"scale": -1.0}, {"rewind": -1}],
     ids=str,
 )  # fmt: skip
 def test_refuses(options):
@@ -258,7 +269,7 @@ def test_one_kernel_for_all_lengths_and_no_spills(width):
     from farfield.kernels import tree as kernel
     from farfield.testing import compiled
 
-    plan = Search(0, 4, 1, 256, 128, 128, 8, 32, 0)
+    plan = Search(0, 4, 4, 1, 256, 128, 128, 8, 64, 0)
     with compiled.recording() as launches:
         for tokens in [1, 127, 128, 129, *range(1000, 5000, 97), (1 << 18) - 1, 1 << 18]:
             q, k = (torch.empty(1, h, tokens, width, dtype=torch.bfloat16, device="meta") for h in (4, 2))

@@ -15,7 +15,7 @@ def search(q: Tensor, k: Tensor, plan: Search) -> tuple[Tensor, Tensor]:
     batch, heads, _, width = q.shape
     tokens = k.shape[2]
     blocks = -(-tokens // plan.q_block)
-    one = max(1, batch * heads * 2 * plan.nodes * -(-plan.k_block // plan.k_stride) * width)
+    one = max(1, batch * heads * 2 * plan.followed * -(-plan.k_block // plan.k_stride) * width)
     step = max(1, NUMBERS // one)
     parts = [
         _lists(q, k, plan, torch.arange(n, min(n + step, blocks), device=q.device))
@@ -36,7 +36,7 @@ def _lists(q: Tensor, k: Tensor, plan: Search, n: Tensor) -> tuple[Tensor, Tenso
     size = window - plan.sinks
     found = size.clamp(max=plan.nodes)
 
-    chosen = _descend(q, k, plan, first, size, found)
+    chosen = _descend(q, k, plan, first, size)
     slot = torch.arange(plan.picks, device=q.device)
     behind = slot - (plan.sinks + found)[:, None]
     # past count as well: a block that is still open goes on there
@@ -47,8 +47,8 @@ def _lists(q: Tensor, k: Tensor, plan: Search, n: Tensor) -> tuple[Tensor, Tenso
     return listed.to(torch.int32), count.to(torch.int32).expand(batch, heads, -1).contiguous()
 
 
-def _descend(q: Tensor, k: Tensor, plan: Search, first: Tensor, size: Tensor, found: Tensor) -> Tensor:
-    """The `found` of `size` blocks behind the sinks that the search ends at, ascending, [B, H, N, nodes]."""
+def _descend(q: Tensor, k: Tensor, plan: Search, first: Tensor, size: Tensor) -> Tensor:
+    """Those of `size` blocks behind the sinks that the search ends at, ascending, [B, H, N, nodes]."""
     batch, heads, held, _ = q.shape
     kv_heads, tokens = k.shape[1:3]
     wide, device = torch.promote_types(q.dtype, torch.float32), q.device
@@ -61,12 +61,13 @@ def _descend(q: Tensor, k: Tensor, plan: Search, first: Tensor, size: Tensor, fo
     b = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1)
     g = (torch.arange(heads, device=device) // (heads // kv_heads)).view(-1, 1, 1, 1)
 
-    slot = torch.arange(plan.nodes + 1, device=device)
-    cuts = plan.sinks + (slot * size[:, None]) // found.clamp(min=1)[:, None]
-    start, length = cuts[:, :-1], cuts.diff(dim=1).masked_fill(slot[:-1] >= found[:, None], 0)
+    slot, nodes = torch.arange(plan.followed + 1, device=device), size.clamp(1, plan.followed)[:, None]
+    cuts = plan.sinks + slot * size[:, None] // nodes
+    start, length = cuts[:, :-1], cuts.diff(dim=1).masked_fill(slot[:-1] >= nodes, 0)
     start, length = (x.expand(batch, heads, -1, -1) for x in (start, length))
+    steps = plan.steps(tokens)
     lowest = torch.finfo(wide).min
-    for _ in range(plan.steps(tokens)):
+    for step in range(steps):
         half = length // 2
         start = torch.stack([start, start + half], -1).flatten(-2)
         length = torch.stack([half, length - half], -1).flatten(-2)
@@ -78,7 +79,8 @@ def _descend(q: Tensor, k: Tensor, plan: Search, first: Tensor, size: Tensor, fo
         scores = scores.masked_fill(~asked[..., None], float("-inf")).amax(3)
         scores = scores.unflatten(-1, (-1, len(sampled))).amax(-1).masked_fill(length == 0, float("-inf"))
         # nodes ascend, so that the earlier one of equals wins
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : plan.nodes].sort(-1).values
+        kept = plan.followed if step + 1 < steps else plan.nodes
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept].sort(-1).values
         start, length = start.gather(-1, best), length.gather(-1, best)
     unused = torch.iinfo(start.dtype).max
-    return start.masked_fill(length == 0, unused).sort(-1).values
+    return start.masked_fill(length == 0, unused).sort(-1).values[..., : plan.nodes]

@@ -20,9 +20,9 @@ from farfield.kernels.attend import padded
 from farfield.ops.tree import Search
 
 WIDEST = 256  # key width
-MOST = 1024  # nodes of a list
+MOST = 1024  # nodes that are followed
 # halves of a step -> warps
-WARPS: dict[int, int] = {8: 1, 16: 1}
+WARPS: dict[int, int] = {8: 1, 16: 1, 32: 1}
 
 VARIES = ["heads", "blocks", "start", "held", "tokens", "q_b", "q_h", "q_t", "k_b", "k_h", "k_t"]
 
@@ -30,7 +30,8 @@ VARIES = ["heads", "blocks", "start", "held", "tokens", "q_b", "q_h", "q_t", "k_
 @triton.jit(do_not_specialize=VARIES)
 def tree_search(
     q, k, index, count, heads, blocks, start, held, tokens, q_b, q_h, q_t, k_b, k_h, k_t,
-    REPEAT: tl.constexpr, KEEP: tl.constexpr, NODES: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    REPEAT: tl.constexpr, KEEP: tl.constexpr, FOLLOW: tl.constexpr, NODES: tl.constexpr, SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, PLACE: tl.constexpr,
     PICKS: tl.constexpr, QUERIES: tl.constexpr, ASKED: tl.constexpr, SAMPLES: tl.constexpr, SAMPLED: tl.constexpr,
     HALVES: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, UNIT: tl.constexpr,
@@ -50,7 +51,7 @@ def tree_search(
     window = tl.maximum(tl.maximum(first - WINDOW + 1, 0) // K_BLOCK, SINKS)
     stop = (tl.minimum(first + Q_BLOCK, tokens) - 1) // K_BLOCK + 1
     size = window - SINKS
-    found = tl.minimum(size, KEEP)
+    found, followed = tl.minimum(size, KEEP), tl.minimum(size, FOLLOW)
 
     # queries up to the first one of the block: what comes later must not choose
     dims = tl.arange(0, D_TILE)
@@ -62,15 +63,17 @@ def tree_search(
     q_tile = _load(q_at, (dims < D)[:, None], D, D_TILE)
     keys = k + (b * k_b + h // REPEAT * k_h) * UNIT
 
-    # node j begins at j * size // found, in 32 bits; its place and size in one number, -1 where there is none
+    # node j begins at j * size // followed, in 32 bits; its place and size in one number, -1 where there is none
     node = tl.arange(0, NODES)
-    many = tl.maximum(found, 1)
+    many = tl.maximum(followed, 1)
     short, rest = size // many, size % many
     cut = SINKS + node * short + node * rest // many
     over = (node + 1) * rest // many - node * rest // many
-    mine = tl.where(node < found, cut * 2 + over, -1)
+    mine = tl.where(node < followed, cut * 2 + over, -1)
     longest = short + (rest > 0).to(tl.int32)
-    while longest > 1:
+    # one step at least where there is a choice: it gives single blocks their scores
+    going = size > KEEP
+    while going:
         at, length = mine >> 1, short + (mine & 1)
         half = length // 2
         begin = tl.reshape(tl.join(at, at + half), [2 * NODES])
@@ -95,10 +98,12 @@ def tree_search(
         name = LOW - (begin * 2 + length - short).to(tl.int64)
         best = tl.topk(tl.where(there, (order << 32) | name, ABSENT), NODES)
         mine = tl.where(best == ABSENT, -1, LOW - (best & 0xFFFFFFFF)).to(tl.int32)
-        mine = tl.where(node < KEEP, mine, -1)
+        mine = tl.where(node < FOLLOW, mine, -1)
         longest = (longest + 1) // 2
+        going = longest > 1
 
-    chosen = tl.sort(tl.where(mine < 0, 0x7FFFFFFF, mine >> 1))
+    # the best come first
+    chosen = tl.sort(tl.where(node < found, mine >> 1, 0x7FFFFFFF))
     tl.store(index + list_at * PICKS + SINKS + node, chosen, mask=node < found)
     for at in range(0, PICKS, 128):
         slot = at + tl.arange(0, 128)
@@ -159,14 +164,14 @@ class Cut(NamedTuple):
 
 @cache
 def cut(
-    nodes: int, sinks: int, width: int, q_block: int, k_block: int, q_stride: int, k_stride: int, place: int,
+    nodes: int, beam: int, sinks: int, width: int, q_block: int, k_block: int, q_stride: int, k_stride: int, place: int,
     picks: int, d: int, dtype: torch.dtype,
 ) -> Cut:  # fmt: skip
     """From Search's fields but the first, its picks, the key width and the dtype."""
     asked, sampled = -(-q_block // q_stride), -(-k_block // k_stride)
     samples, wide = padded(sampled, 1), padded(d)
     # a product has 16 rows of keys at least
-    branches = 2 * max(padded(nodes, 1), 8 // samples)
+    branches = 2 * max(padded(nodes * beam, 1), 8 // samples)
     rows = branches * samples
     if dtype == torch.float32:
         # IEEE products run on no tensor core, and their operands lie in registers
@@ -175,8 +180,8 @@ def cut(
         rows, warps = min(rows, 64), WARPS.get(branches, 4)
     halves = max(1, min(branches, rows // samples))
     return Cut(
-        (nodes, branches // 2, sinks, width, q_block, k_block, q_stride, k_stride, place, picks, padded(asked), asked,
-         samples, sampled, halves, d, wide),
+        (nodes, nodes * beam, branches // 2, sinks, width, q_block, k_block, q_stride, k_stride, place, picks,
+         padded(asked), asked, samples, sampled, halves, d, wide),
         warps,
     )  # fmt: skip
 
@@ -187,8 +192,8 @@ def refusal(q: Tensor, plan: Search) -> str | None:
         return f"takes bfloat16, float16 and float32, not {q.dtype}"
     if q.shape[3] > WIDEST:
         return f"takes widths up to {WIDEST}, got D={q.shape[3]}"
-    if plan.nodes > MOST:
-        return f"takes lists of up to {MOST} nodes, got {plan.nodes}"
+    if plan.followed > MOST:
+        return f"follows up to {MOST} nodes, got {plan.followed}"
     if max(-(-plan.q_block // plan.q_stride), -(-plan.k_block // plan.k_stride)) > 128:
         return "takes up to 128 samples of a block"
     return None

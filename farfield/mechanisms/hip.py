@@ -1,22 +1,23 @@
 """HiP: the keys a query block reads are found by a search down a binary tree over the keys.
 
-    nodes(0)   = the key blocks between sinks and window, cut into k / b_k equal runs
-    nodes(t+1) = the best k / b_k of the halves of nodes(t), by score(half) = max_{i, j} q[i] . k[j],
+    nodes(0)   = the key blocks between sinks and window, cut into beam k / b_k equal runs
+    nodes(t+1) = as many of the halves of nodes(t), the best by score(half) = max_{i, j} q[i] . k[j],
                  i over some queries, j over some keys of the block in the middle of the half
-    seen(i)    = the blocks at which the search ends, the first tokens (sinks), the last ones (window);  j <= i
+    seen(i)    = the best k / b_k blocks at the end, the first tokens (sinks), the last ones (window);  j <= i
     out[i]     = sum over j in seen(i) of softmax_j(scale * q[i] . k[j]) v[j]
 
-T (k + window + sinks) scores, and (T / b_q) log2(T / k) steps of 2 k / b_sk keys for the choice; the state keeps all
-keys and values, up to 2 b_q queries and the list of the open block, which is chosen anew every b_q tokens.
+T (k + window + sinks) scores, and (T / b_q) log2(T / k) steps of 2 beam k / b_sk keys for the choice; the state keeps
+all keys and values, up to 2 b_q queries and the list of the open block, which is chosen anew every b_q tokens.
 Departs from the paper: the queries that choose for a block are those of the block before and the block's own first one
 (the paper asks the block itself, and so lets later queries choose for earlier ones); blocks are 128 queries and 128
-keys, sampled by 8 and 32, where the paper has 64 and 2, sampled by 2 and 1 (`Hip(q_block=64, k_block=2, q_stride=2,
-k_stride=1)`; 32 and 2 in its appendix); sinks and window are rounded up to whole key blocks and left out of the search;
+keys, sampled by 8 and 64, where the paper has 64 and 2, sampled by 2 and 1; because so few blocks make up k, four times
+as many nodes are followed as are kept in the end (the paper's are `Hip(q_block=64, k_block=2, q_stride=2, k_stride=1,
+beam=1)`, and 32 and 2 in its appendix); sinks and window are rounded up to whole key blocks and left out of the search;
 a layer is sparse throughout (which layers stay dense is the model's to say); no offloading.
 """
 
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class Hip(Mechanism):
         width: last tokens that a block's first query sees at least, itself included.
         q_block, k_block: tokens of a query block, which shares one list, and of a key block, of which lists consist.
         q_stride, k_stride: every so many queries and keys of a block are scored.
+        beam: nodes that are followed down the tree for each key block that is read in the end.
         place: which block of a node stands for it: "centre", "first" or "last".
         rewind: tokens that `state.crop` can go back; the state grows by as many queries.
     """
@@ -84,7 +86,16 @@ class Hip(Mechanism):
     )
     cases = (
         Case(
-            options={"keep": 16, "sinks": 3, "width": 9, "q_block": 8, "k_block": 4, "q_stride": 3, "k_stride": 2},
+            options={
+                "keep": 12,
+                "sinks": 3,
+                "width": 9,
+                "q_block": 8,
+                "k_block": 4,
+                "q_stride": 3,
+                "k_stride": 2,
+                "beam": 2,
+            },
             tokens=101,
             block=8,
         ),
@@ -107,7 +118,8 @@ class Hip(Mechanism):
         q_block: int = 128,
         k_block: int = 128,
         q_stride: int = 8,
-        k_stride: int = 32,
+        k_stride: int = 64,
+        beam: int = 4,
         place: str = "centre",
         rewind: int = 0,
         causal: bool = True,
@@ -119,7 +131,7 @@ class Hip(Mechanism):
         if rewind < 0:
             raise ValueError(f"hip: rewind must be at least 0, got {rewind}")
         self.keep, self.sinks, self.width, self.q_block, self.k_block = keep, sinks, width, q_block, k_block
-        self.q_stride, self.k_stride, self.place, self.rewind = q_stride, k_stride, place, rewind
+        self.q_stride, self.k_stride, self.beam, self.place, self.rewind = q_stride, k_stride, beam, place, rewind
         # refuses sizes that do not fit
         self.choose(torch.empty(0, 1, 1, 1), torch.empty(0, 1, 1, 1))
 
@@ -133,7 +145,7 @@ class Hip(Mechanism):
         """Who reads what, for query blocks `start` and after; q holds the last of the queries. See select.tree."""
         return tree(
             q, k, keep=self.keep, sinks=self.sinks, width=self.width, q_block=self.q_block, k_block=self.k_block,
-            q_stride=self.q_stride, k_stride=self.k_stride, place=self.place, start=start,
+            q_stride=self.q_stride, k_stride=self.k_stride, beam=self.beam, place=self.place, start=start,
         )  # fmt: skip
 
     def extend(self, q, k, v, state: HipState | None = None, *, rotary=None):
@@ -180,7 +192,7 @@ class Hip(Mechanism):
             asked = [i for i in range(p, p - self.q_block, -self.q_stride) if i >= 0]
             products = (q[b, h, asked].detach() @ k[b, h].detach().T).amax(0).tolist()
             window = max(max(p - self.width + 1, 0) // size, sinks)
-            blocks = _found(sinks, window, self.keep // size, size, self.k_stride, self.place, products)
+            blocks = _found(sinks, window, self.keep // size, self.beam, size, self.k_stride, self.place, products)
             for m in (*range(sinks), *blocks, *range(window, -(-tokens // size))):
                 seen[b, h, p : p + self.q_block, m * size : (m + 1) * size] = True
         scores = q @ k.mT * (width**-0.5 if self.scale is None else self.scale)
@@ -213,24 +225,23 @@ def _blocks_between(few: int, many: int, block: int) -> int:
     return (many - 1) // block - (few - 1) // block
 
 
-def _found(first: int, stop: int, nodes: int, size: int, stride: int, place: str, products: list[float]) -> list[int]:
+def _found(
+    first: int, stop: int, nodes: int, beam: int, size: int, stride: int, place: str, products: list[float]
+) -> list[int]:
     """The key blocks of first .. stop - 1 that the search ends at; products[j] is the largest of key j."""
-    many = stop - first
-    if many <= nodes:
+    if stop - first <= nodes:
         return list(range(first, stop))
 
-    def score(begin: int, end: int) -> float:
+    def worse(run: tuple[int, int]) -> tuple[float, int]:
+        """A key to sort runs by: of equal scores the earlier one is better."""
+        begin, end = run
         block = {"centre": begin + (end - begin) // 2, "first": begin, "last": end - 1}[place]
-        return max(products[block * size : (block + 1) * size : stride])
+        return -max(products[block * size : (block + 1) * size : stride]), begin
 
-    runs = [(first + j * many // nodes, first + (j + 1) * many // nodes) for j in range(nodes)]
+    followed = min(nodes * beam, stop - first)
+    cuts = [first + j * (stop - first) // followed for j in range(followed + 1)]
+    runs = list(pairwise(cuts))
     while any(end - begin > 1 for begin, end in runs):
-        halves = [
-            half
-            for begin, end in runs
-            for half in ((begin, begin + (end - begin) // 2), (begin + (end - begin) // 2, end))
-            if half[0] < half[1]
-        ]
-        # of equal scores the earlier one
-        runs = sorted(sorted(halves, key=lambda half: (-score(*half), half[0]))[:nodes])
-    return [begin for begin, _ in runs]
+        halves = [pair for begin, end in runs for pair in pairwise((begin, begin + (end - begin) // 2, end))]
+        runs = sorted((half for half in halves if half[0] < half[1]), key=worse)[:followed]
+    return sorted(begin for begin, _ in sorted(runs, key=worse)[:nodes])

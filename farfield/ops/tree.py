@@ -21,6 +21,7 @@ class Search(NamedTuple):
     Args:
         start: the first query block that gets a list.
         nodes: key blocks that a list keeps of those between sinks and window.
+        beam: so many times as many nodes are followed down the tree.
         sinks: first key blocks, which every list names.
         width: the newest tokens of a block's first query that are in the window, itself included.
         q_block, k_block: tokens of a query block and of a key block.
@@ -30,6 +31,7 @@ class Search(NamedTuple):
 
     start: int
     nodes: int
+    beam: int
     sinks: int
     width: int
     q_block: int
@@ -43,11 +45,15 @@ class Search(NamedTuple):
         """Entries of a list, at most."""
         return self.sinks + self.nodes + (self.q_block + self.width - 2) // self.k_block + 2
 
+    @property
+    def followed(self) -> int:
+        return self.nodes * self.beam
+
     def steps(self, tokens: int) -> int:
-        """Halvings until the nodes of every list are single blocks."""
+        """Halvings until the nodes of every list are single blocks and have scores."""
         first = max((tokens - 1) // self.q_block, 0) * self.q_block
         between = max(first - self.width + 1, 0) // self.k_block - self.sinks
-        return (-(-between // self.nodes) - 1).bit_length() if between > 0 else 0
+        return max((-(-between // self.followed) - 1).bit_length(), 1) if between > self.nodes else 0
 
 
 def search(

@@ -21,14 +21,16 @@ def tree(
     k_block: int = 128,
     q_stride: int = 1,
     k_stride: int = 1,
+    beam: int = 1,
     place: str = "centre",
     start: int = 0,
 ) -> Layout:
     """Each query block reads the first `sinks` tokens, the last `width`, and `keep` that a tree search finds between.
 
-    The key blocks between sinks and window are cut into keep / k_block nodes of nearly equal size (node j begins at
-    floor(j * size / nodes)). Each step halves every node at floor(length / 2), scores each half by one block in it,
-    the `place`, and keeps the best keep / k_block halves, until all are single blocks:
+    The key blocks between sinks and window are cut into beam * keep / k_block nodes of nearly equal size (node j begins
+    at floor(j * size / nodes)). Each step halves every node at floor(length / 2), scores each half by one block in it,
+    the `place`, and keeps as many halves as there were nodes, the best, until all are single blocks; keep / k_block of
+    these, the best, are read:
 
         score(block) = max over sampled queries i, sampled keys j of the block of q[i] . k[j]
 
@@ -37,7 +39,7 @@ def tree(
     a part in the choice. Sinks and window are whole blocks: those that hold a token of them. Ranges of no more than
     `keep` tokens are read whole. Carries no gradient. Causal; the last query stands at the last key.
 
-    T / q_block searches of log2(T / keep) steps of 2 keep / k_stride keys; memory O(T).
+    T / q_block searches of log2(T / (beam * keep)) steps of 2 beam * keep / k_stride keys; memory O(T).
 
     Args:
         q: the last R of the T queries; those that are asked and not there count as beyond the beginning.
@@ -49,11 +51,11 @@ def tree(
     Source: HiP Attention (Lee et al. 2024, arXiv:2406.09827), algorithm 1 and its block approximation; where blocks
     are cut and who wins ties is ours, and so is whom to ask.
     """
-    if keep < k_block or keep % k_block or min(width, q_block, k_block, q_stride, k_stride) < 1 or sinks < 0:
+    if keep < k_block or keep % k_block or min(width, q_block, k_block, q_stride, k_stride, beam) < 1 or sinks < 0:
         raise ValueError(
             "tree: keep must be a multiple of k_block, sinks at least 0, the others at least 1; got "
             f"keep={keep}, k_block={k_block}, sinks={sinks}, width={width}, q_block={q_block}, q_stride={q_stride}, "
-            f"k_stride={k_stride}"
+            f"k_stride={k_stride}, beam={beam}"
         )
     if place not in PLACES:
         raise ValueError(f"tree: place must be one of {', '.join(PLACES)}, got {place!r}")
@@ -63,7 +65,7 @@ def tree(
             f"tree: no query block {start} of {q_block} among {tokens} tokens, of which q holds {q.shape[2]}"
         )
     nodes, sink_blocks = keep // k_block, -(-sinks // k_block)
-    plan = Search(start, nodes, sink_blocks, width, q_block, k_block, q_stride, k_stride, PLACES.index(place))
+    plan = Search(start, nodes, beam, sink_blocks, width, q_block, k_block, q_stride, k_stride, PLACES.index(place))
     with torch.no_grad():
         index, count = search(q, k, plan)
     return Layout(index, count, q_block, k_block, tokens - start * q_block, tokens, causal=True)

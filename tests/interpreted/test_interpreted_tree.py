@@ -19,13 +19,13 @@ F32, F16 = torch.float32, torch.float16
 @pytest.mark.parametrize(
     ("tokens", "held", "width", "dtype", "plan"),
     [
-        (70, 70, 16, F32, Search(0, 4, 1, 9, 24, 4, 9, 2, 0)),
+        (70, 70, 16, F32, Search(0, 2, 3, 1, 9, 24, 4, 9, 2, 0)),
         # the last queries only; counts of nodes and samples that are no powers of two
-        (195, 30, 24, F16, Search(24, 6, 1, 9, 8, 3, 3, 1, 1)),
-        (150, 20, 16, F16, Search(37, 6, 2, 5, 4, 1, 1, 1, 2)),
-        (50, 2, 16, F32, Search(48, 1, 2, 5, 1, 1, 1, 1, 0)),
+        (195, 30, 24, F16, Search(24, 3, 2, 1, 9, 8, 3, 3, 1, 1)),
+        (150, 20, 16, F16, Search(37, 6, 1, 2, 5, 4, 1, 1, 1, 2)),
+        (50, 2, 16, F32, Search(48, 1, 1, 2, 5, 1, 1, 1, 1, 0)),
         # several products a step
-        (400, 40, 16, F16, Search(12, 32, 0, 20, 32, 2, 2, 2, 0)),
+        (400, 40, 16, F16, Search(12, 32, 1, 0, 20, 32, 2, 2, 2, 0)),
     ],
     ids=str,
 )
@@ -41,7 +41,7 @@ def test_search_writes_what_pytorch_writes(tokens, held, width, dtype, plan):
 
 
 def test_search_among_nan_and_infinite_keys():
-    plan = Search(12, 4, 1, 9, 8, 4, 3, 2, 0)
+    plan = Search(12, 4, 1, 1, 9, 8, 4, 3, 2, 0)
     q, k = (normal(1, 1, 100, 16, seed=n, dtype=F32) for n in (1, 2))
     for odd in (float("nan"), float("inf"), -0.0):
         k[:, :, 20:70:3] = odd
