@@ -66,6 +66,8 @@ def test_02_monotone_scores_give_the_last_or_the_first_keys():
     scores = torch.arange(4096.0)[None]
     assert found(scores, 64)[0].tolist() == list(range(4096 - 64, 4096))
     assert found(-scores, 64)[0].tolist() == list(range(64))
+    # of equal scores the earlier one wins
+    assert found(torch.zeros(1, 4096), 64)[0].tolist() == list(range(64))
     # sizes that do not divide
     assert found(scores[:, :3001], 60)[0].tolist() == list(range(3001 - 60, 3001))
 
