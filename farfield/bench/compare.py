@@ -35,7 +35,7 @@ FREE = ("scored", "seeds", "again")
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"length": 2048, "batch": 1, "width": 128, "layers": 3, "heads": 2, "scored": 16},
     "cuda": {"length": 8192, "batch": 4, "width": 512, "layers": 8, "heads": 8, "scored": 128,
-             "dtype": "bfloat16", "compile": True},
+             "dtype": "bfloat16"},
 }  # fmt: skip
 """What a plain comparison has on which kind of device."""
 
@@ -291,7 +291,8 @@ class Comparison:
         """The table of results, and what failed."""
         if models := merged(self.found):
             title = f"\nHeld-out bits per byte after {self.found['trained']['tokens']:,} tokens"
-            learning.print_scores(self.console, title, models, self.found["held_out"], COLUMNS)
+            # the parameters are in the report: 80 columns hold the rest
+            learning.print_scores(self.console, title, models, self.found["held_out"], COLUMNS[:-1])
         if noise := spread(self.found):
             self.console.print(noise, style="dim")
         for one in self.found["failed"].values():

@@ -61,7 +61,10 @@ def compare(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     dtype: Annotated[str | None, unset("float32; bfloat16 on a GPU", "float32, or bfloat16 for autocast.")] = None,
-    compile: Annotated[bool | None, unset("on a GPU", "torch.compile the blocks.", "--compile/--no-compile")] = None,
+    compile: Annotated[
+        bool | None,
+        unset("no-compile", "torch.compile the blocks: takes a while for each mechanism.", "--compile/--no-compile"),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of everything made.")] = Path("runs/compare"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what --out holds: finished runs are kept.")
