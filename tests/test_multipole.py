@@ -1,5 +1,6 @@
 """multipole without a GPU: sizes, what it takes, what a compiler sees of it, one kernel for all lengths."""
 
+import os
 from functools import partial
 from unittest import mock
 
@@ -13,6 +14,7 @@ import farfield as ff
 from farfield.kernels import multipole as km
 from farfield.ops import multipole as op
 from farfield.ops.multipole import Field, kept_parts, reached, refusal, tree_of
+from farfield.testing import compiled
 
 FIELDS = (Field(64, 64, 4, 0), Field(64, 128, 16, 5), Field(128, 384, 32, 128), Field(64, 64, 1, 3))
 
@@ -189,3 +191,19 @@ def test_one_graph_for_all_lengths(taken, monkeypatch):
     for tokens in (1000, 1500, 9000, 70_000):
         compiled(*(torch.empty(1, heads, tokens, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)))
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
+@pytest.mark.parametrize("field", FIELDS[:2], ids=str)
+def test_one_kernel_for_all_lengths(field):
+    found: dict[str, set[str]] = {}
+    for tokens in (1500, 5000, 12_345, 40_000):
+        q, k, v = (torch.empty(1, h, tokens, 64, dtype=torch.bfloat16, device="meta") for h in (4, 2, 2))
+        with compiled.recording() as launches:
+            out, kept = km._forward(q, k, v, field, 0.125)
+            km._backward(torch.empty_like(out), q, k, v, out, kept, field, 0.125)
+        for launch in launches:
+            found.setdefault(launch.name, set()).add(launch.hash)
+    assert {"pool_forward", "attend_hopper", "pool_backward"} <= found.keys()
+    several = {name: len(hashes) for name, hashes in found.items() if len(hashes) > 1}
+    assert not several
