@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 import farfield as ff
 from farfield.kernels import multipole as km
+from farfield.kernels import replay
 from farfield.ops import multipole as op
 from farfield.ops.multipole import Field, kept_parts, reached, refusal, tree_of
 from farfield.testing import compiled
@@ -207,3 +208,26 @@ def test_one_kernel_for_all_lengths():
     assert {"pool_forward", "attend_hopper", "pool_backward"} <= found.keys()
     several = {name: len(hashes) for name, hashes in found.items() if len(hashes) > 1}
     assert not several
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(700, 2, 2), (2500, 4, 2)])
+def test_every_launch_is_recorded(tokens, heads, kv_heads):
+    """A launch that goes past `start` would be missing in every replay."""
+    field, given, constant = FIELDS[0], [], replay._Recorder.constant
+    q, k, v = (torch.empty(1, h, tokens, 64, dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads))
+    with compiled.recording() as launches:
+
+        def made_once(recorder, make, options):
+            before = len(launches)
+            found = constant(recorder, make, options)
+            given.extend(launch.name for launch in launches[before:])
+            return found
+
+        with mock.patch.object(replay._Recorder, "constant", made_once):
+            found, forward = replay.record(km._forward, (q, k, v), (field, 0.125))
+            _, backward = replay.record(km._backward, (torch.empty_like(q), q, k, v, *found), (field, 0.125))
+    kept = [launch.kernel.metadata.name for launch in (*forward.launches, *backward.launches)]
+    assert {"tree_lists", "_keys", "_spans"} == set(given)
+    assert {"pool_forward", "attend_hopper", "pool_backward"} <= set(kept)
+    assert sorted(launch.name for launch in launches) == sorted(given + kept)
