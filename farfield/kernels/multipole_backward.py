@@ -30,9 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from farfield.kernels import pool
-from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _processors
+from farfield.kernels.attend_hopper import _descriptor, _hopper, _processors, _template
 from farfield.ops.pool import Tree
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -145,12 +146,23 @@ def _load_rows(
 
 
 @gluon.jit
+def _leave(x, place, tile, b, h, row, column, pending: gl.constexpr):
+    """Store a tile by way of shared memory, once no more than so many stores before it still read theirs."""
+    tma.store_wait(pending)
+    _sync()
+    place.reshape(tile.shape).store(tile.to(x.dtype))
+    fence_async_shared()
+    _sync()
+    tma.async_copy_shared_to_global(x, [b, h, row, column], place)
+
+
+@gluon.jit
 def _near(
-    d_k, d_v, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, ds_ring,
+    d_k, d_v, out_ring, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, ds_ring,
     q_full, d_full, stat_full, q_empty, k_full, k_empty, v_full, v_empty, ds_full, ds_empty,
-    items, runs, run_blocks, blocks, tokens, scale,
+    items, runs, run_blocks, blocks, heads, scale,
     RADIUS: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, OUT_STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile after the other, over the query blocks that read it."""
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])
@@ -163,6 +175,7 @@ def _near(
     queries, keys, pairs = 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         unit, first, stop, low, end = _span(item, runs, run_blocks, blocks, RADIUS)
+        b, h = unit // heads, unit % heads
         if first == 0:
             # the first blocks have fewer near blocks before them: what the others say of those is that there is nothing
             for i in gl.static_range(RADIUS):
@@ -229,15 +242,13 @@ def _near(
             mbarrier.arrive(k_empty.index(ks), count=1)
             mbarrier.arrive(v_empty.index(vs), count=1)
             if j >= first:
-                row = j * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
-                line = unit.to(gl.int64) * tokens + row
-                at = line[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
-                inside = (row < tokens)[:, None]
-                gl.store(d_k + at, (acc_k * scale).to(dtype), mask=inside)
-                gl.store(d_v + at, acc_v.to(dtype), mask=inside)
+                _leave(d_k, out_ring.index(0), acc_k * scale, b, h, j * BLOCK, 0, OUT_STAGES - 1)
+                _leave(d_v, out_ring.index(OUT_STAGES - 1), acc_v, b, h, j * BLOCK, 0, OUT_STAGES - 1)
         queries += end - first
         keys += stop - low
         pairs += (stop - first) * (RADIUS + 1)
+    # shared memory must be there until everything has left it
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -380,8 +391,8 @@ def _far(
 
 @gluon.jit
 def _queries(
-    d_q, k_ring, fk_ring, ds_ring, df_ring, k_full, k_empty, far_full, far_empty, ds_full, ds_empty, df_full, df_empty,
-    items, runs, run_blocks, blocks, tokens, scale,
+    d_q, place, k_ring, fk_ring, ds_ring, df_ring, k_full, k_empty, far_full, far_empty, ds_full, ds_empty, df_full, df_empty,
+    items, runs, run_blocks, blocks, heads, scale,
     RADIUS: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr, FAR_STAGES: gl.constexpr,
     DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -391,6 +402,7 @@ def _queries(
     keys, pairs, steps, turns = 0, 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         unit, first, stop, low, end = _span(item, runs, run_blocks, blocks, RADIUS)
+        b, h = unit // heads, unit % heads
         for i in range(first, stop):
             y = pairs + (i - first) * (RADIUS + 1)
             if i < RADIUS:
@@ -398,8 +410,6 @@ def _queries(
                     mbarrier.wait(ds_full.index((y + t) % DS_STAGES), (y + t) // DS_STAGES & 1)
                     _sync()
                     mbarrier.arrive(ds_empty.index((y + t) % DS_STAGES), count=1)
-            row = i * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
-            at = (unit.to(gl.int64) * tokens + row)[:, None] * D + gl.arange(0, 64, gl.SliceLayout(0, wide))[None, :]
             f = steps % FAR_STAGES
             for half in gl.static_range(HALVES):
                 acc = gl.zeros([BLOCK, 64], gl.float32, wide)
@@ -421,28 +431,31 @@ def _queries(
                 for tile in gl.static_range(TILES):
                     d_scores = df_ring.index(turns % DF_STAGES * TILES + tile).permute((1, 0))
                     acc = warpgroup_mma(d_scores, fk_ring.index(f * TILES + tile).slice(half * 64, 64, 1), acc)
-                gl.store(d_q + at + half * 64, (acc * scale).to(d_q.dtype.element_ty), mask=(row < tokens)[:, None])
-            _sync()
-            mbarrier.arrive(df_empty.index(turns % DF_STAGES), count=1)
+                if half == HALVES - 1:
+                    _sync()
+                    mbarrier.arrive(df_empty.index(turns % DF_STAGES), count=1)
+                    if (i % 2 == 1) | (i == stop - 1):
+                        mbarrier.arrive(far_empty.index(f), count=1)
+                _leave(d_q, place, acc * scale, b, h, i * BLOCK, half * 64, 0)
             turns += 1
             if (i % 2 == 1) | (i == stop - 1):
-                mbarrier.arrive(far_empty.index(f), count=1)
                 steps += 1
         keys += stop - low
         pairs += (stop - first) * (RADIUS + 1)
+    tma.store_wait(0)
 
 
-VARIES = ["items", "runs", "run_blocks", "blocks", "heads", "tokens", "own_levels", "done", "levels", "far_count"]
+VARIES = ["items", "runs", "run_blocks", "blocks", "heads", "own_levels", "done", "levels", "far_count"]
 VARIES += ["log_segment"]
 
 
 @gluon.jit(do_not_specialize=VARIES)
 def multipole_backward(
     q, d_out, k, v, shift, delta, far_k, far_v, d_q, d_k, d_v, d_far_k, d_far_v, piece_k, piece_v,
-    items, runs, run_blocks, blocks, heads, tokens, own_levels, done, levels, far_count, log_segment, scale,
+    items, runs, run_blocks, blocks, heads, own_levels, done, levels, far_count, log_segment, scale,
     RADIUS: gl.constexpr, RANK: gl.constexpr, TILES: gl.constexpr, BQ: gl.constexpr, BF: gl.constexpr, D: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, FAR_STAGES: gl.constexpr,
-    DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr, FAR_REGISTERS: gl.constexpr, QUERY_REGISTERS: gl.constexpr,
+    DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr, OUT_STAGES: gl.constexpr, FAR_REGISTERS: gl.constexpr, QUERY_REGISTERS: gl.constexpr,
     LOADING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -462,6 +475,9 @@ def multipole_backward(
     far_ds: gl.constexpr = gl.NVMMASharedLayout(2 * BF, 16, 2)
     ds_ring = gl.allocate_shared_memory(q.dtype, [DS_STAGES, BLOCK, BLOCK], near_ds)
     df_ring = gl.allocate_shared_memory(q.dtype, [DF_STAGES * TILES, 64, BLOCK], far_ds)
+    # where dk and dv, and dq, leave from
+    out_ring = gl.allocate_shared_memory(q.dtype, [OUT_STAGES, 1, 1, BLOCK, D], d_k.layout)
+    place = gl.allocate_shared_memory(q.dtype, [1, 1, BLOCK, 64], d_q.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
     d_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
     stat_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
@@ -502,10 +518,10 @@ def multipole_backward(
     # constants stay constants only where they are written into the call
     gl.warp_specialize([
         (_near, (
-            d_k, d_v, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, ds_ring,
+            d_k, d_v, out_ring, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, ds_ring,
             q_full, d_full, stat_full, q_empty, k_full, k_empty, v_full, v_empty, ds_full, ds_empty,
-            items, runs, run_blocks, blocks, tokens, scale,
-            RADIUS, BQ, D, Q_STAGES, K_STAGES, V_STAGES, DS_STAGES,
+            items, runs, run_blocks, blocks, heads, scale,
+            RADIUS, BQ, D, Q_STAGES, K_STAGES, V_STAGES, DS_STAGES, OUT_STAGES,
         )),
         (_far, (
             d_far_k, d_far_v, piece_k, piece_v, q_ring, d_ring, fk_ring, fv_ring, shift_ring, delta_ring, df_ring,
@@ -514,8 +530,8 @@ def multipole_backward(
             RADIUS, RANK, TILES, BQ, BF, D, Q_STAGES, FAR_STAGES, DF_STAGES,
         )),
         (_queries, (
-            d_q, k_ring, fk_ring, ds_ring, df_ring, k_full, k_empty, far_full, far_empty, ds_full, ds_empty, df_full,
-            df_empty, items, runs, run_blocks, blocks, tokens, scale,
+            d_q, place, k_ring, fk_ring, ds_ring, df_ring, k_full, k_empty, far_full, far_empty, ds_full, ds_empty,
+            df_full, df_empty, items, runs, run_blocks, blocks, heads, scale,
             RADIUS, TILES, D, K_STAGES, FAR_STAGES, DS_STAGES, DF_STAGES,
         )),
         (_load_rows, (
@@ -530,9 +546,9 @@ def multipole_backward(
     ], [4, 4, 2, 1], [FAR_REGISTERS, QUERY_REGISTERS, LOADING, LOADING])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "padded", "d_out_strides"])
+@triton.jit(do_not_specialize=["d_batch", "d_head", "d_row", "heads", "tokens", "padded"])
 def statistics(
-    out, d_out, lse, shift, delta, d_out_strides, heads, tokens, padded, D: tl.constexpr, ROWS: tl.constexpr
+    out, d_out, lse, shift, delta, d_batch, d_head, d_row, heads, tokens, padded, D: tl.constexpr, ROWS: tl.constexpr
 ):
     """delta = sum(dout out) and lse in units of log 2, up to the end of the last block: no weight beyond the last token."""
     chunks = (padded + ROWS - 1) // ROWS
@@ -541,8 +557,8 @@ def statistics(
     i = chunk * ROWS + tl.arange(0, ROWS)
     asked = i < tokens
     columns = tl.arange(0, D)
-    base = d_out + unit // heads * d_out_strides[0] + unit % heads * d_out_strides[1]
-    d_tile = tl.load(base + i[:, None] * d_out_strides[2] + columns, mask=asked[:, None], other=0.0)
+    base = d_out + unit // heads * d_batch + unit % heads * d_head
+    d_tile = tl.load(base + i[:, None] * d_row + columns, mask=asked[:, None], other=0.0)
     o_tile = tl.load(out + (unit * tokens + i)[:, None] * D + columns, mask=asked[:, None], other=0.0)
     mass = tl.load(lse + unit * tokens + i, mask=asked, other=float("-inf"))
     empty = mass == float("-inf")
@@ -617,7 +633,7 @@ class Tiles(NamedTuple):
 
     Args:
         queries, far_queries: that the near and the far warps take at a time.
-        q_stages, k_stages, v_stages, far_stages, ds_stages, df_stages: places of the rings.
+        q_stages, k_stages, v_stages, far_stages, ds_stages, df_stages, out_stages: places of the rings.
         far, query, loading: registers of a thread. The near warps get the rest.
     """
 
@@ -629,6 +645,7 @@ class Tiles(NamedTuple):
     far_stages: int
     ds_stages: int
     df_stages: int
+    out_stages: int
     far: int
     query: int
     loading: int = 32
@@ -636,9 +653,9 @@ class Tiles(NamedTuple):
 
 # width, tiles of 64 far rows
 TILES = {
-    (64, 1): Tiles(64, 64, 3, 4, 2, 2, 4, 2, far=200, query=80),
-    (64, 2): Tiles(64, 32, 3, 4, 2, 2, 4, 2, far=216, query=80),
-    (128, 1): Tiles(32, 32, 2, 3, 2, 1, 2, 1, far=200, query=88, loading=24),
+    (64, 1): Tiles(64, 64, 3, 4, 3, 2, 4, 2, 2, far=200, query=80),
+    (64, 2): Tiles(64, 32, 3, 3, 2, 2, 2, 2, 2, far=216, query=80),
+    (128, 1): Tiles(32, 32, 2, 3, 2, 1, 2, 1, 1, far=192, query=104),
 }
 RUN = 4  # log2 of the query blocks of a run at most
 
@@ -658,6 +675,13 @@ def wants(q: Tensor, k: Tensor, tree: Tree, radius: tuple[int, ...]) -> bool:
         and radius[0] == 1
         and _hopper(q.device)
     )
+
+
+def _columns(x: Tensor) -> TensorDescriptor:
+    """A descriptor of boxes of 64 rows and 64 columns."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(_template(64, 64, x.dtype), base=x, shape=list(x.shape), strides=list(x.stride()))
+    return made
 
 
 def backward(
@@ -699,17 +723,17 @@ def gradients(
     piece_k, piece_v = (torch.empty(max(pieces, 1), dtype=torch.float32, device=q.device) for _ in range(2))
     rows = 64
     statistics[(units * blocks,)](
-        out, d_out, lse, shift, delta, d_out.stride(), heads, tokens, blocks * 64, D=width, ROWS=rows, num_warps=4
+        out, d_out, lse, shift, delta, *d_out.stride()[:3], heads, tokens, blocks * 64, D=width, ROWS=rows, num_warps=4
     )
     items = units * runs
     multipole_backward[(min(items, _processors(q.device)),)](
         _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
-        shift, delta, far_k, far_v, d_q, d_k, d_v, d_far_k, d_far_v, piece_k, piece_v,
-        items, runs, 1 << own_levels, blocks, heads, tokens, own_levels, tree.blocks, levels, far_count,
+        shift, delta, far_k, far_v, _columns(d_q), _descriptor(d_k, 64), _descriptor(d_v, 64), d_far_k, d_far_v,
+        piece_k, piece_v, items, runs, 1 << own_levels, blocks, heads, own_levels, tree.blocks, levels, far_count,
         (64 // rank).bit_length() - 1, scale,
         RADIUS=radius[0], RANK=rank, TILES=tile, BQ=tiles.queries, BF=tiles.far_queries, D=width,
         Q_STAGES=tiles.q_stages, K_STAGES=tiles.k_stages, V_STAGES=tiles.v_stages, FAR_STAGES=tiles.far_stages,
-        DS_STAGES=tiles.ds_stages, DF_STAGES=tiles.df_stages, FAR_REGISTERS=tiles.far, QUERY_REGISTERS=tiles.query,
+        DS_STAGES=tiles.ds_stages, DF_STAGES=tiles.df_stages, OUT_STAGES=tiles.out_stages, FAR_REGISTERS=tiles.far, QUERY_REGISTERS=tiles.query,
         LOADING=tiles.loading, num_warps=4, maxnreg=128,
     )  # fmt: skip
     groups = 2 * own_levels + sum(tree.groups[own_levels:])
