@@ -33,7 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from farfield.kernels import pool
-from farfield.kernels.attend_hopper import _descriptor, _hopper, _processors, _template
+from farfield.kernels.attend_hopper import _descriptor, _processors, _template
+from farfield.kernels.replay import start
 from farfield.ops.pool import Tree
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -53,7 +54,7 @@ def _span(item, runs, run_blocks, blocks, RADIUS: gl.constexpr):
 
 @gluon.jit
 def _far_rows(n, slot, done, levels, last, RANK: gl.constexpr, RADIUS: gl.constexpr):
-    """Rows that slots of block n's far tile stand for: level, group, row among all far rows, is it there for n or n + 1.
+    """What slots of block n's far tile stand for: level, group, row among all far rows, whether n or n + 1 reads it.
 
     Slots of a level: the groups below the neighbours of the parent's neighbours, two of RANK rows.
     """
@@ -124,7 +125,7 @@ def _load_rows(
     columns = gl.arange(0, D, gl.SliceLayout(0, across))[None, :]
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        unit, first, stop, low, end = _span(item, runs, run_blocks, blocks, RADIUS)
+        unit, first, stop, _low, _end = _span(item, runs, run_blocks, blocks, RADIUS)
         k_at = far_k + unit.to(gl.int64) * far_count * D
         v_at = far_v + unit.to(gl.int64) * far_count * D
         for n in range(first, stop, 2):
@@ -135,12 +136,8 @@ def _load_rows(
                 _, _, row, there = _far_rows(n, slot, done, levels, blocks - 1, RANK, RADIUS)
                 at = row.to(gl.int64)[:, None] * D + columns
                 # rows that are not there come as 0
-                async_copy.async_copy_global_to_shared(
-                    fk_ring.index(s * TILES + tile), k_at + at, mask=there[:, None]
-                )
-                async_copy.async_copy_global_to_shared(
-                    fv_ring.index(s * TILES + tile), v_at + at, mask=there[:, None]
-                )
+                async_copy.async_copy_global_to_shared(fk_ring.index(s * TILES + tile), k_at + at, mask=there[:, None])
+                async_copy.async_copy_global_to_shared(fv_ring.index(s * TILES + tile), v_at + at, mask=there[:, None])
             async_copy.mbarrier_arrive(far_full.index(s), increment_count=False)
             step += 1
 
@@ -209,9 +206,7 @@ def _near(
                     d_tile = d_ring.index(s * PARTS + part).reshape([BQ, D])
                     scores = gl.zeros([BLOCK, BQ], gl.float32, score)
                     d_weights = gl.zeros([BLOCK, BQ], gl.float32, score)
-                    product = warpgroup_mma(
-                        key_tile, q_tile.permute((1, 0)), scores, use_acc=False, is_async=True
-                    )
+                    product = warpgroup_mma(key_tile, q_tile.permute((1, 0)), scores, use_acc=False, is_async=True)
                     d_product = warpgroup_mma(
                         value_tile, d_tile.permute((1, 0)), d_weights, use_acc=False, is_async=True
                     )
@@ -319,7 +314,7 @@ def _far(
     factor = scale * LOG2E
     queries, steps, turns = 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        unit, first, stop, low, end = _span(item, runs, run_blocks, blocks, RADIUS)
+        unit, first, stop, _low, end = _span(item, runs, run_blocks, blocks, RADIUS)
         acc_k0 = gl.zeros([64, D], gl.float32, wide)
         acc_v0 = gl.zeros([64, D], gl.float32, wide)
         acc_k1, acc_v1 = acc_k0, acc_v0
@@ -374,14 +369,14 @@ def _far(
                     acc_k0, acc_v0, d_far_k, d_far_v, piece_k, piece_v, n, stop - 1, 0, unit, item % runs, runs,
                     own_levels, done, levels, far_count, scale, wide, D, RANK, RADIUS,
                 )  # fmt: skip
-                if TILES == 2:
-                    if (((n + 1) & ((2 << (32 // RANK)) - 1)) == 0) | (n == stop - 1):
-                        acc_k1, acc_v1 = _flush(
-                            acc_k1, acc_v1, d_far_k, d_far_v, piece_k, piece_v, n, stop - 1, 1, unit, item % runs,
-                            runs, own_levels, done, levels, far_count, scale, wide, D, RANK, RADIUS,
-                        )  # fmt: skip
+        if TILES == 2:
+            # levels that are wider than any run
+            _flush(
+                acc_k1, acc_v1, d_far_k, d_far_v, piece_k, piece_v, stop - 1, stop - 1, 1, unit, item % runs, runs,
+                own_levels, done, levels, far_count, scale, wide, D, RANK, RADIUS,
+            )  # fmt: skip
         # queries that only the near field asks
-        for n in range(stop, end):
+        for _ in range(stop, end):
             s = queries % Q_STAGES
             mbarrier.wait(q_full.index(s), queries // Q_STAGES & 1)
             _sync()
@@ -391,7 +386,8 @@ def _far(
 
 @gluon.jit
 def _queries(
-    d_q, place, k_ring, fk_ring, ds_ring, df_ring, k_full, k_empty, far_full, far_empty, ds_full, ds_empty, df_full, df_empty,
+    d_q, place, k_ring, fk_ring, ds_ring, df_ring, k_full, k_empty, far_full, far_empty, ds_full, ds_empty,
+    df_full, df_empty,
     items, runs, run_blocks, blocks, heads, scale,
     RADIUS: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr, FAR_STAGES: gl.constexpr,
     DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr,
@@ -401,7 +397,7 @@ def _queries(
     HALVES: gl.constexpr = D // 64
     keys, pairs, steps, turns = 0, 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        unit, first, stop, low, end = _span(item, runs, run_blocks, blocks, RADIUS)
+        unit, first, stop, low, _end = _span(item, runs, run_blocks, blocks, RADIUS)
         b, h = unit // heads, unit % heads
         for i in range(first, stop):
             y = pairs + (i - first) * (RADIUS + 1)
@@ -455,8 +451,8 @@ def multipole_backward(
     items, runs, run_blocks, blocks, heads, own_levels, done, levels, far_count, log_segment, scale,
     RADIUS: gl.constexpr, RANK: gl.constexpr, TILES: gl.constexpr, BQ: gl.constexpr, BF: gl.constexpr, D: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, FAR_STAGES: gl.constexpr,
-    DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr, OUT_STAGES: gl.constexpr, FAR_REGISTERS: gl.constexpr, QUERY_REGISTERS: gl.constexpr,
-    LOADING: gl.constexpr,
+    DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr, OUT_STAGES: gl.constexpr, FAR_REGISTERS: gl.constexpr,
+    QUERY_REGISTERS: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -550,7 +546,7 @@ def multipole_backward(
 def statistics(
     out, d_out, lse, shift, delta, d_batch, d_head, d_row, heads, tokens, padded, D: tl.constexpr, ROWS: tl.constexpr
 ):
-    """delta = sum(dout out) and lse in units of log 2, up to the end of the last block: no weight beyond the last token."""
+    """delta = sum(dout out), and lse in units of log 2; inf up to the end of the last block: no weight."""
     chunks = (padded + ROWS - 1) // ROWS
     pid = tl.program_id(0).to(tl.int64)
     unit, chunk = pid // chunks, pid % chunks
@@ -593,7 +589,7 @@ def sum_runs(
         group = size - 1 - x % 2
     else:
         group = x - 2 * own_levels
-        for below in range(own_levels):
+        for _ in range(own_levels):
             start += size
             size = size >> 1
         level = own_levels
@@ -651,30 +647,33 @@ class Tiles(NamedTuple):
     loading: int = 32
 
 
-# width, tiles of 64 far rows
+# tiles of 64 far rows -> tiles. Heads of 128 do not fit: sums of 128 registers a thread leave the compiler too few, and
+# it makes the products wait for each other
 TILES = {
-    (64, 1): Tiles(64, 64, 3, 4, 3, 2, 4, 2, 2, far=200, query=80),
-    (64, 2): Tiles(64, 32, 3, 3, 2, 2, 2, 2, 2, far=216, query=80),
-    (128, 1): Tiles(32, 32, 2, 3, 2, 1, 2, 1, 1, far=192, query=104),
+    1: Tiles(64, 64, 3, 4, 3, 2, 4, 2, 2, far=200, query=80),
+    2: Tiles(64, 32, 3, 3, 2, 2, 2, 2, 2, far=216, query=80),
 }
 RUN = 4  # log2 of the query blocks of a run at most
 
 
-def wants(q: Tensor, k: Tensor, tree: Tree, radius: tuple[int, ...]) -> bool:
-    """Whether shapes and dtypes suit: one pair of heads, blocks of 64, and few far rows."""
-    width = q.shape[-1]
-    tiles = -(-2 * tree.rank * tree.levels // 64)
+def wants(q: Tensor, k: Tensor, near: int, tree: Tree) -> bool:
+    """Whether shapes suit what ops.multipole takes: heads of 64 that share no keys, blocks of 64, one near block.
+
+    Of ranks, 4 is the one that has been measured.
+    """
     return (
-        (width, tiles) in TILES
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[1] == k.shape[1]
-        and tree.block == 64
-        and tree.rank in (1, 2, 4, 8, 16, 32)
+        q.shape[1:] == k.shape[1:]
+        and q.shape[3] == 64
+        and near == tree.block == 64
         and tree.lo == 0
-        and tree.complete
-        and radius[0] == 1
-        and _hopper(q.device)
+        and tree.rank == 4
+        and _far_tiles(tree) in TILES
     )
+
+
+def _far_tiles(tree: Tree) -> int:
+    """Tiles of 64 rows: on each level a block reads two groups at most."""
+    return -(-2 * tree.rank * tree.levels // 64)
 
 
 def _columns(x: Tensor) -> TensorDescriptor:
@@ -686,33 +685,30 @@ def _columns(x: Tensor) -> TensorDescriptor:
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, far_k: Tensor, far_v: Tensor, tree: Tree,
-    radius: tuple[int, ...], scale: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, pooling included.
+    """Gradients of q, k and v, pooling included; launches and allocations only, so that it can be recorded.
 
     Args:
         lse: natural log, [B, H, T], contiguous, as `out` is.
         far_k, far_v: the pyramid that `tree` names, contiguous.
-        radius: `select.static.radii`.
     """
-    batch, heads, tokens, width = q.shape
-    near, far = gradients(q, k, v, out, d_out, lse, far_k, far_v, tree, radius, scale)
-    d_q, d_k, d_v = near
-    none = lse.new_empty(0)
-    d_k, d_v, _ = pool.backward(d_k, d_v, *far, none, none, none, tokens, tree)
+    (d_q, d_k, d_v), far = gradients(q, k, v, out, d_out, lse, far_k, far_v, tree, scale)
+    none = q.new_empty(0, dtype=torch.float32)
+    d_k, d_v, _ = pool.backward(d_k, d_v, *far, none, none, none, q.shape[2], tree)
     return d_q, d_k, d_v
 
 
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, far_k: Tensor, far_v: Tensor, tree: Tree,
-    radius: tuple[int, ...], scale: float,
+    scale: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
     """Gradients of q, k and v as they are read one by one, and of the far keys and values."""
     batch, heads, tokens, width = q.shape
     rank, levels, blocks = tree.rank, tree.levels, -(-tokens // 64)
     units, far_count = batch * heads, far_k.shape[2]
-    tile = -(-2 * rank * levels // 64)
-    tiles = TILES[width, tile]
+    far_tiles = _far_tiles(tree)
+    tiles = TILES[far_tiles]
     # long runs leave few pieces, many runs fill the GPU
     own_levels = min(RUN, levels)
     runs = -(-blocks >> own_levels)
@@ -721,24 +717,25 @@ def gradients(
     shift, delta = (torch.empty(units * blocks * 64, dtype=torch.float32, device=q.device) for _ in range(2))
     pieces = units * runs * (levels - own_levels) * 2 * rank * width
     piece_k, piece_v = (torch.empty(max(pieces, 1), dtype=torch.float32, device=q.device) for _ in range(2))
-    rows = 64
-    statistics[(units * blocks,)](
-        out, d_out, lse, shift, delta, *d_out.stride()[:3], heads, tokens, blocks * 64, D=width, ROWS=rows, num_warps=4
-    )
+    start(
+        statistics, (units * blocks,), out, d_out, lse, shift, delta, *d_out.stride()[:3], heads, tokens, blocks * 64,
+        D=width, ROWS=64, num_warps=4,
+    )  # fmt: skip
     items = units * runs
-    multipole_backward[(min(items, _processors(q.device)),)](
+    start(
+        multipole_backward, (min(items, _processors(q.device)),),
         _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
         shift, delta, far_k, far_v, _columns(d_q), _descriptor(d_k, 64), _descriptor(d_v, 64), d_far_k, d_far_v,
         piece_k, piece_v, items, runs, 1 << own_levels, blocks, heads, own_levels, tree.blocks, levels, far_count,
         (64 // rank).bit_length() - 1, scale,
-        RADIUS=radius[0], RANK=rank, TILES=tile, BQ=tiles.queries, BF=tiles.far_queries, D=width,
+        RADIUS=1, RANK=rank, TILES=far_tiles, BQ=tiles.queries, BF=tiles.far_queries, D=width,
         Q_STAGES=tiles.q_stages, K_STAGES=tiles.k_stages, V_STAGES=tiles.v_stages, FAR_STAGES=tiles.far_stages,
-        DS_STAGES=tiles.ds_stages, DF_STAGES=tiles.df_stages, OUT_STAGES=tiles.out_stages, FAR_REGISTERS=tiles.far, QUERY_REGISTERS=tiles.query,
-        LOADING=tiles.loading, num_warps=4, maxnreg=128,
+        DS_STAGES=tiles.ds_stages, DF_STAGES=tiles.df_stages, OUT_STAGES=tiles.out_stages, FAR_REGISTERS=tiles.far,
+        QUERY_REGISTERS=tiles.query, LOADING=tiles.loading, num_warps=4, maxnreg=128,
     )  # fmt: skip
     groups = 2 * own_levels + sum(tree.groups[own_levels:])
-    sum_runs[(units * groups,)](
-        piece_k, piece_v, d_far_k, d_far_v, runs, blocks, own_levels, tree.blocks, levels, far_count, groups, radius[0],
-        D=width, RANK=rank, MANY=16, num_warps=4,
+    start(
+        sum_runs, (units * groups,), piece_k, piece_v, d_far_k, d_far_v, runs, blocks, own_levels, tree.blocks, levels,
+        far_count, groups, 1, D=width, RANK=rank, MANY=16, num_warps=4,
     )  # fmt: skip
     return (d_q, d_k, d_v), (d_far_k, d_far_v)
