@@ -143,21 +143,30 @@ def _load_rows(
 
 
 @gluon.jit
-def _leave(x, place, tile, b, h, row, column, pending: gl.constexpr):
-    """Store a tile by way of shared memory, once no more than so many stores before it still read theirs."""
-    tma.store_wait(pending)
-    _sync()
-    place.reshape(tile.shape).store(tile.to(x.dtype))
-    fence_async_shared()
-    _sync()
-    tma.async_copy_shared_to_global(x, [b, h, row, column], place)
+def _leave(
+    x, place, tile, b, h, row, column, heads, tokens, D: gl.constexpr, layout: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Store a tile of x [B, H, T, D] by way of a ring of so many places; without any, from registers."""
+    if STAGES:
+        # not before what left from this place has been read
+        tma.store_wait(STAGES - 1)
+        _sync()
+        place.reshape(tile.shape).store(tile.to(x.dtype))
+        fence_async_shared()
+        _sync()
+        tma.async_copy_shared_to_global(x, [b, h, row, column], place)
+    else:
+        line = row + gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
+        columns = column + gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
+        at = ((b * heads + h).to(gl.int64) * tokens + line)[:, None] * D + columns[None, :]
+        gl.store(x + at, tile.to(x.dtype.element_ty), mask=(line < tokens)[:, None])
 
 
 @gluon.jit
 def _near(
     d_k, d_v, out_ring, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, ds_ring,
     q_full, d_full, stat_full, q_empty, k_full, k_empty, v_full, v_empty, ds_full, ds_empty,
-    items, runs, run_blocks, blocks, heads, scale,
+    items, runs, run_blocks, blocks, heads, tokens, scale,
     RADIUS: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, OUT_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -237,13 +246,15 @@ def _near(
             mbarrier.arrive(k_empty.index(ks), count=1)
             mbarrier.arrive(v_empty.index(vs), count=1)
             if j >= first:
-                _leave(d_k, out_ring.index(0), acc_k * scale, b, h, j * BLOCK, 0, OUT_STAGES - 1)
-                _leave(d_v, out_ring.index(OUT_STAGES - 1), acc_v, b, h, j * BLOCK, 0, OUT_STAGES - 1)
+                at = b, h, j * BLOCK, 0, heads, tokens
+                _leave(d_k, out_ring.index(0), acc_k * scale, *at, D, wide, OUT_STAGES)
+                _leave(d_v, out_ring.index(OUT_STAGES // 2), acc_v, *at, D, wide, OUT_STAGES)
         queries += end - first
         keys += stop - low
         pairs += (stop - first) * (RADIUS + 1)
-    # shared memory must be there until everything has left it
-    tma.store_wait(0)
+    if OUT_STAGES:
+        # shared memory must be there until everything has left it
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -388,9 +399,9 @@ def _far(
 def _queries(
     d_q, place, k_ring, fk_ring, ds_ring, df_ring, k_full, k_empty, far_full, far_empty, ds_full, ds_empty,
     df_full, df_empty,
-    items, runs, run_blocks, blocks, heads, scale,
+    items, runs, run_blocks, blocks, heads, tokens, scale,
     RADIUS: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr, FAR_STAGES: gl.constexpr,
-    DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr,
+    DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """dq of one query block after the other, 64 columns at a time."""
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -432,23 +443,24 @@ def _queries(
                     mbarrier.arrive(df_empty.index(turns % DF_STAGES), count=1)
                     if (i % 2 == 1) | (i == stop - 1):
                         mbarrier.arrive(far_empty.index(f), count=1)
-                _leave(d_q, place, acc * scale, b, h, i * BLOCK, half * 64, 0)
+                _leave(d_q, place, acc * scale, b, h, i * BLOCK, half * 64, heads, tokens, D, wide, PLACES)
             turns += 1
             if (i % 2 == 1) | (i == stop - 1):
                 steps += 1
         keys += stop - low
         pairs += (stop - first) * (RADIUS + 1)
-    tma.store_wait(0)
+    if PLACES:
+        tma.store_wait(0)
 
 
-VARIES = ["items", "runs", "run_blocks", "blocks", "heads", "own_levels", "done", "levels", "far_count"]
+VARIES = ["items", "runs", "run_blocks", "blocks", "heads", "tokens", "own_levels", "done", "levels", "far_count"]
 VARIES += ["log_segment"]
 
 
 @gluon.jit(do_not_specialize=VARIES)
 def multipole_backward(
     q, d_out, k, v, shift, delta, far_k, far_v, d_q, d_k, d_v, d_far_k, d_far_v, piece_k, piece_v,
-    items, runs, run_blocks, blocks, heads, own_levels, done, levels, far_count, log_segment, scale,
+    items, runs, run_blocks, blocks, heads, tokens, own_levels, done, levels, far_count, log_segment, scale,
     RADIUS: gl.constexpr, RANK: gl.constexpr, TILES: gl.constexpr, BQ: gl.constexpr, BF: gl.constexpr, D: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, FAR_STAGES: gl.constexpr,
     DS_STAGES: gl.constexpr, DF_STAGES: gl.constexpr, OUT_STAGES: gl.constexpr, FAR_REGISTERS: gl.constexpr,
@@ -471,9 +483,11 @@ def multipole_backward(
     far_ds: gl.constexpr = gl.NVMMASharedLayout(2 * BF, 16, 2)
     ds_ring = gl.allocate_shared_memory(q.dtype, [DS_STAGES, BLOCK, BLOCK], near_ds)
     df_ring = gl.allocate_shared_memory(q.dtype, [DF_STAGES * TILES, 64, BLOCK], far_ds)
-    # where dk and dv, and dq, leave from
-    out_ring = gl.allocate_shared_memory(q.dtype, [OUT_STAGES, 1, 1, BLOCK, D], d_k.layout)
-    place = gl.allocate_shared_memory(q.dtype, [1, 1, BLOCK, 64], d_q.layout)
+    out_ring, place = q_ring, q_ring
+    if OUT_STAGES:
+        # where dk and dv, and dq, leave from
+        out_ring = gl.allocate_shared_memory(q.dtype, [OUT_STAGES, 1, 1, BLOCK, D], d_k.layout)
+        place = gl.allocate_shared_memory(q.dtype, [1, 1, BLOCK, 64], d_q.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
     d_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
     stat_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
@@ -516,7 +530,7 @@ def multipole_backward(
         (_near, (
             d_k, d_v, out_ring, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, ds_ring,
             q_full, d_full, stat_full, q_empty, k_full, k_empty, v_full, v_empty, ds_full, ds_empty,
-            items, runs, run_blocks, blocks, heads, scale,
+            items, runs, run_blocks, blocks, heads, tokens, scale,
             RADIUS, BQ, D, Q_STAGES, K_STAGES, V_STAGES, DS_STAGES, OUT_STAGES,
         )),
         (_far, (
@@ -527,8 +541,8 @@ def multipole_backward(
         )),
         (_queries, (
             d_q, place, k_ring, fk_ring, ds_ring, df_ring, k_full, k_empty, far_full, far_empty, ds_full, ds_empty,
-            df_full, df_empty, items, runs, run_blocks, blocks, heads, scale,
-            RADIUS, TILES, D, K_STAGES, FAR_STAGES, DS_STAGES, DF_STAGES,
+            df_full, df_empty, items, runs, run_blocks, blocks, heads, tokens, scale,
+            RADIUS, TILES, D, K_STAGES, FAR_STAGES, DS_STAGES, DF_STAGES, 1 if OUT_STAGES else 0,
         )),
         (_load_rows, (
             far_k, far_v, fk_ring, fv_ring, far_full, far_empty, items, runs, run_blocks, blocks, done, levels,
@@ -629,7 +643,8 @@ class Tiles(NamedTuple):
 
     Args:
         queries, far_queries: that the near and the far warps take at a time.
-        q_stages, k_stages, v_stages, far_stages, ds_stages, df_stages, out_stages: places of the rings.
+        q_stages, k_stages, v_stages, far_stages, ds_stages, df_stages: places of the rings.
+        out_stages: places that dk and dv leave from; 0: from registers, where shared memory is full.
         far, query, loading: registers of a thread. The near warps get the rest.
     """
 
@@ -651,7 +666,7 @@ class Tiles(NamedTuple):
 # it makes the products wait for each other
 TILES = {
     1: Tiles(64, 64, 3, 4, 3, 2, 4, 2, 2, far=200, query=80),
-    2: Tiles(64, 32, 3, 3, 2, 2, 2, 2, 2, far=216, query=80),
+    2: Tiles(64, 32, 3, 4, 2, 2, 4, 2, 0, far=216, query=80),
 }
 RUN = 4  # log2 of the query blocks of a run at most
 
@@ -722,11 +737,12 @@ def gradients(
         D=width, ROWS=64, num_warps=4,
     )  # fmt: skip
     items = units * runs
+    results = (_columns(d_q), _descriptor(d_k, 64), _descriptor(d_v, 64)) if tiles.out_stages else (d_q, d_k, d_v)
     start(
         multipole_backward, (min(items, _processors(q.device)),),
         _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
-        shift, delta, far_k, far_v, _columns(d_q), _descriptor(d_k, 64), _descriptor(d_v, 64), d_far_k, d_far_v,
-        piece_k, piece_v, items, runs, 1 << own_levels, blocks, heads, own_levels, tree.blocks, levels, far_count,
+        shift, delta, far_k, far_v, *results, d_far_k, d_far_v, piece_k, piece_v,
+        items, runs, 1 << own_levels, blocks, heads, tokens, own_levels, tree.blocks, levels, far_count,
         (64 // rank).bit_length() - 1, scale,
         RADIUS=1, RANK=rank, TILES=far_tiles, BQ=tiles.queries, BF=tiles.far_queries, D=width,
         Q_STAGES=tiles.q_stages, K_STAGES=tiles.k_stages, V_STAGES=tiles.v_stages, FAR_STAGES=tiles.far_stages,
