@@ -16,10 +16,12 @@ from farfield.kernels import (
     append,
     attend_backward,
     attend_decode,
+    attend_listed,
+    attend_listed_backward,
+    choose,
     hashed,
     launch,
     lists,
-    multipole_backward,
     patterns,
     pool,
 )
@@ -27,7 +29,7 @@ from farfield.nn import Rope
 from farfield.ops import hashed as ops_hashed
 from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
-from farfield.ops.multipole import Field, tree_of
+from farfield.ops.choose import Scoring
 from farfield.ops.pool import Tree
 from farfield.ring import FMARing
 from farfield.select import static
@@ -45,10 +47,7 @@ SPILLS: dict[str, int] = {
     "backward-fma-m128-128": 16,
     "backward-blocks64-128": 40,
     "backward-blocks128-64": 8,
-    # the places of rows in the far tile, kept once and read once a query block
-    "walk": 80,
-    "walk-fp16": 80,
-    "walk-long": 256,
+    **dict.fromkeys(("listed-backward-128", "choose-fp32-128"), _ONCE),
     # no tile that fits is without; neither is fast
     "backward-fma-256": 136,
     "backward-fma-fp32-64": 192,
@@ -193,14 +192,6 @@ def pooling(case, tokens=5000):
     pool.backward(k, v, far_k, far_v, far_k if learned else none, far_v if learned else none, filters, tokens, tree)
 
 
-def walking(tokens=5000, dtype="bf16"):
-    """FMA's backward where one kernel takes the near and the far field."""
-    x, tree = empty(1, 4, tokens, 64, dtype=DTYPES[dtype]), tree_of(tokens, Field(64, 64, 4, 0))
-    far, lse = empty(1, 4, tree.rows, 64, dtype=DTYPES[dtype]), empty(1, 4, tokens, dtype=torch.float32)
-    assert multipole_backward.wants(x, x, 64, tree)
-    multipole_backward.backward(x, x, x, x, x, lse, far, far, tree, 0.125)
-
-
 def listing(causal, tokens=5000):
     blocks = -(-tokens // 64)
     levels = static.depth(blocks)
@@ -232,7 +223,31 @@ def sorting(shared, tokens=5000, many=16, dtype="bf16", width=64):
     shapes = ops_hashed._shapes(queries, bucket, many, 128, shared)
     found = hashed.slots(queries, bucket, many, 128, True, shared, shapes)
     hashed.take(x, found[1])
-    hashed.readers(found[5], found[6])
+
+
+def listed(block, width, *, lists=1, heads=4, backward=False, tokens=5000):
+    """Lists of a query's own; with one of them for the heads of a key head, that is a batch element."""
+    sources = [source(block, causal=True, picks=16, heads=lists)]
+    made = call(sources, tokens=tokens, width=width, heads=heads, kv_heads=heads // 4, q_block=1)
+    assert attend_listed.wants(made)
+    if backward:
+        out, lse = empty(*made.q.shape), empty(*made.q.shape[:3], dtype=torch.float32)
+        attend_listed_backward.attend_listed_backward(made, out, lse, out, lse)
+    else:
+        attend_listed.attend_listed(made)
+
+
+def choosing(scoring, width, dtype="bf16", tokens=5000, alone=False):
+    q, rows = empty(1, 16, tokens, width, dtype=DTYPES[dtype]), (tokens - scoring.span) // scoring.stride + 1
+    planes = choose.planes_of(empty(1, 4, rows, width, dtype=torch.float32), q.dtype)
+    values = empty(1, 4, rows, width, dtype=q.dtype)
+    _, lse = choose.attend_ended(q, planes, None if alone else values, scoring.stride, scoring.span, 0, 0.125)
+    if not alone:
+        choose.attend_ended(q, planes, None, scoring.stride, scoring.span, 0, 0.125)
+    choose.choose(q, planes, lse if scoring.shared else None, scoring, 0, 0.125)
+
+
+NSA = Scoring(64, 16, 16, 32, 1, 2)
 
 
 # kernel-case -> what launches it
@@ -241,15 +256,21 @@ LAUNCHES = {
     **{f"backward-{name}": (lambda case=case: backward(case)) for name, case in BACKWARD.items()},
     **{f"decode-{name}": (lambda case=case: decode(case)) for name, case in DECODE.items()},
     **{f"pool-{name}": (lambda case=case: pooling(case)) for name, case in POOL.items()},
-    "walk": walking,
-    "walk-fp16": lambda: walking(dtype="fp16"),
-    "walk-long": lambda: walking(100_000),
     "lists-causal": lambda: listing(True),
     "lists-noncausal": lambda: listing(False),
     "lists-patterns": patterned,
     "sorting": lambda: sorting(True),
     "sorting-both": lambda: sorting(False),
     "sorting-fp32": lambda: sorting(False, dtype="fp32", width=128),
+    **{f"listed-{d}": (lambda d=d: listed(64, d)) for d in (64, 128)},
+    **{f"listed-backward-{d}": (lambda d=d: listed(64, d, backward=True)) for d in (64, 128)},
+    "listed-16-64": lambda: listed(16, 64),
+    **{f"listed-512-{d}": (lambda d=d: listed(512, d, lists=16, heads=16)) for d in (64, 128)},
+    **{f"listed-backward-512-{d}": (lambda d=d: listed(512, d, lists=16, heads=16, backward=True)) for d in (64, 128)},
+    **{f"choose-{d}": (lambda d=d: choosing(NSA, d)) for d in (64, 128)},
+    **{f"choose-fp32-{d}": (lambda d=d: choosing(NSA, d, "fp32")) for d in (64, 128)},
+    "choose-ssa-64": lambda: choosing(Scoring(16, 16, 16, 16), 64),
+    "choose-moba-128": lambda: choosing(Scoring(512, 3, 512, 512, shared=False), 128),
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
     "append-fp32": lambda: appending(width=64, dtype="fp32"),
@@ -263,9 +284,10 @@ FEW = (
     "forward-blocks64-128", "forward-blocks128-128", "forward-fma-fp32-64", "forward-fma-fp32-128",
     "forward-fma-fp32-256", "forward-everything-fp32",
     "backward-fma-64", "backward-fma-128", "backward-blocks64-128",
-    "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "lists-causal", "lists-patterns",
+    "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
+    "listed-64", "listed-backward-64", "choose-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
 
@@ -321,10 +343,11 @@ AT_LENGTH = {
     "backward-blocks": lambda n: backward(PLAIN, tokens=n),
     "pool": lambda n: pooling(POOL["64-m64-p4"], n),
     "decode": lambda n: decode((held(n), ONE)),
-    # one kernel for up to 64 far rows, and one for more
-    "walk": walking,
     "lists": lambda n: listing(True, n),
     "lists-patterns": patterned,
+    "listed": lambda n: listed(64, 64, tokens=n),
+    "listed-backward": lambda n: listed(64, 64, tokens=n, backward=True),
+    "choose": lambda n: choosing(NSA, 64, tokens=n, alone=True),
 }
 
 

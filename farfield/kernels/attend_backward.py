@@ -23,7 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels import attend_backward_hopper as hopper
+from farfield.kernels import attend_listed
 from farfield.kernels.attend import padded
+from farfield.kernels.attend_listed_backward import attend_listed_backward
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers, piece_of, transpose
 from farfield.ops.attend import Call, Plan
@@ -700,6 +702,8 @@ def attend_backward(
 
     No `d_lse` stands for zeros.
     """
+    if attend_listed.wants(call):
+        return [*attend_listed_backward(call, d_out, d_lse, out, lse), torch.zeros_like(call.bias[0])]
     return _gather(call, *gradients(call, d_out, d_lse, out, lse, bias_grad))
 
 

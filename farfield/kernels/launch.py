@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farfield.kernels import attend_decode, attend_hopper
+from farfield.kernels import attend_decode, attend_hopper, attend_listed
 from farfield.kernels.attend import Tiles, launch, lists_of, padded
 from farfield.ops.attend import Call
 
@@ -19,6 +19,8 @@ def attend_forward(call: Call) -> tuple[Tensor, Tensor]:
         return q.new_empty(batch, heads, tokens, value_width), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if attend_decode.wants(call):
         return attend_decode.attend_decode(call)
+    if attend_listed.wants(call):
+        return attend_listed.attend_listed(call)
     if attend_hopper.wants(call):
         return attend_hopper.forward(call)
     out = q.new_empty(batch, heads, tokens, value_width)

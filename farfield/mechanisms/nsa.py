@@ -25,9 +25,8 @@ from torch.nn.functional import gelu
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, check_qkv, no_tokens
 from farfield.ops.attend import attend
-from farfield.select import static
-from farfield.select.scored import Scoring, attend_chosen, check, choose, ended, tokens_read
-from farfield.types import Layout, Partial, Rows
+from farfield.select.scored import Scoring, attend_chosen, attend_ended, check, choose, recent, tokens_read
+from farfield.types import Layout, Rows
 
 Pair = tuple[Tensor, Tensor]
 
@@ -244,7 +243,7 @@ class NSA(Mechanism):
         q, k = torch.randn(2, 1, 1, tokens, 16, generator=gen)
         ck = _means(k, self.scoring.stride, self.scoring.span)
         selected = Layout(*choose(q, ck, self.scoring), 1, self.scoring.block, tokens, tokens, True)
-        return {"selected, one head": selected, "window": static.window(tokens=tokens, width=self.window)}
+        return {"selected, one head": selected, "window": recent(tokens=tokens, rows=tokens, width=self.window)}
 
     def rows_read(self, tokens: int) -> float:
         """Of all three branches: a token that two of them read counts twice."""
@@ -271,31 +270,19 @@ class NSA(Mechanism):
         self, q: Tensor, rows: Pair, compressed: Pair, window: Pair, gates: Tensor | None, first: int
     ) -> Tensor:
         scoring, scale = self.scoring, self.scale
-        choice = choose(q, compressed[0], scoring, first=first, scale=scale)
-        selected = attend_chosen(q, Rows(*rows), choice, scoring.block, first=first, scale=scale)
-        layout = static.window(
-            tokens=q.shape[2], rows=window[0].shape[2], width=self.window, block=64, device=q.device
+        far = attend_ended(
+            q, *compressed, stride=scoring.stride, span=scoring.span, first=first, scale=scale
         )  # fmt: skip
+        choice = choose(q, compressed[0], scoring, first=first, scale=scale, lse=far.lse)
+        selected = attend_chosen(q, Rows(*rows), choice, scoring.block, first=first, scale=scale)
+        layout = recent(tokens=q.shape[2], rows=window[0].shape[2], width=self.window, device=q.device)
         position = torch.arange(first, first + q.shape[2], device=q.device) if first else None
         near = attend(q, Rows(*window), layout, scale=scale, position=position)
-        far = self._far(q, compressed, first, position)
         share = self._gates(q) if gates is None else gates
         # float32 or wider until the sum is made
         share = share.to(torch.promote_types(q.dtype, torch.float32))
-        parts = [x.out * share[..., n : n + 1] for n, x in ((0, far), (1, selected), (2, near)) if x is not None]
+        parts = far.out * share[..., :1], selected.out * share[..., 1:2], near.out * share[..., 2:]
         return sum(parts[1:], parts[0]).to(q.dtype)
-
-    def _far(self, q: Tensor, compressed: Pair, first: int, position: Tensor | None) -> Partial | None:
-        """Attention over the compressed rows; None before there is one."""
-        k, v = compressed
-        rows = k.shape[2]
-        if not rows:
-            return None
-        stride, span = self.scoring.stride, self.scoring.span
-        end = torch.arange(rows, device=q.device) * stride + span - 1
-        layout = ended(tokens=q.shape[2], rows=rows, stride=stride, span=span, first=first, device=q.device)
-        # not rounded to q's dtype: what one of them is off by, a share of the whole past is off by
-        return attend(q.to(k.dtype), Rows(k, v, end=end), layout, scale=self.scale, position=position)
 
     def _gates(self, q: Tensor) -> Tensor:
         if not self.learned:

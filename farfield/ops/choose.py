@@ -1,4 +1,4 @@
-"""choose: the blocks that score best for each query, and attention over lists of blocks of one's own.
+"""choose: the blocks that score best for each query; attention over them, and over the rows they are scored by.
 
 The score of a block comes from rows that stand for pieces of the sequence (means, learned compressions): row c ends at
 token c * stride + span - 1 and counts for a query once it has ended at or before it.
@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
-from farfield.ops.attend import attend
-from farfield.ops.eager import eager
+from farfield.ops.attend import Call, Plan, attend
+from farfield.ops.eager import eager, recorded
 from farfield.types import Layout, Partial, Rows
 
 
@@ -59,6 +59,7 @@ def choose(
     *,
     first: int = 0,
     scale: float | None = None,
+    lse: Float[Tensor, "B H T"] | None = None,
 ) -> Choice:
     """The best blocks of each query: the forced ones, and of those between them the best by score.
 
@@ -72,6 +73,7 @@ def choose(
         keys: the rows; those that no query may count yet do no harm.
         first: position of the first query.
         scale: default 1 / sqrt(D).
+        lse: of the softmax over the rows, as `attend_ended` gives it, which saves the GPU one way through them.
 
     Raises:
         ValueError: sizes do not fit together.
@@ -81,8 +83,9 @@ def choose(
     check(scoring)
     q, keys = q.detach(), keys.detach()
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    lse = q.new_empty(0, dtype=torch.float32) if lse is None else lse.detach()
     run = _choose if eager(q, keys) else _op
-    return Choice(*run(q, keys, [int(x) for x in scoring], first, factor))
+    return Choice(*run(q, keys, lse, [int(x) for x in scoring], first, factor))
 
 
 def check(scoring: Scoring, who: str = "choose") -> None:
@@ -105,19 +108,33 @@ def check(scoring: Scoring, who: str = "choose") -> None:
         )
 
 
-def _choose(q: Tensor, keys: Tensor, scoring: list[int], first: int, scale: float) -> tuple[Tensor, Tensor]:
+def _choose(
+    q: Tensor, keys: Tensor, lse: Tensor, scoring: list[int], first: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    plan = _scoring(scoring)
+    if q.is_cuda:
+        from farfield.kernels import choose as on_gpu
+
+        if on_gpu.takes(q, keys) and plan.scored <= on_gpu.MOST:
+            planes = on_gpu.planes_of(keys, q.dtype)
+            known: Tensor | None = lse
+            if not plan.shared:
+                known = None
+            elif not lse.numel():
+                known = on_gpu.attend_ended(q, planes, None, plan.stride, plan.span, first, scale)[1]
+            return on_gpu.choose(q, planes, known, plan, first, scale)
     from farfield.cpu.choose import choose as on_cpu
 
-    return on_cpu(q, keys, _scoring(scoring), first, scale)
+    return on_cpu(q, keys, plan, first, scale)
 
 
 @custom_op("farfield::choose", mutates_args=())
-def _op(q: Tensor, keys: Tensor, scoring: list[int], first: int, scale: float) -> tuple[Tensor, Tensor]:
-    return _choose(q, keys, scoring, first, scale)
+def _op(q: Tensor, keys: Tensor, lse: Tensor, scoring: list[int], first: int, scale: float) -> tuple[Tensor, Tensor]:
+    return _choose(q, keys, lse, scoring, first, scale)
 
 
 @_op.register_fake
-def _(q, keys, scoring, first, scale):
+def _(q, keys, lse, scoring, first, scale):
     plan = _scoring(scoring)
     lists = q.shape[0], keys.shape[1] if plan.shared else q.shape[1], q.shape[2]
     return q.new_empty(*lists, plan.picks, dtype=torch.int32), q.new_empty(lists, dtype=torch.int32)
@@ -156,3 +173,114 @@ def attend_chosen(
     position = torch.arange(first, first + tokens, device=q.device) if first else None
     found = attend(q, Rows(k, v), layout, scale=scale, position=position)
     return Partial(found.out.view(batch, heads, tokens, v.shape[3]), found.lse.view(batch, heads, tokens))
+
+
+def attend_ended(
+    q: Float[Tensor, "B H T D"],
+    keys: Float[Tensor, "B G C D"],
+    values: Float[Tensor, "B G C E"],
+    *,
+    stride: int,
+    span: int,
+    first: int = 0,
+    scale: float | None = None,
+) -> Partial:
+    """Attention of each query over the rows that have ended at or before it; 0 and -inf before there is one.
+
+    Row c ends at token c * stride + span - 1. Rows are not rounded to the dtype of q: what one of them is off by, a
+    share of the whole past is off by, and choices are made by them. On the GPU their values are, and in the backward
+    the keys.
+
+    Args:
+        keys, values: float32 or wider.
+        first: position of the first query.
+
+    Returns:
+        out in q's dtype.
+    """
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not keys.shape[2]:
+        out = (q.sum(-1, keepdim=True) * 0).expand(*q.shape[:3], values.shape[3])
+        return Partial(out, out.new_full(out.shape[:3], float("-inf"), dtype=keys.dtype))
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _ended_on_gpu(q, keys, values):
+        plain = eager(q, keys, values) and not recorded(q, keys, values)
+        return Partial(*(_attend_ended if plain else _ended_op)(q, keys, values, stride, span, first, factor))
+    layout = _ended(q, keys.shape[2], stride, span, first)
+    end = torch.arange(keys.shape[2], device=q.device) * stride + span - 1
+    position = torch.arange(first, first + q.shape[2], device=q.device) if first else None
+    found = attend(q.to(keys.dtype), Rows(keys, values, end=end), layout, scale=factor, position=position)
+    return Partial(found.out.to(q.dtype), found.lse)
+
+
+def _ended(q: Tensor, rows: int, stride: int, span: int, first: int) -> Layout:
+    """Blocks of queries and the blocks of rows of which some have ended; what has not is hidden by the rows' ends."""
+    blocks, row_blocks = -(-q.shape[2] // 64), -(-rows // 64)
+    index = torch.arange(row_blocks, dtype=torch.int32, device=q.device).expand(1, 1, blocks, row_blocks)
+    last = (torch.arange(blocks, device=q.device) + 1) * 64 - 1 + first
+    seen = ((last - span + 1).div(stride, rounding_mode="floor") + 1).clamp(0, rows)
+    count = (-(-seen // 64)).to(torch.int32)[None, None]
+    return Layout(index, count, 64, 64, q.shape[2], rows, True)
+
+
+def _ended_on_gpu(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    from farfield.kernels import choose as on_gpu
+
+    return on_gpu.takes(q, keys) and values.shape[3] <= on_gpu.WIDEST
+
+
+def _attend_ended(
+    q: Tensor, keys: Tensor, values: Tensor, stride: int, span: int, first: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    from farfield.kernels import choose as on_gpu
+
+    planes = on_gpu.planes_of(keys, q.dtype)
+    out, lse = on_gpu.attend_ended(q, planes, values.to(q.dtype).contiguous(), stride, span, first, scale)
+    assert out is not None
+    return out, lse
+
+
+@custom_op("farfield::attend_ended", mutates_args=())
+def _ended_op(
+    q: Tensor, keys: Tensor, values: Tensor, stride: int, span: int, first: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _attend_ended(q, keys, values, stride, span, first, scale)
+
+
+@_ended_op.register_fake
+def _(q, keys, values, stride, span, first, scale):
+    return q.new_empty(*q.shape[:3], values.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@custom_op("farfield::attend_ended_backward", mutates_args=())
+def _ended_backward(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, stride: int,
+    span: int, first: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from farfield.kernels.attend_backward import attend_backward
+
+    none, layout = q.new_empty(0), _ended(q, keys.shape[2], stride, span, first)
+    end = torch.arange(keys.shape[2], device=q.device)[None, None] * stride + span - 1
+    position = torch.arange(first, first + q.shape[2], device=q.device)[None, None] if first else none
+    call = Call(
+        q, [keys.to(q.dtype)], [values.to(q.dtype)], [none], [end], [none], position, none, [layout.index],
+        [layout.count], [Plan(64, 64, 1, -1, 0)], scale,
+    )  # fmt: skip
+    d_q, d_k, d_v, *_ = attend_backward(call, d_out, d_lse, out, lse, False)
+    return d_q, d_k.to(keys.dtype), d_v.to(values.dtype)
+
+
+@_ended_backward.register_fake
+def _(d_out, d_lse, out, lse, q, keys, values, stride, span, first, scale):
+    return torch.empty_like(q), torch.empty_like(keys), torch.empty_like(values)
+
+
+def _save(ctx, inputs, output):
+    q, keys, values, *ctx.plan = inputs
+    ctx.save_for_backward(*output, q, keys, values)
+
+
+def _differentiate(ctx, d_out, d_lse):
+    return *_ended_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.plan), None, None, None, None
+
+
+_ended_op.register_autograd(_differentiate, setup_context=_save)

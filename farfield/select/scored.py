@@ -10,10 +10,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from farfield.ops.choose import Choice, Scoring, attend_chosen, check, choose
+from farfield.ops.choose import Choice, Scoring, attend_chosen, attend_ended, check, choose
 from farfield.types import Layout
 
-__all__ = ["Choice", "Scoring", "attend_chosen", "block_means", "check", "choose", "ended", "tokens_read"]
+__all__ = [
+    "Choice",
+    "Scoring",
+    "attend_chosen",
+    "attend_ended",
+    "block_means",
+    "check",
+    "choose",
+    "recent",
+    "tokens_read",
+]
 
 
 def block_means(x: Float[Tensor, "B G S D"], block: int) -> Float[Tensor, "B G M D"]:
@@ -23,23 +33,20 @@ def block_means(x: Float[Tensor, "B G S D"], block: int) -> Float[Tensor, "B G M
     return whole.mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def ended(
-    *, tokens: int, rows: int, stride: int, span: int, first: int = 0, q_block: int = 64, k_block: int = 64,
-    device: torch.device | str | None = None,
-) -> Layout:  # fmt: skip
-    """Each query reads the rows that have ended at or before it; row c ends at token c * stride + span - 1.
+def recent(*, tokens: int, rows: int, width: int, device: torch.device | str | None = None) -> Layout:
+    """The last `width` rows of each query, itself included; the last query stands at the last row.
 
-    Args:
-        tokens: queries, at positions first, first + 1, ...
-
-    Causal by the rows' `end`, which must be given with them.
+    The lists of `select.window` without sinks, from a few small launches: no list has to be sorted.
     """
-    blocks, row_blocks = -(-tokens // q_block), -(-rows // k_block)
-    index = torch.arange(row_blocks, dtype=torch.int32, device=device).expand(1, 1, blocks, row_blocks)
-    last = (torch.arange(blocks, device=device) + 1) * q_block - 1 + first
-    seen = ((last - span + 1).div(stride, rounding_mode="floor") + 1).clamp(0, rows)
-    count = (-(-seen // k_block)).to(torch.int32)[None, None]
-    return Layout(index, count, q_block, k_block, tokens, rows, True)
+    block = 128 if width >= 256 else 64
+    row = torch.arange(-(-tokens // block), device=device)[:, None] * block + rows - tokens
+    first = ((row - width + 1) // block).clamp(min=0)
+    last = ((row + block - 1) // block).clamp(max=-(-rows // block) - 1)
+    slots = torch.arange(min(-(-rows // block), (width + 2 * block - 3) // block + 1), device=device)
+    count = last - first + 1
+    index = torch.minimum(first + slots, last)
+    lists = index.to(torch.int32)[None, None], count[:, 0].to(torch.int32)[None, None]
+    return Layout(*lists, block, block, tokens, rows, True, width)
 
 
 def tokens_read(scoring: Scoring, tokens: int) -> float:

@@ -1,0 +1,207 @@
+"""attend for lists of a query's own, forward: a program stays with a block of rows and reads the queries that chose it.
+
+Queries that stand side by side choose different blocks, so that a tile of them would read far more rows than each of
+them asks for. Here the lists are transposed: a program holds one block of keys and values and goes through its readers,
+the query heads of a unit side by side in tiles of up to 128. What a query got from each of its blocks goes to memory
+as a softmax of its own, and a second launch joins them, always in one order. Long sequences go through in chunks of
+queries, so that these parts never take more than PARTS bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farfield.kernels.attend import LN2, LOG2E, _dense, lists_of, padded
+from farfield.kernels.transpose import piece_of, transpose
+from farfield.ops.attend import Call
+
+PARTS = 1 << 30  # bytes
+MOST = 1024  # readers of a program, or twice the average if that is more; even
+FEWEST = 256  # queries of a unit for which lists are transposed
+WIDEST = 128
+ROWS = 128  # queries of a tile, the heads of a unit counted apart
+
+VARIES = ["base", "seg_b", "seg_u", "most", "pieces", "units", "tokens", "first", "rows", "row_blocks", "picks"]
+VARIES += ["q_b", "q_h", "q_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r"]
+
+
+@triton.jit(do_not_specialize=VARIES)
+def read_blocks(
+    q, k, v, parts, masses, start, reader, key,
+    base, seg_b, seg_u, most, pieces, units, tokens, first, rows, row_blocks, picks,
+    q_b, q_h, q_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
+    STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
+    D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """What each reader of a block, or of a piece of it, gets from it: parts and log2 masses of its entry and head."""
+    pid = tl.program_id(0).to(tl.int64)
+    unit, x = pid // (row_blocks + pieces), pid % (row_blocks + pieces)
+    b, u = unit // units, unit % units
+    segment = b * seg_b + u * seg_u
+    m, low, high, _ = piece_of(
+        start + segment * (row_blocks + 1), key, base + segment * (row_blocks + 1), x, row_blocks, most
+    )
+    g = u if STACK > 1 else u // REPEAT
+    dims, values = tl.arange(0, D_TILE), tl.arange(0, E_TILE)
+    k += (b * k_b + g * k_h) * D_UNIT
+    v += (b * v_b + g * v_h) * E_UNIT
+    q += (b * q_b + u * STACK * q_h) * D_UNIT
+    ROWS: tl.constexpr = BQ * STACK_TILE
+    row = tl.arange(0, ROWS)
+    head = row % STACK_TILE
+    inside = tl.arange(0, BK)
+    if K_BLOCK == BK:
+        at = m * K_BLOCK + inside
+        there = at < rows
+        k_tile = tl.load(k + (at * k_r)[:, None] * D_UNIT + dims, mask=there[:, None] & (dims < D), other=0.0)
+        v_tile = tl.load(v + (at * v_r)[:, None] * E_UNIT + values, mask=there[:, None] & (values < E), other=0.0)
+    for tile in range(low, high, BQ):
+        spot = tile + row // STACK_TILE
+        asked = (spot < high) & (head < STACK)
+        entry = tl.load(reader + spot, mask=asked, other=0).to(tl.int64)
+        token = first + entry // picks
+        q_at = q + (head * q_h + token * q_t)[:, None] * D_UNIT + dims
+        q_tile = tl.load(q_at, mask=asked[:, None] & (dims < D), other=0.0)
+        place = ((unit * tokens * picks) + entry) * STACK + head
+        if K_BLOCK == BK:
+            scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E)
+            seen = there[None, :]
+            if CAUSAL:
+                seen = seen & (at[None, :] <= token[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+            peak = tl.max(scores, 1)
+            weights = tl.exp2(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+            mass = tl.sum(weights, 1)
+            acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
+        else:
+            peak = tl.full([ROWS], float("-inf"), tl.float32)
+            mass = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, E_TILE], tl.float32)
+            for begin in range(0, K_BLOCK, BK):
+                at = m * K_BLOCK + begin + inside
+                there = at < rows
+                k_tile = tl.load(k + (at * k_r)[:, None] * D_UNIT + dims, mask=there[:, None] & (dims < D), other=0.0)
+                v_tile = tl.load(
+                    v + (at * v_r)[:, None] * E_UNIT + values, mask=there[:, None] & (values < E), other=0.0
+                )
+                scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E)
+                seen = there[None, :]
+                if CAUSAL:
+                    seen = seen & (at[None, :] <= token[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+                higher = tl.maximum(peak, tl.max(scores, 1))
+                floor = tl.where(higher == float("-inf"), 0.0, higher)
+                weights = tl.exp2(scores - floor[:, None])
+                fade = tl.exp2(peak - floor)
+                mass = mass * fade + tl.sum(weights, 1)
+                acc = acc * fade[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
+                peak = higher
+        acc *= (1.0 / tl.where(mass > 0, mass, 1.0))[:, None]
+        part_at = parts + place[:, None] * E + values
+        tl.store(part_at, acc.to(parts.dtype.element_ty), mask=asked[:, None] & (values < E))
+        # log2(0) = -inf is what a query that saw nothing of the block has
+        tl.store(masses + place, peak + tl.log2(mass), mask=asked)
+
+
+@triton.jit(do_not_specialize=["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "total"])
+def join_parts(
+    parts, masses, count, out, lse, units, tokens, first, all_tokens, picks, list_b, list_u, total,
+    STACK: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The parts of each query as one softmax. A row is a unit, a query of it and a head of it."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < total
+    r, query = row % STACK, row // STACK
+    n, unit = query % tokens, query // tokens
+    b, u = unit // units, unit % units
+    values = tl.arange(0, E_TILE)
+    filled = tl.load(count + b * list_b + u * list_u + n, mask=there, other=0)
+    place = query * picks * STACK + r
+    longest = tl.max(filled, 0)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    for p in range(longest):
+        peak = tl.maximum(peak, tl.load(masses + place + p * STACK, mask=p < filled, other=float("-inf")))
+    floor = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, E_TILE], tl.float32)
+    for p in range(longest):
+        used = p < filled
+        weight = tl.exp2(tl.load(masses + place + p * STACK, mask=used, other=float("-inf")) - floor)
+        part_at = parts + (place + p * STACK)[:, None] * E + values
+        part = tl.load(part_at, mask=used[:, None] & (values < E), other=0.0)
+        mass += weight
+        acc += part.to(tl.float32) * weight[:, None]
+    acc *= (1.0 / tl.where(mass > 0, mass, 1.0))[:, None]
+    at = (unit * STACK + r) * all_tokens + first + n
+    tl.store(out + at[:, None] * E + values, acc.to(out.dtype.element_ty), mask=there[:, None] & (values < E))
+    tl.store(lse + at, (floor + tl.log2(mass)) * LN2, mask=there)
+
+
+def wants(call: Call) -> bool:
+    """Whether a call has single queries with lists of blocks, enough of them to transpose these, and nothing else."""
+    plan, width = call.plans[0], max(call.q.shape[3], call.v[0].shape[3])
+    if len(call.plans) > 1 or plan.q_block != 1 or plan.reach >= 0 or call.q.dtype == torch.float32 or width > WIDEST:
+        return False
+    if plan.k_block < 16 or plan.k_block & (plan.k_block - 1):
+        return False
+    if any(x.dim() > 1 for x in (call.position, call.group, call.bias[0], call.end[0], call.row_group[0])):
+        return False
+    return bool(call.q.numel()) and call.q.shape[2] >= FEWEST and lists_of(call)[1] <= 64
+
+
+def attend_listed(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's."""
+    q, (k,), (v,), _, _, _, _, _, (index,), (count,), (plan,), scale = call
+    batch, heads, tokens, width = q.shape
+    kv_heads, rows, value_width = k.shape[1], k.shape[2], v.shape[3]
+    units, stack = lists_of(call)
+    out, lse = q.new_empty(batch, heads, tokens, value_width), q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    picks, row_blocks = index.shape[3], -(-rows // plan.k_block)
+    q, q_at = _dense(q)
+    k, k_at = _dense(k)
+    v, v_at = _dense(v)
+    d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(q, value_width, *v_at)
+    wide, stack_tile = max(padded(width), padded(value_width)), padded(stack, 1)
+    most_tokens = max(FEWEST, PARTS // max(1, batch * heads * picks * value_width * q.element_size()))
+    chunk = min(tokens, most_tokens)
+    parts = q.new_empty(batch * heads * chunk * picks, value_width)
+    masses = lse.new_empty(batch * heads * chunk * picks)
+    tile = max(1, ROWS // stack_tile)
+    join = max(1, 2048 // padded(value_width))
+    for first in range(0, tokens, chunk):
+        many = min(chunk, tokens - first)
+        listed, filled = index[:, :, first : first + many].contiguous(), count[:, :, first : first + many].contiguous()
+        (found,) = transpose([listed], [filled], [row_blocks], [True], [piece_size(many, picks, row_blocks)])
+        seg_b, seg_u = found.strides
+        read_blocks[(batch * units * (row_blocks + found.pieces),)](
+            q, k, v, parts, masses, found.start, found.reader, found.key,
+            found.base, seg_b, seg_u, found.most, found.pieces, units, many, first, rows, row_blocks, picks,
+            *[n // d_unit for n in (*q_at, *k_at)], *[n // e_unit for n in v_at], scale,
+            stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal),
+            width, value_width, padded(width), padded(value_width), d_unit, e_unit,
+            BQ=tile, BK=min(plan.k_block, 64),
+            num_warps=4 if max(wide, plan.k_block) <= 64 else 8, num_stages=2,
+        )  # fmt: skip
+        total = batch * heads * many
+        join_parts[(-(-total // join),)](
+            parts, masses, filled, out, lse, units, many, first, tokens, picks, seg_b * many, seg_u * many, total,
+            stack, value_width, padded(value_width), join, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def piece_size(tokens: int, picks: int, row_blocks: int) -> int:
+    """Readers that one program goes through; of a block that has more, several programs do."""
+    return max(MOST, 2 * -(-2 * tokens * picks // (2 * max(row_blocks, 1))))
+
+
+def _unit(x: Tensor, *sizes: int) -> int:
+    """Elements loaded at once: what all of these are multiples of, 16 bytes at most."""
+    unit = 16 // x.element_size()
+    while any(n % unit for n in sizes):
+        unit //= 2
+    return unit

@@ -1,0 +1,258 @@
+"""attend for lists of a query's own, backward: a program stays with a block of rows, as in the forward.
+
+With p = exp(s - lse) recomputed:  dv = p' dout,  ds = p (dout v' - delta),  delta = sum(dout out) - dlse,
+dq = scale ds k,  dk = scale ds' q.
+
+A block's dk and dv stay on the chip while its readers go by; what it adds to the dq of each reader goes to memory entry
+by entry, and another launch adds up the entries of each query. Blocks wider than a tile are cut for dk and dv, and
+read once more, whole, for dq. Blocks of many readers are cut into pieces, whose dk and dv are added up afterwards. No
+atomics, every sum in one order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
+from farfield.kernels.attend_listed import FEWEST, PARTS, _unit, piece_size
+from farfield.kernels.transpose import piece_of, transpose
+from farfield.ops.attend import Call
+
+
+@triton.jit(do_not_specialize=["total"])
+def prepare(out, d_out, lse, d_lse, delta, shift, total, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr):
+    """delta, and lse in units of log 2: inf where nothing was read, so that weights are exp(s - inf) = 0."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < total
+    values = tl.arange(0, E_TILE)
+    at, mask = row[:, None] * E + values, there[:, None] & (values < E)
+    a = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(d_out + at, mask=mask, other=0.0).to(tl.float32)
+    found = tl.sum(a * b, 1)
+    if d_lse is not None:
+        found -= tl.load(d_lse + row, mask=there, other=0.0)
+    mass = tl.load(lse + row, mask=there, other=0.0)
+    empty = mass == float("-inf")
+    tl.store(delta + row, tl.where(empty, 0.0, found), mask=there)
+    tl.store(shift + row, tl.where(empty, float("inf"), mass * LOG2E), mask=there)
+
+
+VARIES = ["base", "seg_b", "seg_u", "most", "pieces", "units", "tokens", "first", "all_tokens", "rows", "row_blocks"]
+VARIES += ["picks", "q_b", "q_h", "q_t", "d_b", "d_h", "d_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r"]
+
+
+@triton.jit(do_not_specialize=VARIES)
+def read_blocks_backward(
+    q, k, v, d_out, delta, shift, parts, d_k, d_v, piece_k, piece_v, start, reader, key,
+    base, seg_b, seg_u, most, pieces, units, tokens, first, all_tokens, rows, row_blocks, picks,
+    q_b, q_h, q_t, d_b, d_h, d_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
+    STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
+    D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    ROWS_GRAD: tl.constexpr, QUERY_GRAD: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a part of BK rows of a block (ROWS_GRAD), or each reader's share of dq from all of it."""
+    CUTS: tl.constexpr = K_BLOCK // BK if ROWS_GRAD else 1
+    pid = tl.program_id(0).to(tl.int64)
+    cut, pid = pid % CUTS, pid // CUTS
+    unit, x = pid // (row_blocks + pieces), pid % (row_blocks + pieces)
+    b, u = unit // units, unit % units
+    segment = b * seg_b + u * seg_u
+    m, low, high, piece = piece_of(
+        start + segment * (row_blocks + 1), key, base + segment * (row_blocks + 1), x, row_blocks, most
+    )
+    g = u if STACK > 1 else u // REPEAT
+    dims, values = tl.arange(0, D_TILE), tl.arange(0, E_TILE)
+    k += (b * k_b + g * k_h) * D_UNIT
+    v += (b * v_b + g * v_h) * E_UNIT
+    q += (b * q_b + u * STACK * q_h) * D_UNIT
+    d_out += (b * d_b + u * STACK * d_h) * E_UNIT
+    row = tl.arange(0, BQ * STACK_TILE)
+    head = row % STACK_TILE
+    inside = tl.arange(0, BK)
+    at = m * K_BLOCK + cut * BK + inside
+    there = at < rows
+    if ROWS_GRAD:
+        k_tile = tl.load(k + (at * k_r)[:, None] * D_UNIT + dims, mask=there[:, None] & (dims < D), other=0.0)
+        v_tile = tl.load(v + (at * v_r)[:, None] * E_UNIT + values, mask=there[:, None] & (values < E), other=0.0)
+        dk = tl.zeros([BK, D_TILE], tl.float32)
+        dv = tl.zeros([BK, E_TILE], tl.float32)
+    for tile in range(low, high, BQ):
+        spot = tile + row // STACK_TILE
+        asked = (spot < high) & (head < STACK)
+        entry = tl.load(reader + spot, mask=asked, other=0).to(tl.int64)
+        token = first + entry // picks
+        q_at = q + (head * q_h + token * q_t)[:, None] * D_UNIT + dims
+        q_tile = tl.load(q_at, mask=asked[:, None] & (dims < D), other=0.0)
+        d_at = d_out + (head * d_h + token * d_t)[:, None] * E_UNIT + values
+        d_tile = tl.load(d_at, mask=asked[:, None] & (values < E), other=0.0)
+        line = (unit * STACK + head) * all_tokens + token
+        lowered = tl.load(shift + line, mask=asked, other=float("inf"))
+        less = tl.load(delta + line, mask=asked, other=0.0)
+        place = (unit * tokens * picks + entry) * STACK + head
+        if ROWS_GRAD:
+            # [BK, BQ * STACK_TILE]: rows down, so that dv and dk are products of what lies in registers
+            scores = tl.dot(k_tile, q_tile.T, input_precision="ieee") * (scale * LOG2E)
+            seen = there[:, None] & asked[None, :]
+            if CAUSAL:
+                seen = seen & (at[:, None] <= token[None, :])
+            weights = tl.where(seen, tl.exp2(scores - lowered[None, :]), 0.0)
+            dv += tl.dot(weights.to(d_tile.dtype), d_tile, input_precision="ieee")
+            d_scores = weights * (tl.dot(v_tile, d_tile.T, input_precision="ieee") - less[None, :])
+            small = d_scores.to(q_tile.dtype)
+            dk += tl.dot(small, q_tile, input_precision="ieee")
+            if QUERY_GRAD:
+                share = tl.dot(tl.trans(small), k_tile, input_precision="ieee")
+        else:
+            share = tl.zeros([BQ * STACK_TILE, D_TILE], tl.float32)
+            for begin in range(0, K_BLOCK, BK):
+                at = m * K_BLOCK + begin + inside
+                there = at < rows
+                k_tile = tl.load(k + (at * k_r)[:, None] * D_UNIT + dims, mask=there[:, None] & (dims < D), other=0.0)
+                v_tile = tl.load(
+                    v + (at * v_r)[:, None] * E_UNIT + values, mask=there[:, None] & (values < E), other=0.0
+                )
+                scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E)
+                seen = there[None, :] & asked[:, None]
+                if CAUSAL:
+                    seen = seen & (at[None, :] <= token[:, None])
+                weights = tl.where(seen, tl.exp2(scores - lowered[:, None]), 0.0)
+                d_scores = weights * (tl.dot(d_tile, v_tile.T, input_precision="ieee") - less[:, None])
+                share += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
+        if QUERY_GRAD:
+            part_at = parts + place[:, None] * D + dims
+            tl.store(part_at, share.to(parts.dtype.element_ty), mask=asked[:, None] & (dims < D))
+    if ROWS_GRAD and low <= high:
+        if piece >= 0:
+            to = ((unit * pieces + piece) * K_BLOCK + cut * BK + inside)[:, None]
+            tl.store(piece_k + to * D + dims, dk, mask=dims < D)
+            tl.store(piece_v + to * E + values, dv, mask=values < E)
+        else:
+            to = (unit * rows + at)[:, None]
+            if ADD:
+                dk += tl.load(d_k + to * D + dims, mask=there[:, None] & (dims < D), other=0.0)
+                dv += tl.load(d_v + to * E + values, mask=there[:, None] & (values < E), other=0.0)
+            tl.store(d_k + to * D + dims, dk, mask=there[:, None] & (dims < D))
+            tl.store(d_v + to * E + values, dv, mask=there[:, None] & (values < E))
+
+
+@triton.jit(do_not_specialize=["seg_b", "seg_u", "most", "pieces", "units", "rows", "row_blocks"])
+def join_pieces(
+    d_k, d_v, piece_k, piece_v, start, seg_b, seg_u, most, pieces, units, rows, row_blocks,
+    K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
+    BK: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of the blocks that were cut."""
+    CUTS: tl.constexpr = K_BLOCK // BK
+    pid = tl.program_id(0).to(tl.int64)
+    cut, pid = pid % CUTS, pid // CUTS
+    unit, m = pid // row_blocks, pid % row_blocks
+    start += (unit // units * seg_b + unit % units * seg_u) * (row_blocks + 1)
+    low, high = tl.load(start + m).to(tl.int64), tl.load(start + m + 1).to(tl.int64)
+    if high - low > most:
+        dims, values, inside = tl.arange(0, D_TILE), tl.arange(0, E_TILE), tl.arange(0, BK)
+        at = m * K_BLOCK + cut * BK + inside
+        there = at < rows
+        to = (unit * rows + at)[:, None]
+        mask_k, mask_v = there[:, None] & (dims < D), there[:, None] & (values < E)
+        dk = tl.zeros([BK, D_TILE], tl.float32)
+        dv = tl.zeros([BK, E_TILE], tl.float32)
+        if ADD:
+            dk += tl.load(d_k + to * D + dims, mask=mask_k, other=0.0)
+            dv += tl.load(d_v + to * E + values, mask=mask_v, other=0.0)
+        own = 2 * (low - tl.load(start)) // most
+        for piece in range(own, own + (high - low + most - 1) // most):
+            of = ((unit * pieces + piece) * K_BLOCK + cut * BK + inside)[:, None]
+            dk += tl.load(piece_k + of * D + dims, mask=dims < D, other=0.0)
+            dv += tl.load(piece_v + of * E + values, mask=values < E, other=0.0)
+        tl.store(d_k + to * D + dims, dk, mask=mask_k)
+        tl.store(d_v + to * E + values, dv, mask=mask_v)
+
+
+@triton.jit(do_not_specialize=["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "total"])
+def join_queries(
+    parts, count, d_q, units, tokens, first, all_tokens, picks, list_b, list_u, total, scale,
+    STACK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dq: the entries of each query added up."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < total
+    r, query = row % STACK, row // STACK
+    n, unit = query % tokens, query // tokens
+    dims = tl.arange(0, D_TILE)
+    filled = tl.load(count + unit // units * list_b + unit % units * list_u + n, mask=there, other=0)
+    place = query * picks * STACK + r
+    acc = tl.zeros([ROWS, D_TILE], tl.float32)
+    for p in range(tl.max(filled, 0)):
+        part_at = parts + (place + p * STACK)[:, None] * D + dims
+        acc += tl.load(part_at, mask=(p < filled)[:, None] & (dims < D), other=0.0).to(tl.float32)
+    at = ((unit * STACK + r) * all_tokens + first + n)[:, None] * D + dims
+    tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=there[:, None] & (dims < D))
+
+
+def attend_listed_backward(
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, for calls that attend_listed.wants."""
+    q, (k,), (v,), _, _, _, _, _, (index,), (count,), (plan,), scale = call
+    batch, heads, tokens, width = q.shape
+    kv_heads, rows, value_width = k.shape[1], k.shape[2], v.shape[3]
+    units, stack = lists_of(call)
+    d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    picks, row_blocks = index.shape[3], -(-rows // plan.k_block)
+    stack_tile, d_tile, e_tile = padded(stack, 1), padded(width), padded(value_width)
+
+    q, q_at = _dense(q)
+    k, k_at = _dense(k)
+    v, v_at = _dense(v)
+    d_out, d_at = _dense(d_out)
+    d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(q, value_width, *v_at, *d_at)
+    delta, shift = torch.empty_like(lse), torch.empty_like(lse)
+    total, some = batch * heads * tokens, max(1, 2048 // e_tile)
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    prepare[(-(-total // some),)](
+        out.contiguous(), d_out.contiguous(), lse, d_lse, delta, shift, total, value_width, e_tile, some
+    )  # fmt: skip
+
+    chunk = min(tokens, max(FEWEST, PARTS // max(1, batch * heads * picks * width * q.element_size())))
+    parts = q.new_empty(batch * heads * chunk * picks, width)
+    d_k = torch.empty(batch, units, rows, width, dtype=torch.float32, device=q.device)
+    d_v = torch.empty(batch, units, rows, value_width, dtype=torch.float32, device=q.device)
+    step = min(plan.k_block, 64)
+    whole = step == plan.k_block
+    tile = max(1, (64 if max(d_tile, e_tile) <= 64 else 32) // stack_tile)
+    for first in range(0, tokens, chunk):
+        many = min(chunk, tokens - first)
+        listed, filled = index[:, :, first : first + many].contiguous(), count[:, :, first : first + many].contiguous()
+        (found,) = transpose([listed], [filled], [row_blocks], [True], [piece_size(many, picks, row_blocks)])
+        seg_b, seg_u = found.strides
+        held = batch * units * found.pieces * plan.k_block
+        piece_k, piece_v = d_k.new_empty(max(held, 1), width), d_v.new_empty(max(held, 1), value_width)
+        for of_rows, of_queries in ((True, True),) if whole else ((True, False), (False, True)):
+            cuts = plan.k_block // step if of_rows else 1
+            read_blocks_backward[(cuts * batch * units * (row_blocks + found.pieces),)](
+                q, k, v, d_out, delta, shift, parts, d_k, d_v, piece_k, piece_v,
+                found.start, found.reader, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
+                many, first, tokens, rows, row_blocks, picks, *[n // d_unit for n in q_at],
+                *[n // e_unit for n in d_at], *[n // d_unit for n in k_at], *[n // e_unit for n in v_at], scale,
+                stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal), width, value_width, d_tile,
+                e_tile, d_unit, e_unit, BQ=tile, BK=step, ROWS_GRAD=of_rows, QUERY_GRAD=of_queries, ADD=first > 0,
+                num_warps=8, num_stages=2,
+            )  # fmt: skip
+        if found.pieces:
+            join_pieces[(plan.k_block // step * batch * units * row_blocks,)](
+                d_k, d_v, piece_k, piece_v, found.start, seg_b, seg_u, found.most, found.pieces, units, rows,
+                row_blocks, plan.k_block, width, value_width, d_tile, e_tile, step, ADD=first > 0, num_warps=8,
+            )  # fmt: skip
+        total, some = batch * heads * many, max(1, 2048 // d_tile)
+        join_queries[(-(-total // some),)](
+            parts, filled, d_q, units, many, first, tokens, picks, seg_b * many, seg_u * many, total, scale,
+            stack, width, d_tile, some, num_warps=4,
+        )  # fmt: skip
+    d_k *= scale
+    if units != kv_heads:
+        d_k, d_v = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (d_k, d_v))
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype)

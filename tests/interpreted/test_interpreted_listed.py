@@ -1,0 +1,127 @@
+"""Kernels for lists of a query's own in the interpreter, float32 and float16: attention over them, and the choice."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
+
+import farfield as ff
+from farfield.cpu.choose import choose
+from farfield.kernels import attend_listed, attend_listed_backward
+from farfield.kernels import choose as on_gpu
+from farfield.ops.attend import Call, Plan
+from farfield.ops.choose import Scoring
+from farfield.testing import oracles
+from farfield.testing.units import assert_within
+
+
+def problem(*, heads, kv_heads, tokens, block, picks, lists, causal=True, width=16, value_width=16, shared=False):
+    gen = torch.Generator().manual_seed(heads + tokens + block)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=gen).half().double()
+
+    batch, blocks = 2, -(-tokens // block)
+    lead = (1, 1) if shared else (batch, lists)
+    # block 0 is in every list: it has more readers than one program takes
+    index = torch.rand(*lead, tokens, blocks, generator=gen)
+    index[..., 0] -= 1
+    index = index.argsort(-1)[..., :picks].sort(-1).values.to(torch.int32)
+    count = torch.randint(0, min(picks, blocks) + 1, (*lead, tokens), generator=gen, dtype=torch.int32)
+    layout = ff.Layout(index, count, 1, block, tokens, tokens, causal)
+    q = draw(batch, tokens, heads, width).transpose(1, 2)
+    return q, ff.Rows(draw(batch, kv_heads, tokens, width), draw(batch, kv_heads, tokens, value_width)), layout
+
+
+CASES = {
+    "one-head-a-unit": {"heads": 3, "kv_heads": 3, "tokens": 50, "block": 16, "picks": 2, "lists": 3},
+    "lists-of-query-heads": {"heads": 4, "kv_heads": 2, "tokens": 37, "block": 16, "picks": 3, "lists": 4},
+    "shared-lists": {"heads": 6, "kv_heads": 2, "tokens": 41, "block": 16, "picks": 2, "lists": 1, "value_width": 40},
+    "all-share": {"heads": 4, "kv_heads": 1, "tokens": 70, "block": 32, "picks": 2, "lists": 1, "shared": True},
+    "large-blocks": {"heads": 2, "kv_heads": 1, "tokens": 150, "block": 128, "picks": 2, "lists": 2, "causal": True},
+    "noncausal": {"heads": 2, "kv_heads": 1, "tokens": 40, "block": 16, "picks": 3, "lists": 1, "causal": False},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_listed(name, monkeypatch):
+    dtype = torch.float16 if len(name) % 2 else torch.float32
+    monkeypatch.setattr(attend_listed, "FEWEST", 16)
+    for module in (attend_listed, attend_listed_backward):
+        monkeypatch.setattr(module, "piece_size", lambda *_: 16)
+    q, rows, layout = problem(**CASES[name])
+    x = [t.requires_grad_() for t in (q, rows.k, rows.v)]
+    exact = oracles.attend(q, [(rows, layout)])
+    gen = torch.Generator().manual_seed(5)
+    d_out, d_lse = (torch.randn(t.shape, generator=gen).half().double() for t in exact)
+    read = exact[1].isfinite()
+    total = (exact[0] * d_out).sum() + (exact[1] * d_lse)[read].sum()
+    wanted = torch.autograd.grad(total, x, retain_graph=True)
+    none = q.new_empty(0)
+    q, k, v = (t.detach().to(dtype) for t in x)
+    call = Call(
+        q, [k], [v], [none], [none], [none], none, none, [layout.index], [layout.count],
+        [Plan(1, layout.k_block, layout.causal, -1, 0)], q.shape[-1] ** -0.5,
+    )  # fmt: skip
+    # all queries at once, and in chunks of 16
+    for parts in (1 << 30, 1):
+        for module in (attend_listed, attend_listed_backward):
+            monkeypatch.setattr(module, "PARTS", parts)
+            monkeypatch.setattr(module, "FEWEST", 16)
+        out, lse = attend_listed.attend_listed(call)
+        assert_within(out, exact[0], terms=layout.rows)
+        assert_within(lse, exact[1], terms=layout.rows, name="lse")
+        grads = attend_listed_backward.attend_listed_backward(call, d_out.to(dtype), d_lse.float(), out, lse)
+        for which, got, right in zip(("dq", "dk", "dv"), grads, wanted, strict=True):
+            assert_within(got, right, terms=layout.rows, name=which)
+    plain = attend_listed_backward.attend_listed_backward(call, d_out.to(dtype), None, out, lse)
+    for which, got, right in zip(("dq", "dk", "dv"), plain, torch.autograd.grad(exact[0], x, d_out), strict=True):
+        assert_within(got, right, terms=layout.rows, name=f"{which} without d_lse")
+
+
+# scoring, heads, key heads, queries, position of the first
+CHOICES = {
+    "nsa": (Scoring(16, 4, 4, 8, 1, 2), 4, 2, 75, 0),
+    "one-size": (Scoring(8, 3, 8, 8), 3, 1, 45, 0),
+    "heads-apart": (Scoring(8, 4, 8, 8, shared=False), 4, 2, 50, 0),
+    "later": (Scoring(8, 5, 2, 4, 2, 1), 2, 2, 20, 30),
+    "all-forced": (Scoring(16, 3, 4, 8, 1, 2), 2, 1, 40, 0),
+    "rows-wider-than-blocks": (Scoring(8, 3, 4, 16), 5, 1, 40, 0),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choose(name):
+    scoring, heads, kv_heads, tokens, first = CHOICES[name]
+    gen = torch.Generator().manual_seed(len(name))
+    dtype = torch.float16 if len(name) % 2 else torch.float32
+    rows, repeat, scale = max(0, (first + tokens - scoring.span) // scoring.stride + 1), heads // kv_heads, 0.3
+    q = torch.randn(2, heads, tokens, 16, generator=gen).to(dtype)
+    keys, values = (torch.randn(2, kv_heads, rows, n, generator=gen) for n in (16, 24))
+    planes = on_gpu.planes_of(keys, dtype)
+    rounded = values.to(dtype)
+    out, lse = on_gpu.attend_ended(q, planes, rounded, scoring.stride, scoring.span, first, scale)
+    at = torch.arange(first, first + tokens)
+    ended = torch.arange(rows) * scoring.stride + scoring.span - 1 <= at[:, None]
+    logits = q.double() @ keys.double().repeat_interleave(repeat, 1).mT * scale
+    logits = logits.masked_fill(~ended, float("-inf"))
+    exact = logits.softmax(-1).nan_to_num(0.0) @ rounded.double().repeat_interleave(repeat, 1)
+    assert_within(out, exact, terms=rows)
+    assert_within(lse, logits.logsumexp(-1), terms=rows, name="lse")
+    alone = on_gpu.attend_ended(q, planes, None, scoring.stride, scoring.span, first, scale)[1]
+    assert torch.equal(alone, lse)
+    found = on_gpu.choose(q, planes, lse if scoring.shared else None, scoring, first, scale)
+    for a, b in zip(found, choose(q.double(), keys.double(), scoring, first, scale), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_equal_scores_go_to_the_lower_block():
+    q, keys = torch.randn(1, 1, 40, 16), torch.randn(1, 1, 1, 16).expand(-1, -1, 5, -1)
+    index, count = on_gpu.choose(
+        q, on_gpu.planes_of(keys, q.dtype), None, Scoring(8, 3, 8, 8, shared=False), 0, 1.0
+    )  # fmt: skip
+    assert index[0, 0, 39].tolist() == [0, 1, 4]
+    assert count[0, 0, 39] == 3
