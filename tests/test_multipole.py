@@ -1,5 +1,6 @@
 """multipole without a GPU: sizes, what it takes, what a compiler sees of it, one kernel for all lengths."""
 
+import os
 from functools import partial
 from unittest import mock
 
@@ -11,8 +12,10 @@ pytest.importorskip("triton")
 
 import farfield as ff
 from farfield.kernels import multipole as km
+from farfield.kernels import replay
 from farfield.ops import multipole as op
 from farfield.ops.multipole import Field, kept_parts, reached, refusal, tree_of
+from farfield.testing import compiled
 
 FIELDS = (Field(64, 64, 4, 0), Field(64, 128, 16, 5), Field(128, 384, 32, 128), Field(64, 64, 1, 3))
 
@@ -189,3 +192,48 @@ def test_one_graph_for_all_lengths(taken, monkeypatch):
     for tokens in (1000, 1500, 9000, 70_000):
         compiled(*(torch.empty(1, heads, tokens, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)))
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
+def test_one_kernel_for_all_lengths():
+    found: dict[str, set[str]] = {}
+    field = FIELDS[1]
+    for tokens in (2500, 40_001):
+        q, k, v = (torch.empty(1, h, tokens, 64, dtype=torch.bfloat16, device="meta") for h in (4, 2, 2))
+        with compiled.recording() as launches:
+            out, kept = km._forward(q, k, v, field, 0.125)
+            km._backward(torch.empty_like(out), q, k, v, out, kept, field, 0.125)
+        for launch in launches:
+            found.setdefault(launch.name, set()).add(launch.hash)
+    assert {"pool_forward", "attend_hopper", "pool_backward"} <= found.keys()
+    several = {name: len(hashes) for name, hashes in found.items() if len(hashes) > 1}
+    assert not several
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "kernel", "lists"),
+    [
+        (700, 2, 2, "multipole_backward", {"tree_lists"}),
+        (2500, 4, 2, "attend_backward_queries", {"tree_lists", "_keys", "_spans"}),
+    ],
+)
+def test_every_launch_is_recorded(tokens, heads, kv_heads, kernel, lists):
+    """A launch that goes past `start` would be missing in every replay."""
+    field, given, constant = FIELDS[0], [], replay._Recorder.constant
+    q, k, v = (torch.empty(1, h, tokens, 64, dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads))
+    with compiled.recording() as launches:
+
+        def made_once(recorder, make, options):
+            before = len(launches)
+            found = constant(recorder, make, options)
+            given.extend(launch.name for launch in launches[before:])
+            return found
+
+        with mock.patch.object(replay._Recorder, "constant", made_once):
+            found, forward = replay.record(km._forward, (q, k, v), (field, 0.125))
+            _, backward = replay.record(km._backward, (torch.empty_like(q), q, k, v, *found), (field, 0.125))
+    kept = [launch.kernel.metadata.name for launch in (*forward.launches, *backward.launches)]
+    assert set(given) == lists
+    assert {"pool_forward", "attend_hopper", "pool_backward", kernel} <= set(kept)
+    assert sorted(launch.name for launch in launches) == sorted(given + kept)

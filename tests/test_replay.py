@@ -271,3 +271,110 @@ def test_hooks_of_profilers_are_seen():
     finally:
         hooks.remove(listen)
     assert not replay._heard()
+
+
+class Raw:
+    """In place of Triton's launcher in C."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *args):
+        self.calls.append([list(x) if i + 1 == len(args) and isinstance(x, tuple) else x for i, x in enumerate(args)])
+
+
+class Box(Descriptor):
+    """Of an address alone."""
+
+    def __init__(self, base):
+        self.base, self.shape, self.strides, self.padding = base, [5, 64], [64, 1], "zero"
+
+
+SIGNATURE = {
+    "a": "tensordesc<bf16[1, 64]>",
+    "x": "*fp32",
+    "n": "i32",
+    "b": "tensordesc<bf16[1, 64]>",
+    "t": ("i32", "i32"),
+}
+
+
+def loaded(monkeypatch, signature, known):
+    """A kernel as Triton has it once it is launched, whose launcher in C is in Python."""
+    from triton.backends.nvidia import driver
+
+    def encoded(arg, metadata):
+        return [("encoded", arg.base.data_ptr(), metadata), *arg.shape, *arg.strides]
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", encoded)
+    raw, run = Raw(), object.__new__(driver.CudaLauncher)
+    about = {"num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": False, "arg_annotations": "annotations"}
+    about |= {f"{kind}_scratch_{what}": 0 for kind in ("global", "profile") for what in ("size", "align")}
+    vars(run).update(about, kernel_signature="signature", launch=driver.wrap_handle_tensordesc(raw, signature, known))
+    metadata = SimpleNamespace(tensordesc_meta=known)
+    return SimpleNamespace(run=run, function=77, packed_metadata=(4, 1, 0), metadata=metadata), raw
+
+
+def launch_of(kernel):
+    """Arguments a, x, n, b, t: descriptors of inputs 0 and 1, and input 0 itself."""
+    about = {name: x for name, x in vars(Box(None)).items() if name != "base"}
+    boxes = [replay.Box(place, slot, 32, Box, about, torch.bfloat16) for place, slot in ((0, 0), (3, 1))]
+    return replay.Launch(kernel, (2, 1, 1), [None, 0, 9, None, (3, 4)], [replay.Hole(1, 0, 16)], boxes)
+
+
+def test_the_launcher_is_called_as_triton_calls_it(monkeypatch):
+    kernel, raw = loaded(monkeypatch, SIGNATURE, ["first", "second"])
+    launch = launch_of(kernel)
+    for first, second in ((1 << 20, 1 << 21), (1 << 22, 1 << 21)):
+        launch(123, [first, second])
+        boxes = [Box(replay.Address(x + 32, torch.bfloat16)) for x in (first, second)]
+        values = boxes[0], first + 16, 9, boxes[1], (3, 4)
+        kernel.run(2, 1, 1, 123, kernel.function, kernel.packed_metadata, None, None, None, *values)
+    assert launch.launch is raw
+    assert raw.calls[0] == raw.calls[1] != raw.calls[2] == raw.calls[3]
+
+
+def test_launches_without_descriptors_are_as_tritons_too(monkeypatch):
+    kernel, raw = loaded(monkeypatch, {"x": "*fp32", "t": ("i32", "i32")}, None)
+    replay.Launch(kernel, (2, 3, 1), [0, (3, 4)], [replay.Hole(0, 0, 16)], [])(123, [1 << 20])
+    kernel.run(2, 3, 1, 123, kernel.function, kernel.packed_metadata, None, None, None, (1 << 20) + 16, (3, 4))
+    assert raw.calls[0] == raw.calls[1]
+
+
+def test_a_descriptor_is_encoded_once_an_address(monkeypatch):
+    kernel, _ = loaded(monkeypatch, SIGNATURE, ["first", "second"])
+    launch = launch_of(kernel)
+    for i in range(3 * replay.ADDRESSES):
+        for _ in range(2):
+            launch(0, [i << 10, 1 << 40])
+    assert all(len(box.encoded) <= replay.ADDRESSES for box in launch.boxes)
+    assert launch.boxes[1].encoded[(1 << 40) + 32] == ("encoded", (1 << 40) + 32, "second")
+
+
+@pytest.mark.parametrize("why", ["another version", "scratch memory", "another launcher"])
+def test_what_is_not_known_is_launched_by_run(monkeypatch, why):
+    import triton
+
+    kernel, _ = loaded(monkeypatch, SIGNATURE, ["first", "second"])
+    if why == "another version":
+        monkeypatch.setattr(triton, "__version__", "3.8.0")
+    elif why == "scratch memory":
+        kernel.run.global_scratch_size = 128
+    else:
+        kernel.run = mock.Mock()
+    launch = launch_of(kernel)
+    if why == "scratch memory":
+        launch._prepare()
+    else:
+        launch(123, [1 << 20, 1 << 21])
+    assert launch.launch is kernel.run
+    if why == "another launcher":
+        *before, a, x, n, b, t = kernel.run.call_args.args
+        assert before == [2, 1, 1, 123, 77, (4, 1, 0), None, None, None]
+        assert (a.base.data_ptr(), x, n, b.base.data_ptr(), t) == (
+            (1 << 20) + 32,
+            (1 << 20) + 16,
+            9,
+            (1 << 21) + 32,
+            (3, 4),
+        )

@@ -22,6 +22,7 @@ from farfield.kernels import (
     hashed,
     launch,
     lists,
+    multipole_backward,
     patterns,
     pool,
 )
@@ -30,6 +31,7 @@ from farfield.ops import hashed as ops_hashed
 from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
 from farfield.ops.choose import Scoring
+from farfield.ops.multipole import Field, tree_of
 from farfield.ops.pool import Tree
 from farfield.ring import FMARing
 from farfield.select import static
@@ -47,6 +49,10 @@ SPILLS: dict[str, int] = {
     "backward-fma-m128-128": 16,
     "backward-blocks64-128": 40,
     "backward-blocks128-64": 8,
+    # the places of rows in the far tile, kept once and read once a query block
+    "walk": 80,
+    "walk-fp16": 80,
+    "walk-long": 256,
     **dict.fromkeys(("listed-backward-128", "choose-fp32-128"), _ONCE),
     # no tile that fits is without; neither is fast
     "backward-fma-256": 136,
@@ -192,6 +198,14 @@ def pooling(case, tokens=5000):
     pool.backward(k, v, far_k, far_v, far_k if learned else none, far_v if learned else none, filters, tokens, tree)
 
 
+def walking(tokens=5000, dtype="bf16"):
+    """FMA's backward where one kernel takes the near and the far field."""
+    x, tree = empty(1, 4, tokens, 64, dtype=DTYPES[dtype]), tree_of(tokens, Field(64, 64, 4, 0))
+    far, lse = empty(1, 4, tree.rows, 64, dtype=DTYPES[dtype]), empty(1, 4, tokens, dtype=torch.float32)
+    assert multipole_backward.wants(x, x, 64, tree)
+    multipole_backward.backward(x, x, x, x, x, lse, far, far, tree, 0.125)
+
+
 def listing(causal, tokens=5000):
     blocks = -(-tokens // 64)
     levels = static.depth(blocks)
@@ -223,6 +237,7 @@ def sorting(shared, tokens=5000, many=16, dtype="bf16", width=64):
     shapes = ops_hashed._shapes(queries, bucket, many, 128, shared)
     found = hashed.slots(queries, bucket, many, 128, True, shared, shapes)
     hashed.take(x, found[1])
+    hashed.readers(found[5], found[6])
 
 
 def listed(block, width, *, lists=1, heads=4, backward=False, tokens=5000):
@@ -256,6 +271,9 @@ LAUNCHES = {
     **{f"backward-{name}": (lambda case=case: backward(case)) for name, case in BACKWARD.items()},
     **{f"decode-{name}": (lambda case=case: decode(case)) for name, case in DECODE.items()},
     **{f"pool-{name}": (lambda case=case: pooling(case)) for name, case in POOL.items()},
+    "walk": walking,
+    "walk-fp16": lambda: walking(dtype="fp16"),
+    "walk-long": lambda: walking(100_000),
     "lists-causal": lambda: listing(True),
     "lists-noncausal": lambda: listing(False),
     "lists-patterns": patterned,
@@ -284,7 +302,7 @@ FEW = (
     "forward-blocks64-128", "forward-blocks128-128", "forward-fma-fp32-64", "forward-fma-fp32-128",
     "forward-fma-fp32-256", "forward-everything-fp32",
     "backward-fma-64", "backward-fma-128", "backward-blocks64-128",
-    "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "lists-causal", "lists-patterns",
+    "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-backward-64", "choose-64",
@@ -343,6 +361,8 @@ AT_LENGTH = {
     "backward-blocks": lambda n: backward(PLAIN, tokens=n),
     "pool": lambda n: pooling(POOL["64-m64-p4"], n),
     "decode": lambda n: decode((held(n), ONE)),
+    # one kernel for up to 64 far rows, and one for more
+    "walk": walking,
     "lists": lambda n: listing(True, n),
     "lists-patterns": patterned,
     "listed": lambda n: listed(64, 64, tokens=n),

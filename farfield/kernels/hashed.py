@@ -7,16 +7,23 @@ tile, where the next of each bucket goes. One launch counts, one places, one wri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import attend_backward, attend_hopper, replay
 from farfield.kernels.attend import padded
-from farfield.ops.hashed import EVERY
+from farfield.kernels.transpose import WHOLE, Readers
+from farfield.ops.attend import Call, Plan
+from farfield.ops.hashed import EVERY, Slots
 
 TILE = 512  # tokens that a program counts or places
+KEPT = 64  # recordings
 NUMBERS = 4096  # a program's tokens times buckets, at most
 
 
@@ -174,6 +181,11 @@ def list_blocks(
         tl.store(at, EVERY, mask=inside & (lane >= asked))
     tl.store(q_token + (unit * q_blocks + n) * BLOCK + lane, -1, mask=own_slots & (lane >= asked) & (n < q_blocks))
     low = tl.sum(tl.where(which == here, start, 0), 0) // BLOCK
+    # runs of nothing ascend with the others: a block without queries starts where the next one does, or at the end
+    nowhere = k_blocks
+    if SHARED:
+        nowhere = tl.where(filled > 0, tl.program_id(0) + 1, k_blocks)
+    low = tl.where(asked > 0, low, nowhere)
     if n < q_blocks:
         many = tl.where(asked > 0, tl.maximum(high - low + 1, 0), 0)
         tl.store(count + unit * q_blocks + n, many)
@@ -203,6 +215,51 @@ def take_rows(
     tl.store(out + (unit * rows + at)[:, None] * D + dims, tile, mask=(at < rows)[:, None] & (dims < D))
 
 
+@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "steps"])
+def start_readers(index, count, start, first, q_blocks, k_blocks, steps, SIZE: tl.constexpr):
+    """Blocks of queries that read each block of keys: the first of them, and where their numbers start.
+
+    Runs ascend, with their first and with their last block: key block m is read from the first run on that ends at m
+    or later, up to the last that starts at m or before.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    index += unit * q_blocks * k_blocks
+    count += unit * q_blocks
+    filled = (unit * q_blocks * k_blocks).to(tl.int32)
+    for base in range(0, k_blocks, SIZE):
+        m = base + tl.arange(0, SIZE)
+        low, last = tl.zeros([SIZE], tl.int32), tl.zeros([SIZE], tl.int32)
+        high, end = low + q_blocks, low + q_blocks
+        for _step in range(steps):
+            n = (low + high) // 2
+            open_ = low < high
+            starts = tl.load(index + n.to(tl.int64) * k_blocks, mask=open_, other=0)
+            ends = starts + tl.load(count + n, mask=open_, other=0) - 1
+            low = tl.where(open_ & (ends < m), n + 1, low)
+            high = tl.where(open_ & (ends >= m), n, high)
+            n = (last + end) // 2
+            open_ = last < end
+            starts = tl.load(index + n.to(tl.int64) * k_blocks, mask=open_, other=0)
+            last = tl.where(open_ & (starts <= m), n + 1, last)
+            end = tl.where(open_ & (starts > m), n, end)
+        size = tl.where(m < k_blocks, tl.maximum(last - low, 0), 0)
+        tl.store(start + unit * (k_blocks + 1) + m, filled + tl.cumsum(size, 0) - size, mask=m < k_blocks)
+        tl.store(first + unit * k_blocks + m, low, mask=m < k_blocks)
+        filled += tl.sum(size, 0)
+    tl.store(start + unit * (k_blocks + 1) + k_blocks, filled)
+
+
+@triton.jit(do_not_specialize=["k_blocks"])
+def fill_readers(start, first, reader, k_blocks, SIZE: tl.constexpr):
+    m, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    begin = tl.load(start + unit * (k_blocks + 1) + m)
+    end = tl.load(start + unit * (k_blocks + 1) + m + 1)
+    n = tl.load(first + unit * k_blocks + m)
+    for x in range(0, end - begin, SIZE):
+        at = x + tl.arange(0, SIZE)
+        tl.store(reader + begin + at, n + at, mask=at < end - begin)
+
+
 def directions(planes: Tensor, dtype: torch.dtype) -> Tensor:
     """[parts, H, D, 16 or more] directions for `bucket_rows`: numbers whose sum is a float32, of the rows' dtype.
 
@@ -219,24 +276,51 @@ def directions(planes: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(parts)
 
 
-def buckets(x: Tensor, planes: Tensor, half: int) -> Tensor:
+def recorded_buckets(x: Tensor, planes: Tensor, half: int) -> Tensor:
     """The bucket of each row; `planes` are those of `directions`."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return _replayed(buckets, (x, planes), half)
+
+
+def buckets(x: Tensor, planes: Tensor, half: int) -> Tensor:
+    """The same without gaps between the numbers of a row."""
     batch, heads, tokens, width = x.shape
-    x, (x_b, x_h, x_t), unit = _rows(x)
+    unit, strides = _units(x)
     found = torch.empty(batch, heads, tokens, dtype=torch.int32, device=x.device)
     bt = 128 if x.element_size() < 4 else 32
-    bucket_rows[(-(-tokens // bt), batch * heads)](
-        x, planes, found, heads, tokens, x_b, x_h, x_t,
+    replay.start(
+        bucket_rows, (-(-tokens // bt), batch * heads),
+        x, planes, found, heads, tokens, *strides,
         PARTS=planes.shape[0], HALF=half, D=width, D_UNIT=unit, D_TILE=padded(width), HALF_TILE=planes.shape[3],
         BT=bt, num_warps=4,
     )  # fmt: skip
     return found
 
 
-def slots(
-    q_bucket: Tensor, k_bucket: Tensor, many: int, block: int, strict: bool, shared: bool, shapes: list
+def recorded_slots(
+    q_bucket: Tensor,
+    k_bucket: Tensor,
+    many: int,
+    block: int,
+    strict: bool,
+    shared: bool,
+    shapes: Sequence[tuple[int, ...]],
 ) -> tuple[Tensor, ...]:
     """The seven tensors of ops.hashed.Slots, of these shapes."""
+    q_bucket, k_bucket = (x if x.stride(2) == 1 else x.contiguous() for x in (q_bucket, k_bucket))
+    return _replayed(slots, (q_bucket, k_bucket), many, block, strict, shared, tuple(shapes))
+
+
+def slots(
+    q_bucket: Tensor,
+    k_bucket: Tensor,
+    many: int,
+    block: int,
+    strict: bool,
+    shared: bool,
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[Tensor, ...]:
+    """The same without gaps between the buckets of a head."""
     batch, heads, keys = k_bucket.shape
     queries, units, sides = q_bucket.shape[2], batch * heads, 1 if shared else 2
     found = tuple(torch.empty(shape, dtype=torch.int32, device=k_bucket.device) for shape in shapes)
@@ -246,19 +330,22 @@ def slots(
     tiles = -(-keys // bt)
     counts = torch.empty(units, sides, tiles, wide, dtype=torch.int32, device=k_bucket.device)
     totals = torch.empty(units, sides, wide, dtype=torch.int32, device=k_bucket.device)
-    q_bucket, q_b, q_h = _flat(q_bucket)
-    k_bucket, k_b, k_h = _flat(k_bucket)
-    count_buckets[(tiles, units, sides)](
-        q_bucket, k_bucket, counts, heads, queries, keys, tiles, q_b, q_h, k_b, k_h, MANY=wide, BT=bt, num_warps=4
-    )
-    place_tokens[(tiles, units)](
+    q_b, q_h, _ = q_bucket.stride()
+    k_b, k_h, _ = k_bucket.stride()
+    replay.start(
+        count_buckets, (tiles, units, sides),
+        q_bucket, k_bucket, counts, heads, queries, keys, tiles, q_b, q_h, k_b, k_h, MANY=wide, BT=bt, num_warps=4,
+    )  # fmt: skip
+    replay.start(
+        place_tokens, (tiles, units),
         q_bucket, k_bucket, counts, totals, q_slot, q_token, k_slot, k_token, position,
         heads, queries, keys, tiles, q_b, q_h, k_b, k_h, q_token.shape[2], k_token.shape[2],
         BUCKETS=many, MANY=wide, BT=bt, BLOCK=block, SHARED=shared, STRICT=strict, STEP=max(1, 1024 // wide),
         num_warps=4,
     )  # fmt: skip
     _, _, q_blocks, k_blocks = index.shape
-    list_blocks[(max(q_blocks, k_blocks), units)](
+    replay.start(
+        list_blocks, (max(q_blocks, k_blocks), units),
         totals, q_token, k_token, position, index, count, q_blocks, k_blocks,
         BUCKETS=many, MANY=wide, BLOCK=block, BLOCK_TILE=padded(block, 1), SHARED=shared, EVERY=EVERY, WIDTH=256,
         num_warps=2,
@@ -268,27 +355,128 @@ def slots(
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x [B, H, S, D] by index [B, H, T], 0 where it is negative."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return _take(x, index.contiguous())
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
     batch, heads, rows = index.shape
     width = x.shape[3]
-    x, (x_b, x_h, x_r), unit = _rows(x)
+    unit, strides = _units(x)
     out = x.new_empty(batch, heads, rows, width)
     bt = max(1, 4096 // padded(width))
-    take_rows[(-(-rows // bt), batch * heads)](
-        x, index.contiguous(), out, heads, rows, x_b, x_h, x_r,
+    replay.start(
+        take_rows, (-(-rows // bt), batch * heads),
+        x, index, out, heads, rows, *strides,
         D=width, D_UNIT=unit, D_TILE=padded(width, 1), BT=bt, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _rows(x: Tensor) -> tuple[Tensor, list[int], int]:
-    """A tensor whose last dimension has no gaps, its other strides, and the number of elements that these count."""
-    x = x if x.stride(3) == 1 else x.contiguous()
+def wants(q: Tensor, v: Tensor, block: int, scale: float) -> bool:
+    """Whether `forward` and `backward` take these: what attend's Hopper kernels take once rows are in their slots."""
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] == v.shape[3]
+        and q.shape[3] in (64, 128)
+        and block in (64, 128)
+        and scale > 0
+        and q.numel() > 0
+        and attend_hopper._hopper(q.device)
+    )
+
+
+class Kept(NamedTuple):
+    """What the backward needs: queries, keys, values and outputs in their slots, and lse."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, slots: Slots, block: int, scale: float) -> tuple[Tensor, Kept]:
+    """attend between moving rows into their slots and back, as one recorded call."""
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    inputs = q, k, v, slots.q_slot, slots.q_token, slots.k_token, slots.position, slots.index, slots.count
+    out, *kept = _replayed(_forward, inputs, block, scale)
+    return out, Kept(*kept)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor, q_token: Tensor, k_token: Tensor, position: Tensor, index: Tensor,
+    count: Tensor, block: int, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    q, k, v = _take(q, q_token), _take(k, k_token), _take(v, k_token)
+    out, lse = attend_hopper.forward(_call(q, k, v, position, index, count, block, scale))
+    return _take(out, q_slot), q, k, v, out, lse
+
+
+def backward(d_out: Tensor, kept: Kept, slots: Slots, block: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv."""
+    d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
+    inputs = slots.q_slot, slots.q_token, slots.k_slot, slots.position, slots.index, slots.count
+    return _replayed(_backward, (d_out, *kept, *inputs), block, scale)
+
+
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_slot: Tensor, q_token: Tensor,
+    k_slot: Tensor, position: Tensor, index: Tensor, count: Tensor, block: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    call = _call(q, k, v, position, index, count, block, scale)
+    read = [readers(index, count)]
+    _, d_q, grads = attend_backward.gradients(call, _take(d_out, q_token), None, out, lse, False, read)
+    d_k, d_v, _ = grads[0]
+    return _take(d_q, q_slot), _take(d_k, k_slot), _take(d_v, k_slot)
+
+
+def readers(index: Tensor, count: Tensor) -> Readers:
+    """The lists of `slots` [B, H, N, P] and [B, H, N], transposed: they are runs, and so are their transposes.
+
+    What transpose.transpose gives, without a sort of what lists might hold at most.
+
+    Raises:
+        NotImplementedError: the lists have room for 2**31 entries or more.
+    """
+    batch, heads, q_blocks, picks = index.shape
+    units, device = batch * heads, index.device
+    room = units * q_blocks * picks
+    if room >= 1 << 31:
+        raise NotImplementedError(f"the lists of {units} heads have room for {room} entries; 2**31 are too many")
+    start, first, reader = (
+        torch.empty(n, dtype=torch.int32, device=device) for n in (units * (picks + 1), units * picks, room)
+    )
+    replay.start(
+        start_readers, (units,),
+        index, count, start, first, q_blocks, picks, q_blocks.bit_length(), SIZE=256, num_warps=8,
+    )  # fmt: skip
+    replay.start(fill_readers, (picks, units), start, first, reader, picks, SIZE=64, num_warps=1)
+    return Readers(start, reader, start, 0, (heads, 1), WHOLE, 0)
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, index: Tensor, count: Tensor, block: int, scale: float
+) -> Call:
+    none = q.new_empty(0)
+    where = position if position.numel() else none
+    plan = Plan(block, block, True, -1, 0)
+    return Call(q, [k], [v], [none], [none], [none], where, none, [index], [count], [plan], scale)
+
+
+def _replayed(function: Callable[..., Any], inputs: Sequence[Tensor], *options: Any) -> Any:
+    """function(*inputs, *options), whose launches are recorded once for all calls of these shapes and options."""
+    about = tuple([(x.shape, x.stride(), x.dtype) for x in inputs])
+    return _recorded(function, options, inputs[0].device, about)(*inputs)
+
+
+@lru_cache(maxsize=KEPT)
+def _recorded(function: Callable[..., Any], options: tuple, device: torch.device, about: tuple) -> replay.Recorded:
+    return replay.Recorded(function, *options)
+
+
+def _units(x: Tensor) -> tuple[int, list[int]]:
+    """How many elements are loaded at once, 16 bytes where all strides allow it, and the strides in these."""
     strides = x.stride()[:3]
-    # 16 bytes are loaded at once where all strides allow it
     unit = math.gcd(16 // x.element_size(), x.shape[3], *strides)
-    return x, [n // unit for n in strides], unit
-
-
-def _flat(x: Tensor) -> tuple[Tensor, int, int]:
-    x = x if x.stride(2) == 1 else x.contiguous()
-    return x, x.stride(0), x.stride(1)
+    return unit, [n // unit for n in strides]

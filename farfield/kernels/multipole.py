@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from farfield.kernels import attend_backward, attend_hopper, pool
+from farfield.kernels import attend_backward, attend_hopper, multipole_backward, pool
 from farfield.kernels.lists import build
 from farfield.kernels.replay import ALIGNED, Recorded, constant
 from farfield.kernels.transpose import Readers, transpose
@@ -84,12 +84,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float) -> tup
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, field: Field, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lists, read = constant(_transposed, -(-q.shape[2] // field.block), field, q.device)
+    tree = tree_of(q.shape[2], field)
     lse, far_k, far_v, bias = _parts(kept, q, k, field)
+    if multipole_backward.wants(q, k, field.near, tree):
+        return multipole_backward.backward(q, k, v, out, d_out, lse, far_k, far_v, tree, scale)
+    lists, read = constant(_transposed, -(-q.shape[2] // field.block), field, q.device)
     call = _call(q, k, v, far_k, far_v, bias, lists, field, scale)
     _, d_q, (near, far) = attend_backward.gradients(call, d_out, None, out, lse, False, read)
     none = q.new_empty(0, dtype=torch.float32)
-    d_k, d_v, _ = pool.backward(*near[:2], *far[:2], none, none, none, q.shape[2], tree_of(q.shape[2], field))
+    d_k, d_v, _ = pool.backward(*near[:2], *far[:2], none, none, none, q.shape[2], tree)
     return d_q, d_k, d_v
 
 

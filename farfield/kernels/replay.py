@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,7 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import knobs
 
+from farfield.kernels import entrance
+
 STREAMS = 4  # that a function's recordings are kept for
+ADDRESSES = 64  # that a descriptor's encodings are kept for
 ALIGNED = 16  # bytes; what Triton compiles for
 
 _aten: Any = torch.ops.aten
@@ -33,6 +37,7 @@ _EMPTY = (
     _aten.new_empty_strided.default,
 )  # fmt: skip
 _local = threading.local()
+_lock = threading.Lock()
 
 
 class Address:
@@ -55,25 +60,84 @@ class Hole(NamedTuple):
     offset: int
 
 
-class Box(NamedTuple):
+class Box:
     """The same for the address in a tensor descriptor, of which everything else is in `about`."""
 
-    place: int
-    slot: int
-    offset: int
-    kind: type
-    about: dict[str, Any]
-    dtype: torch.dtype
+    __slots__ = ("about", "dtype", "encode", "encoded", "kind", "offset", "place", "slot")
+
+    def __init__(self, place: int, slot: int, offset: int, kind: type, about: dict[str, Any], dtype: torch.dtype):
+        self.place, self.slot, self.offset = place, slot, offset
+        self.kind, self.about, self.dtype = kind, about, dtype
+        self.encode: Callable[[Any], Any] | None = None
+        self.encoded: dict[int, Any] = {}
+
+    def at(self, address: int) -> Any:
+        """The descriptor of memory at an address, encoded if it is known how."""
+        if self.encode is None:
+            return self._made(address)
+        found = self.encoded.get(address)
+        if found is None:
+            # allocators hand out few addresses in turn
+            if len(self.encoded) >= ADDRESSES:
+                self.encoded.clear()
+            found = self.encoded[address] = self.encode(self._made(address))
+        return found
+
+    def _made(self, address: int) -> Any:
+        made = object.__new__(self.kind)
+        made.__dict__.update(self.about, base=Address(address, self.dtype))
+        return made
 
 
-class Launch(NamedTuple):
+class Launch:
     """One launch: Triton's compiled kernel, and its arguments with holes."""
 
-    kernel: Any
-    grid: tuple[int, int, int]
-    values: list[Any]
-    holes: list[Hole]
-    boxes: list[Box]
+    __slots__ = ("before", "boxes", "grid", "holes", "kernel", "launch", "packed", "values")
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], values: list[Any], holes: list[Hole], boxes: list[Box]):
+        self.kernel, self.grid, self.values, self.holes, self.boxes = kernel, grid, values, holes, boxes
+        self.launch: Callable[..., Any] | None = None
+        self.before: tuple[Any, ...] = ()
+        self.packed = False
+
+    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
+        if self.launch is None:
+            self._prepare()
+        values = self.values.copy()
+        for place, slot, offset in self.holes:
+            values[place] = addresses[slot] + offset
+        for box in self.boxes:
+            values[box.place] = box.at(addresses[box.slot] + box.offset)
+        if self.packed:
+            self.launch(*self.grid, stream, *self.before, values)  # pyright: ignore[reportOptionalCall]
+        else:
+            self.launch(*self.grid, stream, *self.before, *values)  # pyright: ignore[reportOptionalCall]
+
+    def _prepare(self) -> None:
+        """What every launch has in common, once the kernel is loaded."""
+        with _lock:
+            if self.launch is None:
+                self._enter()
+
+    def _enter(self) -> None:
+        found = entrance.of(self.kernel)
+        if found is None:
+            self.before = self.kernel.function, self.kernel.packed_metadata, None, None, None
+            self.launch = self.kernel.run
+            return
+        # the shape and strides of a descriptor follow its encoding
+        for box, known in zip(reversed(self.boxes), reversed(found.known), strict=True):
+            more = [*box.about["shape"], *box.about["strides"]]
+            self.values[box.place + 1 : box.place + 1] = more
+            self.holes = [h._replace(place=h.place + len(more) * (h.place > box.place)) for h in self.holes]
+            for other in self.boxes:
+                other.place += len(more) * (other.place > box.place)
+            box.encode = partial(_encode, found.encode, known)
+        self.before, self.packed, self.launch = found.before, found.packed, found.launch
+
+
+def _encode(encode: Callable[[Any, Any], Any], known: Any, made: Any) -> Any:
+    return encode(made, known)
 
 
 class Recording(NamedTuple):
@@ -171,15 +235,8 @@ def replay(recording: Recording, device: torch.device, stream: int, addresses: l
     if recording.scratch:
         scratch = torch.empty(recording.scratch, dtype=torch.uint8, device=device)
         addresses.append(scratch.data_ptr())
-    for kernel, grid, values, holes, boxes in recording.launches:
-        values = values.copy()
-        for place, slot, offset in holes:
-            values[place] = addresses[slot] + offset
-        for place, slot, offset, kind, about, dtype in boxes:
-            made = object.__new__(kind)
-            made.__dict__.update(about, base=Address(addresses[slot] + offset, dtype))
-            values[place] = made
-        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+    for launch in recording.launches:
+        launch(stream, addresses)
     return outputs[0] if recording.single else tuple(outputs)
 
 
@@ -220,7 +277,7 @@ class _Recorder(TorchDispatchMode):
         self.constants: list[Tensor] = []
         self.paused = False
         # launches; (place, allocation or -1 - input, offset) stands where a hole will be
-        self.seen: list[tuple[Any, tuple[int, int, int], list[Any], list[Hole], list[Box]]] = []
+        self.seen: list[Launch] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
@@ -263,7 +320,7 @@ class _Recorder(TorchDispatchMode):
             elif isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
                 raise RuntimeError(f"{kernel.__name__}: tensors in tuples cannot be recorded")
         grid_3 = grid[0], *grid[1:], *((1,) * (3 - len(grid)))
-        self.seen.append((made, grid_3, values, holes, boxes))
+        self.seen.append(Launch(made, grid_3, values, holes, boxes))
 
     def done(self, found: Any) -> Recording:
         """The recording, once it is known which allocations are outputs."""
@@ -298,16 +355,13 @@ class _Recorder(TorchDispatchMode):
             memory = self.made[i]
             n = max(n for n, region in enumerate(regions) if region[0] <= memory.first)
             slots[i] = scratch, starts[n] + memory.first - regions[n][0]
-        launches = [
-            Launch(
-                kernel, grid, values,
-                [Hole(place, slots[i][0], slots[i][1] + offset) for place, i, offset in holes],
-                [Box(place, slots[i][0], slots[i][1] + offset, *more) for place, i, offset, *more in boxes],
-            )
-            for kernel, grid, values, holes, boxes in self.seen
-        ]  # fmt: skip
+        for launch in self.seen:
+            launch.holes = [Hole(place, slots[i][0], slots[i][1] + offset) for place, i, offset in launch.holes]
+            for box in launch.boxes:
+                box.slot, start = slots[box.slot]
+                box.offset += start
         about = [(x.shape, x.dtype) for x in outputs]
-        return Recording(launches, about, at, isinstance(found, Tensor), self.constants)
+        return Recording(self.seen, about, at, isinstance(found, Tensor), self.constants)
 
     def _find(self, address: int) -> tuple[int, int] | None:
         """Which memory an address is in, the latest that was there, and how far from its start; None for a constant.

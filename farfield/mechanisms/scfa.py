@@ -173,8 +173,7 @@ class SparseCausalFlash(Mechanism):
         return asking, there
 
     def _sorted(self, q: Tensor, k: Tensor, v: Tensor, order: hashed.Sorted) -> Tensor:
-        rows = Rows(order.keys(k), order.keys(v))
-        return order.back(attend(order.queries(q), rows, order.layout, scale=self.scale, position=order.position).out)
+        return order.attend(q, k, v, scale=q.shape[3] ** -0.5 if self.scale is None else self.scale)
 
     def _extend_hashed(self, q: Tensor, k: Tensor, v: Tensor, state: HashState | None) -> tuple[Tensor, HashState]:
         tokens = q.shape[2]

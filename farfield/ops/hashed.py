@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from farfield.ops.attend import attend
 from farfield.ops.eager import eager, recorded
+from farfield.types import Layout, Rows
 
 EVERY = 1 << 30  # the position of a slot that holds no query: it sees whatever its block reads
 STEP = 1 << 22  # numbers that are hashed at a time
@@ -70,9 +73,9 @@ def _buckets(x: Tensor, many: int, seed: int) -> Tensor:
     batch, heads, tokens, width = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.is_cuda and wide == torch.float32 and x.numel():
-        from farfield.kernels.hashed import buckets
+        from farfield.kernels.hashed import recorded_buckets
 
-        return buckets(x, _directions(seed, heads, width, many, x.dtype, x.device), many // 2)
+        return recorded_buckets(x, _directions(seed, heads, width, many, x.dtype, x.device), many // 2)
     directions = _planes_on(seed, heads, width, many, wide, x.device)
     found = torch.empty(batch, heads, tokens, dtype=torch.int32, device=x.device)
     which = torch.arange(many, dtype=torch.int32, device=x.device)
@@ -166,9 +169,9 @@ def _(q_bucket, k_bucket, many, block, strict, shared):
 def _slots(q_bucket: Tensor, k_bucket: Tensor, many: int, block: int, strict: bool, shared: bool):
     shapes = _shapes(q_bucket, k_bucket, many, block, shared)
     if k_bucket.is_cuda and k_bucket.numel():
-        from farfield.kernels.hashed import slots
+        from farfield.kernels.hashed import recorded_slots
 
-        return slots(q_bucket, k_bucket, many, block, strict, shared, shapes)
+        return recorded_slots(q_bucket, k_bucket, many, block, strict, shared, shapes)
     (*_, queries), (*_, q_room), (*_, keys), (*_, k_room), *_ = shapes
     if not k_bucket.numel():
         return tuple(k_bucket.new_zeros(shape, dtype=torch.int32) for shape in shapes)
@@ -287,3 +290,48 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     absent = (index < 0)[..., None]
     rows = index.long().clamp(min=0)[..., None].expand(*index.shape, x.shape[3])
     return x.gather(2, rows).masked_fill(absent, 0.0)
+
+
+def attend_sorted(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S E"],
+    slots: Slots,
+    block: int,
+    scale: float,
+) -> Float[Tensor, "B H T E"]:
+    """attend by these lists, between moving rows into their slots and back; 0 for queries without a slot."""
+    if q.is_cuda and eager(q, k, v, *slots):
+        from farfield.kernels import hashed
+
+        if hashed.wants(q, v, block, scale):
+            if recorded(q, k, v):
+                return _AttendSorted.apply(q, k, v, slots, block, scale)
+            return hashed.forward(q, k, v, slots, block, scale)[0]
+    layout = Layout(
+        slots.index, slots.count, block, block, slots.q_token.shape[2], slots.k_token.shape[2], causal=True
+    )  # fmt: skip
+    queries = take(q, slots.q_token, slots.q_slot)
+    rows = Rows(take(k, slots.k_token, slots.k_slot), take(v, slots.k_token, slots.k_slot))
+    position = slots.position if slots.position.shape[2] else None
+    return take(attend(queries, rows, layout, scale=scale, position=position).out, slots.q_slot, slots.q_token)
+
+
+class _AttendSorted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, slots: Slots, block: int, scale: float):
+        from farfield.kernels import hashed
+
+        out, kept = hashed.forward(q, k, v, slots, block, scale)
+        ctx.block, ctx.scale = block, scale
+        ctx.save_for_backward(*kept, *slots)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        from farfield.kernels import hashed
+
+        saved = ctx.saved_tensors
+        kept, slots = hashed.Kept(*saved[:5]), Slots(*saved[5:])
+        return *hashed.backward(d_out, kept, slots, ctx.block, ctx.scale), None, None, None

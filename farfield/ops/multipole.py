@@ -74,8 +74,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float | None) 
         return (
             f"takes blocks of 64 and 128 and groups of {', '.join(map(str, RANKS))} rows, got {block} and {field.rank}"
         )
-    if q.shape[2] <= field.near + block or not q.shape[0]:
-        return "takes sequences with a far field"
+    if q.shape[2] <= field.near + block or not q.shape[0] * q.shape[1]:
+        return "takes sequences with a far field, at least one of them"
     if scale is not None and scale <= 0:
         return f"takes positive scales, got {scale}"
     return None

@@ -46,6 +46,12 @@ class Sorted:
         """Rows of tokens into the slots of the keys; 0 in empty ones."""
         return ops.take(x, self.slots.k_token, self.slots.k_slot)
 
+    def attend(
+        self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"], v: Float[Tensor, "B H S E"], *, scale: float
+    ) -> Float[Tensor, "B H T E"]:
+        """What each query reads in its bucket: rows into the slots, attend, and back, with less work for the host."""
+        return ops.attend_sorted(q, k, v, self.slots, self.layout.q_block, scale)
+
     def back(self, x: Float[Tensor, "B H M D"]) -> Float[Tensor, "B H T D"]:
         """Rows of query slots to their tokens; 0 for tokens without a slot."""
         return ops.take(x, self.slots.q_slot, self.slots.q_token)

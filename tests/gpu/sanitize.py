@@ -125,6 +125,11 @@ def decode(dtype=torch.bfloat16, batch=2, **options):
         assert mech.step(*(x[:, :, t : t + 1] for x in (q, k, v)), ring).isfinite().all()
 
 
+def hip(dtype=torch.bfloat16, **options):
+    mech = ff.mechanisms.make("hip", keep=32, sinks=3, width=20, **options)
+    both(mech, qkv(530, dtype=dtype))
+
+
 SUITE = {
     "control": control,
     "fma": fma,
@@ -141,6 +146,8 @@ SUITE = {
     "blocks of 64, width 128": lambda: blocks(64, 128),
     "blocks of 32, float32": lambda: blocks(32, 64, torch.float32),
     "everything": everything,
+    "hip": lambda: hip(q_block=16, k_block=8, q_stride=2, k_stride=4),
+    "hip, single rows, float32": lambda: hip(torch.float32, q_block=3, k_block=1, q_stride=1, k_stride=1, beam=1),
     "decode": decode,
     "decode, one sequence, sinks": lambda: decode(batch=1, sinks=3),
     "decode, float32": lambda: decode(dtype=torch.float32),

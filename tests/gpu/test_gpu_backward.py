@@ -12,7 +12,7 @@ from farfield.testing.units import assert_within, error_units
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from farfield.kernels import attend, transpose
+from farfield.kernels import attend, multipole_backward, transpose
 from farfield.kernels import attend_backward as kernels
 from farfield.kernels import attend_backward_hopper as hopper
 
@@ -195,6 +195,32 @@ def test_fma(options, dtype):
     got = torch.autograd.grad(mech(*y), y, grad.to(dtype))
     for a, b, name in zip(got, exact, "qkv", strict=True):
         assert_within(a, b, terms=1500, name=f"d{name}")
+
+
+# a run of query blocks has 16: within one, at its border, and as many as need a second tile of far rows
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "heads"), [(129, 2), (192, 1), (1024, 2), (1025, 3), (2047, 2), (5003, 2), (36_001, 1)]
+)
+def test_near_and_far_field_in_one_walk(tokens, heads, dtype, monkeypatch):
+    calls, walk = [], multipole_backward.backward
+    monkeypatch.setattr(multipole_backward, "backward", lambda *given: calls.append(given) or walk(*given))
+    mech = ff.FMA(block=64, near=64, rank=4)
+    x = [torch.randn(2, tokens, heads, 64, device="cuda").transpose(1, 2).to(dtype) for _ in range(4)]
+    *wide, grad = (t.double() for t in x)
+    wide = [t.requires_grad_() for t in wide]
+    exact = torch.autograd.grad(mech(*wide), wide, grad)
+    own = [t.detach().requires_grad_() for t in x[:3]]
+
+    def run():
+        return torch.autograd.grad(mech(*own), own, x[3])
+
+    got = run()
+    assert calls, "other kernels have taken the call"
+    for a, b, name in zip(got, exact, "qkv", strict=True):
+        assert_within(a, b, terms=tokens, name=f"d{name}")
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(run(), got, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 import farfield as ff
 from farfield.ops import multipole as op
 from farfield.testing import contract, inputs
-from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -66,14 +65,8 @@ def test_the_general_path_has_the_same_bits(general, options, sizes):
     mech = ff.FMA(**options, scale=sizes.pop("scale", None))
     for seed in range(3):
         x = qkv(**sizes, seed=seed)
-        op_out = mech(*x)
-        assert "Multipole" in type(op_out.grad_fn).__name__
-        got, want = run(mech, x), general(mech, x)
-        equal(got[:1], want[:1])
-        # a backward of its own may sum in another order
-        exact = run(mech, [t.detach().double().requires_grad_() for t in x])
-        for name, a, b in zip(("dq", "dk", "dv"), got[1:], exact[1:], strict=True):
-            assert_within(a, b, terms=x[0].shape[2], name=name)
+        assert "Multipole" in type(mech(*x).grad_fn).__name__
+        equal(run(mech, x), general(mech, x))
 
 
 def test_any_lengths_in_any_order(general):
@@ -149,7 +142,7 @@ def test_a_graph_holds_no_memory_that_is_given_back():
     op.forget()
     junk = [torch.full((1 << 14,), 7, dtype=torch.int32, device="cuda") for _ in range(200)]
     for t, new in zip(x, qkv(3000, seed=5), strict=True):
-        t.data.copy_(new)
+        t.data.copy_(new.detach())
     graph.replay()
     want = mech(*x)
     equal([out, *grads], [want.detach(), *torch.autograd.grad(want, x, torch.ones_like(want))])

@@ -8,9 +8,11 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
 
+from farfield.cpu.attend import forward
 from farfield.kernels import hashed as kernels
 from farfield.ops import hashed as ops
 from farfield.testing.inputs import normal
+from farfield.testing.units import assert_within
 
 
 @pytest.mark.parametrize(
@@ -21,13 +23,15 @@ from farfield.testing.inputs import normal
         (False, True, 4, 75, 30, 16),
         (False, False, 1, 61, 61, 8),
         (False, False, 3, 40, 1, 12),
+        (True, True, 8, 300, 300, 4),
+        (False, True, 8, 200, 200, 4),
     ],
 )
 def test_slots(shared, strict, many, keys, queries, block, monkeypatch):
     """Several tiles of tokens, a head of one bucket, dropped tokens, strides, more keys than queries."""
     monkeypatch.setattr(kernels, "TILE", 16)
     made = torch.Generator().manual_seed(keys)
-    k_bucket = torch.randint(0 if shared else -1, many, (3, keys, 2), generator=made, dtype=torch.int32).mT[:, :2]
+    k_bucket = torch.randint(0 if shared else -1, many, (3, 4, keys), generator=made, dtype=torch.int32)[:, 1:3]
     k_bucket[1] = many - 1
     q_bucket = torch.randint(-1, many + 1, (3, 2, queries), generator=made, dtype=torch.int32)
     q_bucket = q_bucket[:, :, :0] if shared else q_bucket
@@ -39,11 +43,17 @@ def test_slots(shared, strict, many, keys, queries, block, monkeypatch):
     used = torch.arange(want.index.shape[-1]) < want.count[..., None]
     assert torch.equal(got.index[used], want.index[used])
 
+    read = kernels.readers(got.index, got.count)
+    start = read.start.view(3, 2, -1)
+    for b, h, m in torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(start.shape[2] - 1)):
+        names = (used[b, h] & (want.index[b, h] == m)).any(-1)
+        assert read.reader[start[b, h, m] : start[b, h, m + 1]].tolist() == names.nonzero()[:, 0].tolist()
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("many", "width"), [(4, 16), (40, 24)])
 def test_buckets(dtype, many, width):
-    x = normal(2, 3, 37, width).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    x = normal(2, 37, 3, width).to(dtype).transpose(1, 2)
     got = kernels.buckets(x, kernels.directions(ops.planes(3, 3, width, many), dtype), many // 2)
     assert torch.equal(got, ops._buckets(x.double(), many, 3))
     ties = torch.zeros_like(x)
@@ -63,3 +73,28 @@ def test_take(width):
     index = torch.stack([torch.randperm(60, generator=torch.Generator().manual_seed(i))[:33] for i in range(4)])
     index = index.where(index < 50, -1).to(torch.int32).view(2, 2, 33)
     assert torch.equal(kernels.take(x, index), ops._take(x, index))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_backward_of_sorted_attention(shared):
+    """Rows into slots, the gradients of attend by the transposed runs, and rows back."""
+    block, tokens, many = 32, 75, 2
+    q, k, v, d_out = (normal(1, 2, tokens, 16, seed=i) for i in range(4))
+    bucket, asking = (ops._buckets(x, many, 0) for x in (k, q))
+    slots = ops.Slots(*ops._slots(asking[:, :, :0] if shared else asking, bucket, many, block, True, shared))
+    x = [t.requires_grad_() for t in (q, k, v)]
+    out = ops.attend_sorted(*x, slots, block, 0.25)
+    exact = torch.autograd.grad(out, x, d_out)
+
+    shapes = ops._shapes(asking[:, :, :0] if shared else asking, bucket, many, block, shared)
+    slots = ops.Slots(*kernels.slots(asking[:, :, :0] if shared else asking, bucket, many, block, True, shared, shapes))
+    low = [t.detach().float() for t in (q, k, v)]
+    inside = [ops._take(t, i) for t, i in zip(low, (slots.q_token, slots.k_token, slots.k_token), strict=True)]
+    held = kernels._call(*inside, slots.position, slots.index, slots.count, block, 0.25)
+    kept = forward(held)
+    got = kernels._backward(
+        d_out.float(), *inside, *kept, slots.q_slot, slots.q_token, slots.k_slot, slots.position, slots.index,
+        slots.count, block, 0.25,
+    )  # fmt: skip
+    for name, a, b in zip(("dq", "dk", "dv"), got, exact, strict=True):
+        assert_within(a, b, terms=tokens, name=name)

@@ -23,26 +23,26 @@ F32, F16 = torch.float32, torch.float16
         # the last queries only; counts of nodes and samples that are no powers of two
         (195, 30, 24, F16, Search(24, 3, 2, 1, 9, 8, 3, 3, 1, 1)),
         (150, 20, 16, F16, Search(37, 6, 1, 2, 5, 4, 1, 1, 1, 2)),
-        (50, 2, 16, F32, Search(48, 1, 1, 2, 5, 1, 1, 1, 1, 0)),
+        (30, 1, 16, F32, Search(29, 1, 1, 2, 5, 1, 1, 1, 1, 0)),
         # several products a step
-        (400, 40, 16, F16, Search(12, 32, 1, 0, 20, 32, 2, 2, 2, 0)),
+        (250, 40, 16, F16, Search(7, 32, 1, 0, 20, 32, 2, 2, 2, 0)),
     ],
     ids=str,
 )
 def test_search_writes_what_pytorch_writes(tokens, held, width, dtype, plan):
     q = normal(2, 2, width, held, seed=1, dtype=dtype).transpose(2, 3)
     k = normal(2, 1, tokens, width + 1, seed=2, dtype=dtype)[..., 1:]
-    # whole numbers are added up without error, and give many equal scores
-    for x in ((q, k), (q.round(), k.round())):
-        index, count = kernel.search(*x, plan)
-        exact, counted = search(*x, plan)
-        assert torch.equal(count, counted)
-        assert torch.equal(index, exact)
+    # whole numbers give many equal scores
+    q[1], k[1] = q[1].round(), k[1].round()
+    index, count = kernel.search(q, k, plan)
+    exact, counted = search(q, k, plan)
+    assert torch.equal(count, counted)
+    assert torch.equal(index, exact)
 
 
 def test_search_among_nan_and_infinite_keys():
     plan = Search(12, 4, 1, 1, 9, 8, 4, 3, 2, 0)
     q, k = (normal(1, 1, 100, 16, seed=n, dtype=F32) for n in (1, 2))
-    for odd in (float("nan"), float("inf"), -0.0):
-        k[:, :, 20:70:3] = odd
-        assert torch.equal(kernel.search(q, k, plan)[0], search(q, k, plan)[0])
+    for n, odd in enumerate((float("nan"), float("inf"), -0.0)):
+        k[:, :, 20 + n : 70 : 4] = odd
+    assert torch.equal(kernel.search(q, k, plan)[0], search(q, k, plan)[0])
