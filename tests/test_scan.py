@@ -184,3 +184,78 @@ def test_memory_grows_with_the_length_not_its_square():
         return largest
 
     assert elements(4096) < 1.2 * 4 * elements(1024)
+
+
+# decays per head that get no gradient: an operation with a backward of its own
+
+
+def plain(decay=(-0.3, 0.0, -2.0, -0.01), dtype=torch.float64, **sizes):
+    q, k, v, _, state = inputs(decay=None, dtype=dtype, **sizes)
+    return [q, k, v, torch.tensor(decay, dtype=dtype), state]
+
+
+def run_plain(f, x, **options):
+    out, state = f(*x, **options)
+    leaves = [t for t in x if t is not None and t.requires_grad]
+    d_out, d_state = normal(*out.shape, seed=8, dtype=out.dtype), normal(*state.shape, seed=9, dtype=state.dtype)
+    return [out, state, *torch.autograd.grad((out, state), leaves, (d_out, d_state))]
+
+
+@pytest.mark.parametrize("T", [1, 63, 150])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_own_backward(T, dtype):
+    exact = run_plain(oracles.recurrence, plain(T=T))
+    got = run_plain(scan, [*plain(T=T, dtype=dtype)[:3], plain()[3].to(torch.promote_types(dtype, torch.float32)),
+                           plain(T=T, dtype=dtype)[4]], chunk=16)  # fmt: skip
+    for name, a, b in zip(("out", "end", "dq", "dk", "dv", "d state"), got, exact, strict=True):
+        assert_within(a, b, terms=T, name=name)
+
+
+def test_own_backward_of_a_head_that_forgets_everything():
+    decay = (float("-inf"), -0.1, 0.0, float("-inf"))
+    x = plain(decay)
+    got = run_plain(scan, x)
+    assert all(g.isfinite().all() for g in got)
+    assert_within(got[0][:, ::3].float(), (x[0] * x[1][:, [0, 0, 1, 1]]).sum(-1, keepdim=True)[:, ::3]
+                  * x[2][:, [0, 1]], terms=8)  # fmt: skip
+    assert not got[5][:, ::3].any()
+
+
+def test_own_backward_with_one_output_used():
+    for used in (0, 1):
+        x, y = plain(T=40), plain(T=40)
+        got = torch.autograd.grad(scan(*x)[used].sum(), [x[1], x[2], x[4]])
+        exact = torch.autograd.grad(oracles.recurrence(*y)[used].sum(), [y[1], y[2], y[4]])
+        for a, b in zip(got, exact, strict=True):
+            assert_within(a, b, terms=40)
+
+
+def test_own_backward_gradcheck():
+    x = plain(B=1, T=7, D=2, E=3)
+    assert torch.autograd.gradcheck(lambda *x: scan(*x, chunk=3), x)
+
+
+def test_own_backward_is_an_operation():
+    q, k, v, decay, state = plain(B=1, T=9, D=2, E=3)
+    for x in (state, state.new_empty(0)):
+        torch.library.opcheck(torch.ops.farfield.scan.default, (q, k, v, decay, x, False, 4))
+    torch._dynamo.reset()
+    exact = run_plain(oracles.recurrence, plain(T=40))
+    got = run_plain(torch.compile(scan, fullgraph=True, backend="aot_eager"), plain(T=40))
+    for a, b in zip(got, exact, strict=True):
+        assert_within(a, b, terms=40)
+
+
+def test_own_backward_has_no_gradient():
+    x = plain(T=9)
+    (d_q,) = torch.autograd.grad(scan(*x)[0].square().sum(), x[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="give decays per token"):
+        torch.autograd.grad(d_q.sum(), x[1])
+
+
+def test_own_backward_saves_only_what_came_in():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        x = plain(T=100)
+        scan(*x)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in x}

@@ -25,6 +25,8 @@ from farfield.kernels import (
     multipole_backward,
     patterns,
     pool,
+    prefix,
+    scan,
 )
 from farfield.nn import Rope
 from farfield.ops import hashed as ops_hashed
@@ -54,7 +56,19 @@ SPILLS: dict[str, int] = {
     "walk-fp16": 80,
     "walk-long": 256,
     **dict.fromkeys(("listed-backward-128", "choose-fp32-128"), _ONCE),
-    # no tile that fits is without; neither is fast
+    # a third stage of loads, which was faster
+    "scan-128": 40,
+    "scan-80": 64,
+    "prefix-256": 176,
+    # Triton 3.6 only
+    "prefix-64": 16,
+    "prefix-given": 16,
+    "prefix-128": 80,
+    # no tile that fits is without; none is fast
+    "scan-fp32-128": 512,
+    "scan-fp32-256": 1664,
+    "prefix-fp32-128": 64,
+    "prefix-fp32-256": 2048,
     "backward-fma-256": 136,
     "backward-fma-fp32-64": 192,
 }
@@ -165,6 +179,22 @@ POOL = {
     "learned-fp32": ("fp32", 64, 64, 64, 4, True),
 }
 
+# dtype, width, value width, from the last token on
+SCAN = {
+    "64": ("bf16", 64, 64, False),
+    "128": ("bf16", 128, 128, False),
+    "16": ("bf16", 16, 16, False),
+    "80": ("bf16", 80, 40, True),
+    "256": ("bf16", 256, 256, False),
+    "fp16-128": ("fp16", 128, 128, False),
+    "fp32-64": ("fp32", 64, 64, False),
+    "fp32-128": ("fp32", 128, 128, True),
+    "fp32-256": ("fp32", 256, 256, False),
+}
+# dtype, value width
+PREFIX = {"64": ("bf16", 64), "128": ("bf16", 128), "256": ("bf16", 256), "80": ("fp16", 80), "fp32-64": ("fp32", 64),
+          "fp32-128": ("fp32", 128), "fp32-256": ("fp32", 256)}  # fmt: skip
+
 
 def forward(case, **changes):
     sources, options = case
@@ -265,6 +295,22 @@ def choosing(scoring, width, dtype="bf16", tokens=5000, alone=False):
 NSA = Scoring(64, 16, 16, 32, 1, 2)
 
 
+def scanning(case, tokens=5000):
+    dtype, width, value_width, back = case
+    q, k = (empty(1, heads, tokens, width, dtype=DTYPES[dtype]) for heads in (4, 2))
+    v = empty(1, 2, tokens, value_width, dtype=DTYPES[dtype])
+    state = empty(1, 4, width, value_width, dtype=torch.float32)
+    scan.forward(q, k, v, empty(4, dtype=torch.float32), state, back)
+
+
+def prefixes(case, given, tokens=5000):
+    dtype, width = case
+    scores, v = empty(1, 4, tokens, dtype=torch.float32), empty(1, 2, tokens, width, dtype=DTYPES[dtype])
+    row, rows = empty(1, 4, dtype=torch.float32), empty(1, 4, width, dtype=torch.float32)
+    out, lse, _, mass, _ = prefix.forward(scores, v, (row, row, rows) if given else None)
+    prefix.backward(out, row if given else None, rows if given else None, scores, v, out, lse, mass)
+
+
 # kernel-case -> what launches it
 LAUNCHES = {
     **{f"forward-{name}": (lambda case=case: forward(case)) for name, case in CALLS.items()},
@@ -274,6 +320,9 @@ LAUNCHES = {
     "walk": walking,
     "walk-fp16": lambda: walking(dtype="fp16"),
     "walk-long": lambda: walking(100_000),
+    **{f"scan-{name}": (lambda case=case: scanning(case)) for name, case in SCAN.items()},
+    **{f"prefix-{name}": (lambda case=case: prefixes(case, False)) for name, case in PREFIX.items()},
+    "prefix-given": lambda: prefixes(PREFIX["64"], True),
     "lists-causal": lambda: listing(True),
     "lists-noncausal": lambda: listing(False),
     "lists-patterns": patterned,
@@ -306,6 +355,7 @@ FEW = (
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-backward-64", "choose-64",
+    "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "prefix-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
 
@@ -368,6 +418,8 @@ AT_LENGTH = {
     "listed": lambda n: listed(64, 64, tokens=n),
     "listed-backward": lambda n: listed(64, 64, tokens=n, backward=True),
     "choose": lambda n: choosing(NSA, 64, tokens=n, alone=True),
+    "scan": lambda n: scanning(SCAN["64"], n),
+    "prefix": lambda n: prefixes(PREFIX["64"], False, n),
 }
 
 

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn.functional import pad
 
-from farfield.mechanism import check_qkv
+from farfield.mechanism import check_qkv, no_tokens
+from farfield.ops.eager import eager, recorded
 
 # chunks that one step of the recurrence over chunks joins
 _FAN = 32
@@ -34,7 +36,9 @@ def scan(
     exponentials of sums of decays are taken, never of their differences: strong decays, and -inf, which forgets
     everything before its token, lose no precision.
 
-    Work O(T chunk), memory O(T (chunk + D E / chunk)).
+    Work O(T chunk). Decays per head that need no gradient cost no memory beyond the result, since the backward computes
+    the states again, and have a kernel on the GPU: bfloat16, float16 and float32, widths up to 256; its states are as
+    exact as products of the inputs' dtype. Others take O(T (chunk + D E / chunk)).
 
     Args:
         decay: log of the factor on the state, at most 0, per head or per token. Default 0: nothing fades.
@@ -68,18 +72,26 @@ def scan(
     if state is not None and state.shape != (B, H, D, E):
         raise ValueError(f"scan: state must be [B, H, D, E] = {[B, H, D, E]}, got {list(state.shape)}")
 
-    dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), q.dtype
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    if k.shape[1] != H:
-        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    state = q.new_zeros(B, H, D, E) if state is None else state.to(dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if state is not None:
+        state = state.to(dtype)
     if T == 0:
-        return v.to(out_dtype), state
+        return no_tokens(q, v), q.new_zeros(B, H, D, E, dtype=dtype) if state is None else state
     if decay is None:
-        decay = q.new_zeros(1, 1, T)
-    elif decay.dim() == 1:
+        decay = q.new_zeros(H, dtype=dtype)
+    if decay.dim() == 1 and not decay.requires_grad:
+        return _faded(q, k, v, decay.to(dtype), q.new_empty(0, dtype=dtype) if state is None else state, chunk)
+    if decay.dim() == 1:
         decay = decay[None, :, None].expand(1, H, T)
+    return _chunked(q, k, v, decay, state, chunk)
 
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """scan in differentiable PyTorch: decay [B|1, H, T], any of q, k, v with fewer heads."""
+    B, H, T, D, E = q.shape[0], max(q.shape[1], k.shape[1]), q.shape[2], q.shape[3], v.shape[3]
+    dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), q.dtype
+    q, k, v = (x.to(dtype).repeat_interleave(H // x.shape[1], 1) for x in (q, k, v))
+    state = q.new_zeros(B, H, D, E) if state is None else state
     C = min(chunk, T)
     # a token of k = v = 0 and decay 0 changes no state
     q, k, v = (pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C)) for x in (q, k, v))
@@ -93,6 +105,139 @@ def scan(
         before = torch.cat([state[:, :, None], states[:, :, :-1]], 2)
         out = within + decay.cumsum(-1).exp()[..., None] * (q @ before)
     return out.flatten(2, 3)[:, :, :T].to(out_dtype), states[:, :, -1]
+
+
+def _faded(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The recurrence with decays [H] that get no gradient; an empty state stands for zeros."""
+    if not eager(q, k, v, decay, state):
+        return _forward(q, k, v, decay, state, False, chunk)
+    if recorded(q, k, v, state):
+        return _Faded.apply(q, k, v, decay, state, chunk)
+    return _run(q, k, v, decay, state, False, chunk)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, back: bool, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, E] and end [B, H, D, E], by whatever takes the call. q may have fewer heads than k and v, too.
+
+    back: from the last token to the first, and state and end on the other side of their token's decay:
+
+        out[t] = sum_{s >= t} e^(decay (s - t)) (q[t] . k[s]) v[s] + e^(decay (T - 1 - t)) q[t] state
+        end = sum_s e^(decay (s + 1)) k[s] v[s]^T + e^(decay T) state
+    """
+    given = state if state.numel() else None
+    if q.is_cuda:
+        from farfield.kernels.scan import forward, refusal
+
+        if not refusal(q, v):
+            return forward(q, k, v, decay, given, back)
+    T = q.shape[2]
+    every = decay[None, :, None]
+    with torch.no_grad():
+        if not back:
+            out, end = _chunked(q, k, v, every.expand(1, -1, T), given, chunk)
+            return out.contiguous(), end.contiguous()
+        q, k, v = (x.flip(2) for x in (q, k, v))
+        # the decay of a token comes after it: that of the first one here is not the state's
+        shifted = torch.cat([torch.zeros_like(every), every.expand(1, -1, T - 1)], 2)
+        out, end = _chunked(q, k, v, shifted, given, chunk)
+        return out.flip(2), decay.exp()[:, None, None] * end
+
+
+def _gradients(
+    d_out: Tensor, d_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of q, k, v and state: three more recurrences; an empty d_end stands for zeros.
+
+    With S of the forward and R[t] = sum_{s >= t} lambda^(s - t) q[s] d_out[s]^T + lambda^(T - 1 - t) d_end:
+    dq = d_out S^T, dk = v R^T, dv = k R, and d state = lambda R[0].
+    """
+    d_q, _ = _run(d_out, v, k, decay, state.mT if state.numel() else state, False, chunk)
+    both = None
+    if q.is_cuda:
+        from farfield.kernels.scan import gradients, refusal
+
+        if not refusal(q, v):
+            both = gradients(d_out, d_end if d_end.numel() else None, q, k, v, decay)
+    if both is None:
+        d_k, _ = _run(v, d_out, q, decay, d_end.mT if d_end.numel() else d_end, True, chunk)
+        both = d_k, *_run(k, q, d_out, decay, d_end, True, chunk)
+    d_k, d_v, d_state = both
+    heads, wide = k.shape[1], decay.dtype
+    if heads != q.shape[1]:
+        d_k, d_v = (x.unflatten(1, (heads, -1)).sum(2, dtype=wide).to(x.dtype) for x in (d_k, d_v))
+    return d_q, d_k, d_v, d_state if state.numel() else torch.empty_like(state)
+
+
+class _Faded(torch.autograd.Function):
+    """The operation below without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, decay, state, chunk):
+        # most use out alone, and zeros for end would have to be written and read
+        ctx.set_materialize_grads(False)
+        ctx.chunk = chunk
+        ctx.save_for_backward(q, k, v, decay, state)
+        return _run(q, k, v, decay, state, False, chunk)
+
+    @staticmethod
+    def backward(ctx, d_out, d_end):
+        return _differentiate(ctx, d_out, d_end)[:6]
+
+
+@custom_op("farfield::scan", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, back: bool, chunk: int
+) -> tuple[Tensor, Tensor]:
+    return _run(q, k, v, decay, state, back, chunk)
+
+
+@_forward.register_fake
+def _(q, k, v, decay, state, back, chunk):
+    heads, width, value_width = max(q.shape[1], k.shape[1]), q.shape[3], v.shape[3]
+    out = q.new_empty(q.shape[0], heads, q.shape[2], value_width)
+    return out, q.new_empty(q.shape[0], heads, width, value_width, dtype=decay.dtype)
+
+
+@custom_op("farfield::scan_backward", mutates_args=())
+def _backward(
+    d_out: Tensor, d_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(d_out, d_end, q, k, v, decay, state, chunk)
+
+
+@_backward.register_fake
+def _(d_out, d_end, q, k, v, decay, state, chunk):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, state))
+
+
+def _save(ctx, inputs, output):
+    *saved, back, ctx.chunk = inputs
+    if back:
+        raise NotImplementedError("scan: the recurrence from the last token on is part of a backward and has none")
+    ctx.save_for_backward(*saved)
+
+
+def _differentiate(ctx, d_out, d_end):
+    q, k, v, decay, state = ctx.saved_tensors
+    d_out = q.new_zeros(*q.shape[:3], v.shape[3]) if d_out is None else d_out
+    d_end = decay.new_empty(0) if d_end is None else d_end
+    given = d_out, d_end, q, k, v, decay, state
+    # the registered operation refuses a gradient of its gradients
+    run = _backward if torch.is_grad_enabled() or not eager(*given) else _gradients
+    d_q, d_k, d_v, d_state = run(*given, ctx.chunk)
+    return d_q, d_k, d_v, None, d_state, None, None
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError(
+        "scan: first derivatives only where decays are per head and need no gradient; give decays per token"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
 
 
 def _recur(added: Tensor, decay: Tensor, state: Tensor) -> Tensor:
@@ -182,11 +327,20 @@ def prefix_softmax(
         raise ValueError(f"{who}: state must hold [B, H] and [B, H, E] = {[B, H, E]}, got {list(state.total.shape)}")
 
     dtype, out_dtype = torch.promote_types(torch.promote_types(scores.dtype, v.dtype), torch.float32), v.dtype
-    scores, v = scores.to(dtype), v.to(dtype)
+    scores = scores.to(dtype)
+    if state is not None:
+        state = Prefix(*(x.to(dtype) for x in state))
+    if v.is_cuda and T:
+        from farfield.kernels.prefix import refusal
+
+        if not refusal(scores, v):
+            none = scores.new_empty(0)
+            out, _, *sums = _launch(scores, v, *((none, none, none) if state is None else state))
+            return out, Prefix(*sums)
+    v = v.to(dtype)
     if state is None:
         nothing = scores.new_zeros(B, H)
         state = Prefix(nothing - float("inf"), nothing, v.new_zeros(B, H, E))
-    state = Prefix(*(x.to(dtype) for x in state))
     if T == 0:
         return v.repeat_interleave(H // G, 1).to(out_dtype), state
     # a token of score s is the sums (s, 1, v): mass and total side by side
@@ -224,3 +378,71 @@ def _merged(peak: Tensor, sums: Tensor, peak0: Tensor, sums0: Tensor, chunk: int
 def _finite(peak: Tensor) -> Tensor:
     """-inf - -inf is nan: what has no tokens is measured from 0."""
     return peak.masked_fill(peak == float("-inf"), 0.0)
+
+
+# The kernels. An absent tensor is an empty one.
+
+
+@custom_op("farfield::prefix_softmax", mutates_args=(), device_types="cuda")
+def _launch(
+    scores: Tensor, v: Tensor, peak: Tensor, mass: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, lse and the sums at the end."""
+    from farfield.kernels.prefix import forward
+
+    return forward(scores, v, (peak, mass, total) if total.numel() else None)
+
+
+@_launch.register_fake
+def _(scores, v, peak, mass, total):
+    sums = (scores.new_empty(scores.shape[:2]) for _ in range(2))
+    out = v.new_empty(*scores.shape, v.shape[3])
+    return out, scores.new_empty(scores.shape), *sums, scores.new_empty(*scores.shape[:2], v.shape[3])
+
+
+@custom_op("farfield::prefix_softmax_backward", mutates_args=(), device_types="cuda")
+def _launch_backward(
+    d_out: Tensor, d_mass: Tensor, d_total: Tensor, scores: Tensor, v: Tensor, out: Tensor, lse: Tensor, mass: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from farfield.kernels.prefix import backward
+
+    end_mass, end_total = (x if x.numel() else None for x in (d_mass, d_total))
+    d_scores, d_v, d_first, d_first_total = backward(d_out, end_mass, end_total, scores, v, out, lse, mass)
+    if d_v.shape[1] != v.shape[1]:
+        d_v = d_v.unflatten(1, (v.shape[1], -1)).sum(2, dtype=torch.float32).to(v.dtype)
+    return d_scores, d_v, d_first, d_first_total
+
+
+@_launch_backward.register_fake
+def _(d_out, d_mass, d_total, scores, v, out, lse, mass):
+    total = scores.new_empty(*scores.shape[:2], v.shape[3])
+    return scores.new_empty(scores.shape), v.new_empty(v.shape), torch.empty_like(mass), total
+
+
+def _save_prefix(ctx, inputs, output):
+    scores, v, peak, _, _ = inputs
+    out, lse, end, mass, _ = output
+    ctx.mark_non_differentiable(lse, end)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(scores, v, peak, out, lse, mass)
+
+
+def _differentiate_prefix(ctx, d_out, d_lse, d_peak, d_mass, d_total):
+    scores, v, peak, out, lse, mass = ctx.saved_tensors
+    none = scores.new_empty(0)
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_mass, d_total = (none if x is None else x for x in (d_mass, d_total))
+    d_scores, d_v, d_mass, d_total = _launch_backward(d_out, d_mass, d_total, scores, v, out, lse, mass)
+    if not peak.numel():
+        return d_scores, d_v, None, None, None
+    # a prefix of nothing has nothing before it
+    share = (peak - lse[:, :, 0]).exp().masked_fill(peak == float("-inf"), 0.0)
+    return d_scores, d_v, None, share * d_mass, share[..., None] * d_total
+
+
+def _refuse_prefix(ctx, *grads):
+    raise NotImplementedError("prefix_softmax: first derivatives only on the GPU")
+
+
+_launch.register_autograd(_differentiate_prefix, setup_context=_save_prefix)
+_launch_backward.register_autograd(_refuse_prefix)

@@ -1,0 +1,336 @@
+"""prefix_softmax on the GPU: the softmax of every prefix in two launches each way.
+
+The sequence is cut into segments, as many as fill the GPU. `prefix_sums` leaves the softmax sums of each; a program of
+`prefix_walk` merges those before its own segment and walks it chunk by chunk: weights of the tokens inside the chunk
+against each token's own largest score so far, one product with the chunk's values, and what came before, rescaled.
+
+The backward goes the other way with p[i, t] = e^(s[i] - lse[t]), t >= i, which is at most 1:
+
+    dv[i] = sum over t of p[i, t] g[t],    ds[i] = sum over t of p[i, t] (v[i] . g[t] - out[t] . g[t])
+
+What later chunks add is p[i, t] = e^(s[i] - L) e^(L - lse[t]) with L = lse of the first token after the chunk: lse only
+grows, so that both factors are at most 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farfield.kernels.attend import WIDEST, _dense, padded
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# what varies with the length must not make another kernel
+VARIES = ["s_b", "s_h", "s_t", "v_b", "v_h", "v_t", "g_b", "g_h", "g_t", "heads", "tokens", "length", "segments"]
+VARIES += ["peak0", "mass0", "total0", "d_mass", "d_total"]
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _base(x):
+    """-inf - -inf is nan: what has no tokens is measured from 0."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def _scores(s, at, stop, stride, C: tl.constexpr):
+    i = at + tl.arange(0, C)
+    return tl.load(s + i.to(tl.int64) * stride, mask=i < stop, other=float("-inf"))
+
+
+@triton.jit
+def _rows(x, at, stop, stride, cols, WIDTH: tl.constexpr, C: tl.constexpr):
+    i = at + tl.arange(0, C)
+    return tl.load(x + i.to(tl.int64)[:, None] * stride + cols, mask=(i < stop)[:, None] & (cols < WIDTH), other=0.0)
+
+
+@triton.jit
+def _grow(peak, mass, total, s, x):
+    """Softmax sums with the entries s, of mass 1 and values x, merged in."""
+    higher = tl.maximum(peak, tl.max(s, 0))
+    fade, weights = _exp(peak - _base(higher)), _exp(s - _base(higher))
+    return higher, mass * fade + tl.sum(weights, 0), total * fade + tl.sum(weights[:, None] * x.to(tl.float32), 0)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def prefix_sums(
+    s, v, peaks, masses, totals, s_b, s_h, s_t, v_b, v_h, v_t, heads, tokens, length, segments,
+    REPEAT: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Softmax sums of each segment but the last: peaks and masses [B H, segments], totals [B H, segments, E]."""
+    pid = tl.program_id(0)
+    n, bh = pid % (segments - 1), pid // (segments - 1)
+    # int64: token * stride passes 2**31 at long context
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    cols = tl.arange(0, E_TILE)
+    s += b * s_b + h * s_h
+    v += b * v_b + h // REPEAT * v_h
+    s_stride, v_stride = s_t.to(tl.int64), v_t.to(tl.int64)
+    peak, mass, total = float("-inf"), 0.0, tl.zeros([E_TILE], tl.float32)
+    stop = n * length + length
+    for at in range(n * length, stop, C):
+        x = _rows(v, at, stop, v_stride, cols, E, C)
+        peak, mass, total = _grow(peak, mass, total, _scores(s, at, stop, s_stride, C), x)
+    place = bh.to(tl.int64) * segments + n
+    tl.store(peaks + place, peak)
+    tl.store(masses + place, mass)
+    tl.store(totals + place * E + cols, total, mask=cols < E)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def prefix_walk(
+    s, v, peaks, masses, totals, peak0, mass0, total0, out, lse, peak1, mass1, total1,
+    s_b, s_h, s_t, v_b, v_h, v_t, heads, tokens, length, segments,
+    REPEAT: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    n, bh = pid % segments, (pid // segments).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    cols = tl.arange(0, E_TILE)
+    peak, mass, total = float("-inf"), 0.0, tl.zeros([E_TILE], tl.float32)
+    if peak0 is not None:
+        peak, mass = tl.load(peak0 + bh), tl.load(mass0 + bh)
+        total += tl.load(total0 + bh * E + cols, mask=cols < E, other=0.0)
+    for first in range(0, n, 16):
+        i = first + tl.arange(0, 16)
+        theirs = tl.load(peaks + bh * segments + i, mask=i < n, other=float("-inf"))
+        higher = tl.maximum(peak, tl.max(theirs, 0))
+        fade, weights = _exp(peak - _base(higher)), _exp(theirs - _base(higher))
+        mass = mass * fade + tl.sum(weights * tl.load(masses + bh * segments + i, mask=i < n, other=0.0), 0)
+        x = tl.load(totals + (bh * segments + i)[:, None] * E + cols, mask=(i < n)[:, None] & (cols < E), other=0.0)
+        total = total * fade + tl.sum(weights[:, None] * x, 0)
+        peak = higher
+
+    s += b * s_b + h * s_h
+    v += b * v_b + h // REPEAT * v_h
+    out += bh * tokens * E
+    lse += bh * tokens
+    s_stride, v_stride = s_t.to(tl.int64), v_t.to(tl.int64)
+    r = tl.arange(0, C)
+    past = r[None, :] <= r[:, None]
+    stop = tl.minimum(n * length + length, tokens)
+    for at in range(n * length, stop, C):
+        own = _scores(s, at, stop, s_stride, C)
+        x = _rows(v, at, stop, v_stride, cols, E, C)
+        # [C, C]: a row is a token, whose largest score so far is its own
+        seen = tl.where(past, own[None, :], float("-inf"))
+        base = _base(tl.maximum(tl.max(seen, 1), peak))
+        weights, fade = _exp(seen - base[:, None]), _exp(peak - base)
+        m = tl.sum(weights, 1) + fade * mass
+        o = tl.dot(weights.to(x.dtype), x, fade[:, None] * total[None, :], input_precision="ieee")
+        o = o / tl.where(m > 0, m, 1.0)[:, None]
+        i = at + r
+        tl.store(out + i.to(tl.int64)[:, None] * E + cols, o.to(out.dtype.element_ty),
+                 mask=(i < stop)[:, None] & (cols < E))  # fmt: skip
+        # log2(0) = -inf is what a prefix of hidden tokens has
+        tl.store(lse + i, base + tl.log2(m) * LN2, mask=i < stop)
+        peak, mass, total = _grow(peak, mass, total, own, x)
+    if n == segments - 1:
+        tl.store(peak1 + bh, peak)
+        tl.store(mass1 + bh, mass)
+        tl.store(total1 + bh * E + cols, total, mask=cols < E)
+
+
+@triton.jit
+def _level(lse, at, tokens):
+    """lse of the token after a stretch, by which what comes later is measured; after the last one, its own."""
+    return tl.load(lse + tl.minimum(at, tokens - 1))
+
+
+@triton.jit
+def _shrink(level, later, delta, own_lse, g, d, first):
+    """What tokens from here on give to those before: sums of e^(first - lse) g and of e^(first - lse) (out . g)."""
+    # where a prefix is hidden there is nothing to give
+    weights = tl.where(own_lse > float("-inf"), _exp(first - own_lse), 0.0)
+    fade = tl.where(first > float("-inf"), _exp(first - level), 0.0)
+    later = later * fade + tl.sum(weights[:, None] * g.to(tl.float32), 0)
+    return later, delta * fade + tl.sum(weights * d, 0)
+
+
+@triton.jit
+def _lse(lse, at, stop, C: tl.constexpr):
+    i = at + tl.arange(0, C)
+    return tl.load(lse + i, mask=i < stop, other=float("inf"))
+
+
+@triton.jit(do_not_specialize=VARIES)
+def prefix_back_sums(
+    out, lse, grad, later, deltas, g_b, g_h, g_t, heads, tokens, length, segments,
+    E: tl.constexpr, E_TILE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """What each segment but the first gives to those before it, by lse of its first token."""
+    pid = tl.program_id(0)
+    n, bh = pid % (segments - 1) + 1, (pid // (segments - 1)).to(tl.int64)
+    cols = tl.arange(0, E_TILE)
+    grad += bh // heads * g_b + bh % heads * g_h
+    out += bh * tokens * E
+    lse += bh * tokens
+    g_stride = g_t.to(tl.int64)
+    start = n * length
+    stop = tl.minimum(start + length, tokens)
+    level = tl.load(lse + start)
+    acc, delta = tl.zeros([E_TILE], tl.float32), 0.0
+    for at in range(start, stop, C):
+        g = _rows(grad, at, stop, g_stride, cols, E, C)
+        d = tl.sum(g.to(tl.float32) * _rows(out, at, stop, E, cols, E, C).to(tl.float32), 1)
+        own = _lse(lse, at, stop, C)
+        weights = tl.where(own > float("-inf"), _exp(level - own), 0.0)
+        acc += tl.sum(weights[:, None] * g.to(tl.float32), 0)
+        delta += tl.sum(weights * d, 0)
+    place = bh * segments + n
+    tl.store(later + place * E + cols, acc, mask=cols < E)
+    tl.store(deltas + place, delta)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def prefix_back(
+    s, v, out, lse, grad, later, deltas, d_mass, d_total, mass1, d_s, d_v, d_later, d_delta,
+    s_b, s_h, s_t, v_b, v_h, v_t, g_b, g_h, g_t, heads, tokens, length, segments,
+    REPEAT: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    n, bh = pid % segments, (pid // segments).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    cols = tl.arange(0, E_TILE)
+    lse += bh * tokens
+    acc, delta = tl.zeros([E_TILE], tl.float32), 0.0
+    if d_total is not None:
+        # the last sums are read by whoever goes on: e^(s - peak) = e^(s - lse) mass
+        mass = tl.load(mass1 + bh)
+        acc += mass * tl.load(d_total + bh * E + cols, mask=cols < E, other=0.0)
+        delta -= mass * tl.load(d_mass + bh)
+    for turn in range(segments - 1 - n):
+        m = segments - 1 - turn
+        first, level = tl.load(lse + m * length), _level(lse, (m + 1) * length, tokens)
+        fade = tl.where(first > float("-inf"), _exp(first - level), 0.0)
+        acc = acc * fade + tl.load(later + (bh * segments + m) * E + cols, mask=cols < E, other=0.0)
+        delta = delta * fade + tl.load(deltas + bh * segments + m)
+
+    s += b * s_b + h * s_h
+    v += b * v_b + h // REPEAT * v_h
+    grad += b * g_b + h * g_h
+    out += bh * tokens * E
+    d_s += bh * tokens
+    d_v += bh * tokens * E
+    s_stride, v_stride, g_stride = s_t.to(tl.int64), v_t.to(tl.int64), g_t.to(tl.int64)
+    r = tl.arange(0, C)
+    after = r[None, :] >= r[:, None]
+    start = n * length
+    stop = tl.minimum(start + length, tokens)
+    chunks = (stop - start + C - 1) // C
+    for turn in range(chunks):
+        at = start + (chunks - 1 - turn) * C
+        own, own_lse = _scores(s, at, stop, s_stride, C), _lse(lse, at, stop, C)
+        # loaded anew: Triton 3.6 loses what a loop carries from a load
+        level = _level(lse, tl.minimum(at + C, stop), tokens)
+        x = _rows(v, at, stop, v_stride, cols, E, C)
+        g = _rows(grad, at, stop, g_stride, cols, E, C)
+        d = tl.sum(g.to(tl.float32) * _rows(out, at, stop, E, cols, E, C).to(tl.float32), 1)
+        # [C, C]: a row is a token that is read, a column one that reads it
+        there = after & (own > float("-inf"))[:, None]
+        p = tl.where(there, _exp(own[:, None] - own_lse[None, :]), 0.0)
+        far = tl.where(own > float("-inf"), _exp(own - level), 0.0)
+        products = tl.dot(x, g.T, input_precision="ieee")
+        ds = tl.sum(p * (products - d[None, :]), 1)
+        ds += far * (tl.sum(x.to(tl.float32) * acc[None, :], 1) - delta)
+        dv = tl.dot(p.to(g.dtype), g, far[:, None] * acc[None, :], input_precision="ieee")
+        i = at + r
+        tl.store(d_s + i, ds, mask=i < stop)
+        tl.store(d_v + i.to(tl.int64)[:, None] * E + cols, dv.to(d_v.dtype.element_ty),
+                 mask=(i < stop)[:, None] & (cols < E))  # fmt: skip
+        acc, delta = _shrink(level, acc, delta, own_lse, g, d, tl.load(lse + at))
+    if n == 0:
+        # times e^(peak - lse of the first token): the gradients of the sums before it
+        tl.store(d_later + bh * E + cols, acc, mask=cols < E)
+        tl.store(d_delta + bh, -delta)
+
+
+def refusal(scores: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, None if they can."""
+    if scores.dtype != torch.float32 or v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"takes float32 scores and bfloat16, float16 or float32 values, not {scores.dtype} and {v.dtype}"
+    if v.shape[3] > WIDEST:
+        return f"takes values up to a width of {WIDEST}, got {v.shape[3]}"
+    if not (scores.numel() and v.numel()):
+        return "takes no empty tensors"
+    return None
+
+
+def forward(
+    scores: Tensor, v: Tensor, state: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out [B, H, T, E], lse [B, H, T], and peak, mass and total at the end; the contract is ops.scan's."""
+    batch, heads, tokens = scores.shape
+    width = v.shape[3]
+    v, v_at = _dense(v)
+    out = v.new_empty(batch, heads, tokens, width)
+    lse, peak, mass = scores.new_empty(scores.shape), scores.new_empty(batch, heads), scores.new_empty(batch, heads)
+    total = scores.new_empty(batch, heads, width)
+    chunk, warps = tile(v, back=False)
+    length, segments = plan(batch * heads, tokens, chunk, v.device)
+    peaks, masses = (scores.new_empty(batch, heads, segments) for _ in range(2))
+    totals = scores.new_empty(batch, heads, segments, width)
+    numbers = *scores.stride(), *v_at, heads, tokens, length, segments
+    constants = {"REPEAT": heads // v.shape[1], "E": width, "E_TILE": padded(width), "C": chunk, "num_warps": warps}
+    if segments > 1:
+        prefix_sums[((segments - 1) * batch * heads,)](scores, v, peaks, masses, totals, *numbers, **constants)
+    before = (None, None, None) if state is None else [x.contiguous() for x in state]
+    prefix_walk[(segments * batch * heads,)](
+        scores, v, peaks, masses, totals, *before, out, lse, peak, mass, total, *numbers, **constants
+    )
+    return out, lse, peak, mass, total
+
+
+def backward(
+    d_out: Tensor, d_mass: Tensor | None, d_total: Tensor | None, scores: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mass: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of scores and, for each query head, of v; and of the mass and total before the first token, divided by
+    e^(peak - lse of the first token)."""
+    batch, heads, tokens = scores.shape
+    width = v.shape[3]
+    (v, v_at), (d_out, g_at) = _dense(v), _dense(d_out)
+    d_scores, d_v = scores.new_empty(scores.shape), v.new_empty(batch, heads, tokens, width)
+    d_first, d_first_total = scores.new_empty(batch, heads), scores.new_empty(batch, heads, width)
+    chunk, warps = tile(v, back=True)
+    length, segments = plan(batch * heads, tokens, chunk, v.device)
+    later, deltas = scores.new_empty(batch, heads, segments, width), scores.new_empty(batch, heads, segments)
+    numbers = heads, tokens, length, segments
+    constants = {"E": width, "E_TILE": padded(width), "C": chunk, "num_warps": warps}
+    if segments > 1:
+        prefix_back_sums[((segments - 1) * batch * heads,)](
+            out, lse, d_out, later, deltas, *g_at, *numbers, **constants
+        )
+    if d_total is not None or d_mass is not None:
+        d_mass = torch.zeros_like(mass) if d_mass is None else d_mass.contiguous()
+        d_total = torch.zeros_like(d_first_total) if d_total is None else d_total.contiguous()
+    prefix_back[(segments * batch * heads,)](
+        scores, v, out, lse, d_out, later, deltas, d_mass, d_total, mass, d_scores, d_v, d_first_total, d_first,
+        *scores.stride(), *v_at, *g_at, *numbers, REPEAT=heads // v.shape[1], **constants,
+    )  # fmt: skip
+    return d_scores, d_v, d_first, d_first_total
+
+
+def tile(v: Tensor, back: bool) -> tuple[int, int]:
+    """Tokens of a chunk and warps of a program."""
+    wide = padded(v.shape[3])
+    if v.dtype == torch.float32:
+        # IEEE products run on no tensor core, and their operands lie in registers
+        return (16, 8 if back and wide > 64 else 4) if back or wide > 128 else (32, 4)
+    return (64, 4) if wide <= (64 if back else 128) else (64, 8)
+
+
+def plan(programs: int, tokens: int, chunk: int, device: torch.device) -> tuple[int, int]:
+    """Tokens of a segment, and segments: two programs a multiprocessor, and no segment below two chunks."""
+    places = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    segments = max(1, min(places // programs, -(-tokens // (2 * chunk))))
+    length = -(-tokens // (segments * chunk)) * chunk
+    return length, -(-tokens // length)

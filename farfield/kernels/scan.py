@@ -1,0 +1,411 @@
+"""scan on the GPU: linear attention whose past fades by one factor a head, two launches at any length.
+
+The sequence is cut into segments, as many as fill the GPU with the heads there are. `scan_walk` gives each program one
+segment of one head: it walks the segment chunk by chunk, products inside a chunk on the left, the state on the right,
+so that q, k and v are read once and out is written once. The state before its segment it adds up from the sums of
+k v^T that `scan_sums` has left for the pieces before. One segment needs no sums.
+
+Sums cost a second reading of k and v, but only of tokens whose weight is not 0 in float32: a head that fades by
+lambda is at 2^-126 after 126 / -log2(lambda) tokens, and what is further away from every later segment is skipped.
+
+`BACK` turns the sequence round and decays k v^T once more before it is added, which is what gradients need:
+
+    forward   out[t] = sum over s <= t of lambda^(t - s) (q[t] . k[s]) v[s] + lambda^(t + 1) q[t] S
+    back      out[t] = sum over s >= t of lambda^(s - t) (q[t] . k[s]) v[s] + lambda^(T - 1 - t) q[t] S
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farfield.kernels.attend import WIDEST, _dense, padded
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(126.0)  # 2^-126 is the smallest float32 that is not flushed to 0
+
+# what varies with the length must not make another kernel
+VARIES = ["q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "heads", "tokens", "piece", "pieces", "each"]
+VARIES += ["g_b", "g_h", "g_t", "segments", "state"]
+
+
+@triton.jit
+def _power(rate, n):
+    """2^(rate n), n >= 0; 1 for n = 0 though the rate be -inf."""
+    return tl.exp2(tl.where(n > 0, rate * n, 0.0))
+
+
+@triton.jit
+def _reach(rate):
+    """Tokens after which a weight is 0."""
+    reach = tl.where(rate < 0, LEAST / -rate, 1e9)
+    return tl.minimum(reach, 1e9).to(tl.int32) + 1
+
+
+@triton.jit
+def _tile(
+    x, at, stop, tokens, stride, cols, WIDTH: tl.constexpr, UNIT: tl.constexpr, BACK: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """[C, cols] of the tokens from `at` on, 0 from `stop` on."""
+    r = tl.arange(0, C)
+    row = tokens - 1 - at - r if BACK else at + r
+    x += row.to(tl.int64)[:, None] * stride * UNIT + cols
+    return tl.load(x, mask=(at + r < stop)[:, None] & (cols < WIDTH), other=0.0)
+
+
+@triton.jit
+def _store(
+    x, tile, at, stop, tokens, cols, WIDTH: tl.constexpr, BACK: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    r = tl.arange(0, C)
+    row = tokens - 1 - at - r if BACK else at + r
+    x += row.to(tl.int64)[:, None] * WIDTH + cols
+    tl.store(x, tile.to(x.dtype.element_ty), mask=(at + r < stop)[:, None] & (cols < WIDTH))
+
+
+@triton.jit
+def _add(acc, k_tile, v_tile, weight, NARROW: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + k^T diag(weight) v in float32."""
+    # v is what is scaled: the tensor cores read k from shared memory as its transpose, and no other tile so
+    if NARROW:
+        return tl.dot(k_tile.T, (v_tile * weight[:, None]).to(v_tile.dtype), acc)
+    else:
+        # float16 does not hold what float32 does
+        faded = v_tile.to(tl.float32) * weight[:, None]
+        return tl.dot(k_tile.to(tl.float32).T, faded, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def scan_sums(
+    k, v, decay, sums, k_b, k_h, k_t, v_b, v_h, v_t, heads, tokens, piece, pieces, each,
+    REPEAT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, BE: tl.constexpr,
+    D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, C: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """sums [B H, pieces, D, E]: a piece's k v^T, faded to the piece's end; each segment has `each` pieces."""
+    PARTS: tl.constexpr = (E + BE - 1) // BE
+    NARROW: tl.constexpr = k.dtype.element_ty == tl.bfloat16
+    PRECISION: tl.constexpr = "ieee" if k.dtype.element_ty == tl.float32 else "tf32x3"
+    pid = tl.program_id(0)
+    part, n, bh = pid % PARTS, pid // PARTS % pieces, pid // PARTS // pieces
+    # int64: token * stride passes 2**31 at long context
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    rate = tl.load(decay + h).to(tl.float32) * LOG2E
+    # the next segment begins where its pieces do; what has faded before it is not read
+    start, stop = n * piece, n * piece + piece
+    needed = (n // each + 1) * each * piece - _reach(rate)
+    if needed >= stop:
+        return
+    first = tl.maximum(start, start + (needed - start) // C * C)
+
+    dims, values = tl.arange(0, D_TILE), part * BE + tl.arange(0, BE)
+    k += (b * k_b + h // REPEAT * k_h) * D_UNIT
+    v += (b * v_b + h // REPEAT * v_h) * E_UNIT
+    k_stride, v_stride = k_t.to(tl.int64), v_t.to(tl.int64)
+    r = tl.arange(0, C)
+    weight = _power(rate, C - 1 - r + BACK)
+    whole = _power(rate, C)
+    acc = tl.zeros([D_TILE, BE], tl.float32)
+    for at in range(first, stop, C):
+        k_tile = _tile(k, at, stop, tokens, k_stride, dims, D, D_UNIT, BACK, C)
+        v_tile = _tile(v, at, stop, tokens, v_stride, values, E, E_UNIT, BACK, C)
+        acc = _add(acc * whole, k_tile, v_tile, weight, NARROW, PRECISION)
+    sums += (bh.to(tl.int64) * pieces + n) * (D * E) + dims[:, None] * E + values
+    tl.store(sums, acc, mask=(dims < D)[:, None] & (values < E))
+
+
+@triton.jit
+def _before(state, sums, rate, bh, n, start, piece, pieces, each, place, held, SIZE: tl.constexpr):
+    """What the tokens before segment n, and the state before them all, have left."""
+    acc = tl.zeros(place.shape, tl.float32)
+    if state is not None:
+        acc += tl.load(state + bh.to(tl.int64) * SIZE + place, mask=held, other=0.0) * _power(rate, start)
+    if sums is not None:
+        # pieces end 0, piece, 2 piece, ... tokens before the segment; those beyond reach were not written
+        near = tl.minimum((_reach(rate) - 1) // piece + 1, n * each)
+        sums += (bh.to(tl.int64) * pieces + n * each - near) * SIZE
+        for i in tl.range(0, near, num_stages=3):
+            more = tl.load(sums + place, mask=held, other=0.0)
+            acc += more * _power(rate, (near - 1 - i) * piece)
+            sums += SIZE
+    return acc
+
+
+@triton.jit(do_not_specialize=VARIES)
+def scan_walk(
+    q, k, v, decay, state, sums, out, end,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, heads, tokens, piece, pieces, each, segments,
+    Q_REPEAT: tl.constexpr, REPEAT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr,
+    BE: tl.constexpr, D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, C: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = (E + BE - 1) // BE
+    NARROW: tl.constexpr = k.dtype.element_ty == tl.bfloat16
+    PRECISION: tl.constexpr = "ieee" if k.dtype.element_ty == tl.float32 else "tf32x3"
+    pid = tl.program_id(0)
+    part, n, bh = pid % PARTS, pid // PARTS % segments, pid // PARTS // segments
+    # int64: token * stride passes 2**31 at long context
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    rate = tl.load(decay + h).to(tl.float32) * LOG2E
+    start = n * each * piece
+    stop = tl.minimum(start + each * piece, tokens)
+
+    dims, values = tl.arange(0, D_TILE), part * BE + tl.arange(0, BE)
+    held = (dims < D)[:, None] & (values < E)
+    place = dims[:, None] * E + values
+    acc = _before(state, sums, rate, bh, n, start, piece, pieces, each, place, held, D * E)
+    q += (b * q_b + h // Q_REPEAT * q_h) * D_UNIT
+    k += (b * k_b + h // REPEAT * k_h) * D_UNIT
+    v += (b * v_b + h // REPEAT * v_h) * E_UNIT
+    out += bh.to(tl.int64) * tokens * E
+    q_stride, k_stride, v_stride = q_t.to(tl.int64), k_t.to(tl.int64), v_t.to(tl.int64)
+    r = tl.arange(0, C)
+    grown = _power(rate, r + 1 - BACK)
+    # [C, C]: lambda^(t - s), 0 for the future
+    lag = r[:, None] - r[None, :]
+    fade = tl.where(lag >= 0, _power(rate, lag), 0.0)
+    for at in range(start, stop, C):
+        q_tile = _tile(q, at, stop, tokens, q_stride, dims, D, D_UNIT, BACK, C)
+        k_tile = _tile(k, at, stop, tokens, k_stride, dims, D, D_UNIT, BACK, C)
+        v_tile = _tile(v, at, stop, tokens, v_stride, values, E, E_UNIT, BACK, C)
+        many = tl.minimum(stop - at, C)
+        weight = _power(rate, tl.maximum(many - 1 - r, 0) + BACK)
+        pairs = tl.dot(q_tile, k_tile.T, input_precision="ieee") * fade
+        if NARROW:
+            narrow = pairs.to(v_tile.dtype)
+            o = tl.dot(q_tile, acc.to(q_tile.dtype)) * grown[:, None]
+            o = tl.dot(narrow, v_tile, o)
+        else:
+            wide, wide_v = q_tile.to(tl.float32), v_tile.to(tl.float32)
+            o = tl.dot(wide, acc, input_precision=PRECISION) * grown[:, None]
+            o = tl.dot(pairs, wide_v, o, input_precision=PRECISION)
+        acc = _add(acc * _power(rate, many), k_tile, v_tile, weight, NARROW, PRECISION)
+        _store(out, o, at, stop, tokens, values, E, BACK, C)
+    if n == segments - 1:
+        tl.store(end + bh.to(tl.int64) * (D * E) + place, acc, mask=held)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def scan_back(
+    q, k, v, grad, decay, state, sums, d_k, d_v, end,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, heads, tokens, piece, pieces, each, segments,
+    REPEAT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
+    D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of k and v, which come of one state: that of the queries and the gradients of out, from the end on."""
+    pid = tl.program_id(0)
+    n, bh = pid % segments, pid // segments
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    rate = tl.load(decay + h).to(tl.float32) * LOG2E
+    start = n * each * piece
+    stop = tl.minimum(start + each * piece, tokens)
+
+    dims, values = tl.arange(0, D_TILE), tl.arange(0, E_TILE)
+    held = (dims < D)[:, None] & (values < E)
+    place = dims[:, None] * E + values
+    acc = _before(state, sums, rate, bh, n, start, piece, pieces, each, place, held, D * E)
+
+    q += (b * q_b + h * q_h) * D_UNIT
+    k += (b * k_b + h // REPEAT * k_h) * D_UNIT
+    v += (b * v_b + h // REPEAT * v_h) * E_UNIT
+    grad += (b * g_b + h * g_h) * E_UNIT
+    d_k += bh.to(tl.int64) * tokens * D
+    d_v += bh.to(tl.int64) * tokens * E
+    q_stride, k_stride = q_t.to(tl.int64), k_t.to(tl.int64)
+    v_stride, g_stride = v_t.to(tl.int64), g_t.to(tl.int64)
+    r = tl.arange(0, C)
+    grown = _power(rate, r)
+    # [C, C]: lambda^(t - s), 0 for the future
+    lag = r[:, None] - r[None, :]
+    fade = tl.where(lag >= 0, _power(rate, lag), 0.0)
+    for at in range(start, stop, C):
+        q_tile = _tile(q, at, stop, tokens, q_stride, dims, D, D_UNIT, True, C)
+        g_tile = _tile(grad, at, stop, tokens, g_stride, values, E, E_UNIT, True, C)
+        k_tile = _tile(k, at, stop, tokens, k_stride, dims, D, D_UNIT, True, C)
+        v_tile = _tile(v, at, stop, tokens, v_stride, values, E, E_UNIT, True, C)
+        narrow = acc.to(k_tile.dtype)
+
+        pairs = (tl.dot(k_tile, q_tile.T) * fade).to(g_tile.dtype)
+        o = tl.dot(k_tile, narrow) * grown[:, None]
+        o = tl.dot(pairs, g_tile, o)
+        _store(d_v, o, at, stop, tokens, values, E, True, C)
+
+        pairs = (tl.dot(v_tile, g_tile.T) * fade).to(q_tile.dtype)
+        o = tl.dot(v_tile, narrow.T) * grown[:, None]
+        o = tl.dot(pairs, q_tile, o)
+        _store(d_k, o, at, stop, tokens, dims, D, True, C)
+
+        many = tl.minimum(stop - at, C)
+        weight = _power(rate, tl.maximum(many - 1 - r, 0) + 1)
+        acc = _add(acc * _power(rate, many), q_tile, g_tile, weight, True, "ieee")
+    if n == segments - 1:
+        tl.store(end + bh.to(tl.int64) * (D * E) + place, acc, mask=held)
+
+
+class Tiles(NamedTuple):
+    """How a launch is cut.
+
+    Args:
+        chunk: tokens of a step.
+        values: columns of v of a program.
+        programs: that one multiprocessor holds at a time.
+    """
+
+    chunk: int
+    values: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def tiles(width: int, value_width: int, dtype: torch.dtype) -> Tiles:
+    """By padded widths and dtype."""
+    if dtype == torch.bfloat16:
+        if width > 128:
+            return Tiles(64, min(value_width, 32), 4, 2, 1)
+        # eight warps on tiles of 64 tokens, or all of 128 columns of v at a time, are slower: they exchange or spill
+        return Tiles(64, min(value_width, 64), 4, 3, 2 if width <= 64 else 1)
+    if dtype == torch.float16:
+        # products in three parts of tf32
+        return Tiles(32 if width <= 64 else 16, min(value_width, 32 if width <= 128 else 16), 4, 1, 2)
+    # products of float32 run on no tensor core, and their operands lie in registers
+    if width > 128:
+        return Tiles(16, min(value_width, 16), 8, 1, 1)
+    return Tiles(16, min(value_width, 32 if width <= 64 else 16), 4, 1, 2)
+
+
+# for gradients of k and v at once
+BACK_TILES = Tiles(64, 64, 4, 3, 1)
+
+
+def refusal(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, None if they can."""
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"takes bfloat16, float16 and float32, not {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        return f"takes widths up to {WIDEST}, got D={q.shape[3]} and E={v.shape[3]}"
+    if not (q.numel() and v.numel()):
+        return "takes no empty tensors"
+    return None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, back: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [B, H, T, E] in q's dtype and end [B, H, D, E] in float32; the contract is ops.scan's."""
+    batch, _, tokens, width = q.shape
+    heads, value_width = max(q.shape[1], k.shape[1]), v.shape[3]
+    out = q.new_empty(batch, heads, tokens, value_width)
+    end = q.new_empty(batch, heads, width, value_width, dtype=torch.float32)
+    (q, q_at), (k, k_at), (v, v_at) = _dense(q), _dense(k), _dense(v)
+    d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(v, value_width, *v_at)
+    tile = tiles(padded(width), padded(value_width), q.dtype)
+    parts = -(-value_width // tile.values)
+    cut = plan(batch * heads * parts, tokens, tile, q.device)
+    constants = {
+        "REPEAT": heads // k.shape[1], "D": width, "E": value_width, "D_TILE": padded(width), "BE": tile.values,
+        "D_UNIT": d_unit, "E_UNIT": e_unit, "C": tile.chunk, "BACK": back, "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }  # fmt: skip
+    q_at, k_at, v_at = [n // d_unit for n in q_at], [n // d_unit for n in k_at], [n // e_unit for n in v_at]
+    sums = _sums(k, v, decay, heads, cut, k_at, v_at, constants)
+    scan_walk[(parts * cut.segments * batch * heads,)](
+        q, k, v, decay, None if state is None else state.contiguous(), sums, out, end,
+        *q_at, *k_at, *v_at, heads, tokens, *cut.numbers, Q_REPEAT=heads // q.shape[1], **constants,
+    )  # fmt: skip
+    return out, end
+
+
+def together(width: int, value_width: int, dtype: torch.dtype) -> bool:
+    """Whether one program holds a whole state and what both gradients need."""
+    return dtype == torch.bfloat16 and max(width, value_width) <= 64
+
+
+def gradients(
+    d_out: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Of k and v, for each query head, and of the state; None where the tiles have no room for both at once."""
+    batch, heads, tokens, width = q.shape
+    value_width = v.shape[3]
+    d_tile, e_tile = padded(width), padded(value_width)
+    if not together(d_tile, e_tile, q.dtype):
+        return None
+    d_k = q.new_empty(batch, heads, tokens, width)
+    d_v = q.new_empty(batch, heads, tokens, value_width)
+    end = q.new_empty(batch, heads, width, value_width, dtype=torch.float32)
+    (q, q_at), (k, k_at), (v, v_at), (d_out, g_at) = _dense(q), _dense(k), _dense(v), _dense(d_out)
+    d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(v, value_width, *v_at, *g_at)
+    q_at, k_at = [n // d_unit for n in q_at], [n // d_unit for n in k_at]
+    v_at, g_at = [n // e_unit for n in v_at], [n // e_unit for n in g_at]
+    tile = BACK_TILES
+    cut = plan(batch * heads, tokens, tile, q.device)
+    constants = {
+        "D": width, "E": value_width, "D_TILE": d_tile, "D_UNIT": d_unit, "E_UNIT": e_unit, "C": tile.chunk,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    sums = _sums(
+        q, d_out, decay, heads, cut, q_at, g_at, {**constants, "REPEAT": 1, "BE": e_tile, "BACK": True}
+    )  # fmt: skip
+    scan_back[(cut.segments * batch * heads,)](
+        q, k, v, d_out, decay, None if d_end is None else d_end.contiguous(), sums, d_k, d_v, end,
+        *q_at, *k_at, *v_at, *g_at, heads, tokens, *cut.numbers,
+        REPEAT=heads // k.shape[1], E_TILE=e_tile, **constants,
+    )  # fmt: skip
+    return d_k, d_v, end
+
+
+def _sums(
+    k: Tensor, v: Tensor, decay: Tensor, heads: int, cut: Cut, k_at: list[int], v_at: list[int], constants: dict
+) -> Tensor | None:
+    if cut.segments == 1:
+        return None
+    (batch, _, tokens, width), value_width = k.shape, v.shape[3]
+    sums = torch.empty(batch * heads, cut.pieces, width, value_width, dtype=torch.float32, device=k.device)
+    scan_sums[(-(-value_width // constants["BE"]) * cut.pieces * batch * heads,)](
+        k, v, decay, sums, *k_at, *v_at, heads, tokens, *cut.numbers[:3], **constants
+    )
+    return sums
+
+
+def _unit(x: Tensor, *sizes: int) -> int:
+    """How many numbers are loaded at once: 16 bytes where all strides allow it.
+
+    The widths keep this the same for all lengths.
+    """
+    return math.gcd(16 // x.element_size(), *sizes)
+
+
+EACH = 4  # pieces of a segment: heads that fade fast leave the GPU to the others
+
+
+class Cut(NamedTuple):
+    """How a sequence is cut: `segments` of `each` pieces of `piece` tokens, the last one short."""
+
+    piece: int
+    each: int
+    segments: int
+
+    @property
+    def pieces(self) -> int:
+        """Pieces that later segments need."""
+        return (self.segments - 1) * self.each
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """As the kernels take them."""
+        return self.piece, self.pieces, self.each, self.segments
+
+
+def plan(programs: int, tokens: int, tile: Tiles, device: torch.device) -> Cut:
+    """As many segments as fill the GPU, given so many programs a segment."""
+    places = torch.cuda.get_device_properties(device).multi_processor_count * tile.programs
+    segments = max(1, min(places // programs, -(-tokens // (2 * tile.chunk))))
+    if segments == 1:
+        return Cut(tokens, 1, 1)
+    length = -(-tokens // segments)
+    piece = -(-length // (EACH * tile.chunk)) * tile.chunk
+    each = -(-length // piece)
+    return Cut(piece, each, -(-tokens // (piece * each)))
