@@ -1,0 +1,136 @@
+"""Choices by score on a GPU: the choice, attention over lists of a query's own, and the mechanisms made of them."""
+
+import pytest
+import torch
+
+import farfield as ff
+from farfield.cpu.choose import choose as literal
+from farfield.mechanisms.moba import MoBA
+from farfield.mechanisms.nsa import NSA
+from farfield.mechanisms.ssa import SSA
+from farfield.ops.choose import Scoring, attend_ended, choose
+from farfield.testing.units import assert_within
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+
+def draw(*shape, dtype=torch.bfloat16, seed=0):
+    gen = torch.Generator(device="cuda").manual_seed(seed)
+    return torch.randn(shape, generator=gen, device="cuda").bfloat16().to(dtype)
+
+
+def qkv(tokens, *, batch=1, heads=8, kv_heads=2, width=64, dtype=torch.bfloat16):
+    shapes = ((batch, h, tokens, width) for h in (heads, kv_heads, kv_heads))
+    return [draw(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+SCORINGS = {
+    "nsa": Scoring(64, 8, 16, 32, 1, 2),
+    "ssa": Scoring(16, 16, 16, 16),
+    "moba": Scoring(128, 3, 128, 128, shared=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", SCORINGS)
+def test_choose_is_the_choice_in_float64(name, width, dtype):
+    scoring, tokens = SCORINGS[name], 2500
+    q = draw(2, 8, tokens, width, dtype=dtype)
+    rows = (tokens - scoring.span) // scoring.stride + 1
+    gen = torch.Generator(device="cuda").manual_seed(3)
+    keys = 0.3 * torch.randn(2, 2, rows, width, generator=gen, device="cuda")
+    index, count = choose(q, keys, scoring)
+    exact, exact_count = literal(q.double(), keys.double(), scoring, 0, width**-0.5)
+    assert torch.equal(count, exact_count)
+    # two scores may be nearer to each other than float32 can tell
+    assert (index != exact).float().mean() < 1e-4
+
+
+def test_ended_rows_are_not_rounded():
+    q, tokens = draw(1, 8, 2000, 64), 2000
+    gen = torch.Generator(device="cuda").manual_seed(3)
+    keys, values = torch.randn(2, 1, 2, 124, 64, generator=gen, device="cuda")
+    found = attend_ended(q, keys, values, stride=16, span=32)
+    past = torch.arange(124, device="cuda") * 16 + 31 <= torch.arange(tokens, device="cuda")[:, None]
+    k, v = (x.double().repeat_interleave(4, 1) for x in (keys, values))
+    logits = (q.double() @ k.mT / 8).masked_fill(~past, float("-inf"))
+    assert_within(found.lse, logits.logsumexp(-1), terms=124, name="lse")
+    assert_within(found.out, logits.softmax(-1).nan_to_num(0.0) @ v, terms=124)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("block", "width", "lists"), [(64, 64, 1), (64, 128, 1), (16, 64, 1), (256, 128, 4)])
+def test_lists_of_single_queries(block, width, lists, dtype):
+    tokens, heads = 1500, 4
+    blocks, picks = -(-tokens // block), 5
+    gen = torch.Generator(device="cuda").manual_seed(1)
+    order = torch.rand(2, lists, tokens, blocks, generator=gen, device="cuda")
+    # block 0 is in every list: it has more readers than one program takes
+    order[..., 0] -= 1
+    index = order.argsort(-1)[..., :picks].sort(-1).values.to(torch.int32)
+    count = torch.randint(0, picks + 1, (2, lists, tokens), generator=gen, device="cuda", dtype=torch.int32)
+    layout = ff.Layout(index, count, 1, block, tokens, tokens, True)
+    x = [draw(2, h, tokens, width, dtype=dtype, seed=i).requires_grad_() for i, h in enumerate((heads, 1, 1))]
+    wide = [t.detach().double().requires_grad_() for t in x]
+    hidden = ~ff.select.to_dense(layout)
+    logits = (wide[0] @ wide[1].mT / width**0.5).masked_fill(hidden, float("-inf"))
+    read = ~hidden.all(-1).expand(-1, heads, -1)
+    lse = torch.where(read, torch.where(read[..., None], logits, 0.0).logsumexp(-1), float("-inf"))
+    exact = torch.where(read[..., None], logits, 0.0).softmax(-1).masked_fill(hidden, 0.0) @ wide[2], lse
+    found = ff.attend(x[0], ff.Rows(*x[1:]), layout)
+    assert_within(found.out, exact[0], terms=tokens)
+    assert_within(found.lse, exact[1], terms=tokens, name="lse")
+    d_out = draw(*found.out.shape, dtype=dtype, seed=9)
+    got = torch.autograd.grad((found.out * d_out).sum() + found.lse[read].sum(), x)
+    want = torch.autograd.grad((exact[0] * d_out).sum() + exact[1][read].sum(), wide)
+    for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
+        assert_within(a, b, terms=tokens, name=name)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("mech", [NSA(picks=6), SSA(picks=8), MoBA(block=128, picks=4)], ids=lambda m: m.name)
+def test_mechanisms_at_the_sizes_of_their_papers(mech, width):
+    x = qkv(1300, width=width)
+    wide = [t.detach().double().requires_grad_() for t in x]
+    with torch.device("cuda"):
+        exact = mech.reference(*wide)
+    out = mech(*x)
+    assert_within(out, exact, terms=1300)
+    d_out = draw(*out.shape, seed=9)
+    got, want = torch.autograd.grad(out, x, d_out), torch.autograd.grad(exact, wide, d_out.double())
+    for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
+        assert_within(a, b, terms=1300, name=name)
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+def test_scores_are_never_in_memory(name):
+    """Choosing takes no memory that grows with T times the rows."""
+    scoring, taken = SCORINGS[name], []
+    for tokens in (16384, 32768):
+        q = draw(1, 8, tokens, 64)
+        keys = torch.zeros(1, 2, (tokens - scoring.span) // scoring.stride + 1, 64, device="cuda")
+        choose(q, keys, scoring)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        choose(q, keys, scoring)
+        taken.append(torch.cuda.max_memory_allocated() - before)
+    assert taken[1] < 2.2 * taken[0]
+
+
+def test_nsa_in_a_graph():
+    x = [t.detach() for t in qkv(2048)]
+    mech = NSA()
+    with torch.no_grad():
+        want = mech(*x)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            mech(*x)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            got = mech(*x)
+        graph.replay()
+    assert torch.equal(got, want)
