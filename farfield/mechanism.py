@@ -64,6 +64,7 @@ class Supports:
     packed: bool = False  # padding and several documents a row, by `group`
     value_width: bool = True  # E != D
     rotary: bool = False  # takes `rotary` and places it itself; otherwise q and k come rotated
+    relative: bool = True  # with `rotary`, a shift of all positions changes nothing
     dims: tuple[int, ...] = (1,)
 
 

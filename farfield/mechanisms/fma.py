@@ -10,6 +10,12 @@ O(n log n): a causal query reads near + m / 2 tokens and 1.5 p log2(n / m) summa
 (noncausal) the far field is read by summaries of the queries too, and the whole is O(n). Causal decoding keeps
 near + m tokens and at most 4 p summaries a level: O(log n).
 
+An average hides the single far token that matters. With `open=k` each query opens the k groups of level 1 that could
+hide most from it, as `farfield.select.opened` finds them on the way down the tree: it reads these token by token, and
+the summaries of all else. Still every token is covered exactly once; k = 0 is the above, and with k = all it is full
+attention. A query then reads near + m / 2 + k m tokens and at most p (1.5 + k) log2(n / m) summaries, and decoding
+keeps everything: the tokens, all summaries, and the sketches that are chosen by.
+
 Departs from the paper:
 - The default pooling is the mean of segments and builds each level from the one below; "conv" is the paper's grouped
   convolution, one filter a level, here starting as the mean. The multiplicity bias, an option there, is always on.
@@ -26,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
@@ -39,6 +45,7 @@ from farfield.ops.merge import merge
 from farfield.ops.pool import Tree
 from farfield.packing import Packing
 from farfield.ring import FMARing
+from farfield.select import opened
 from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii, tree_lists
 from farfield.summarize import (
     FilterPool,
@@ -140,6 +147,23 @@ class FMAState(State):
         )
 
 
+@dataclass(frozen=True)
+class OpenedState(FMAState):
+    """As FMAState with nothing forgotten, and what opening needs beside it."""
+
+    all_k: Tensor  # [B, G, tokens, D], rotated
+    all_v: Tensor
+    sketches: tuple[opened.Sketch, ...]  # of the summarized blocks
+
+    def crop(self, drop: int) -> OpenedState:
+        state = super().crop(drop)
+        assert isinstance(state, OpenedState)
+        blocks = _summarized(state.tokens, self.block, self.near)
+        sketches = (opened.cut(x, 0, blocks >> height) for height, x in enumerate(self.sketches))
+        keep = state.tokens
+        return replace(state, all_k=self.all_k[:, :, :keep], all_v=self.all_v[:, :, :keep], sketches=tuple(sketches))
+
+
 class FMA(Mechanism):
     """Fast Multipole Attention.
 
@@ -152,6 +176,12 @@ class FMA(Mechanism):
         sinks: the first tokens of each document are read one by one by every later query; at most `block`.
         queries: "kept", or "pooled" for the O(n) form (noncausal).
         rewind: tokens that `state.crop` can go back across summaries; the state grows by as many tokens.
+        open: k, groups of level 1 that each query opens; may be changed at any time (`mech.open = 0`), except that
+            a state made with 0 cannot go on with more.
+        beam: groups of each coarser level that a query looks into on its way; at least `open`. Default 2 open.
+        score: what a group could hide: "box", "ball", "peak" or "mean", see farfield.select.opened.
+        detail: rows of a group's sketch, which scores what its best row scores; divides `block`. Default rank.
+        shared: the query heads of a key head open the same groups; otherwise each its own.
         kv_heads, width, value_width, levels: G, D, E and the number of levels, for pools with parameters:
             learned (kv_heads), softmax (kv_heads, width), conv (width, value_width, levels).
     """
@@ -168,6 +198,12 @@ class FMA(Mechanism):
         Case(options={"block": 16, "near": 16, "rank": 8, "sinks": 3}, tokens=150),
         Case(options={"block": 4, "near": 8, "rank": 2, "causal": False, "sinks": 2}, tokens=101, block=4),
         Case(options={"block": 8, "near": 8, "rank": 4, "causal": False, "queries": "pooled"}, tokens=131, block=8),
+        Case(options={"block": 4, "near": 8, "rank": 2, "sinks": 3, "open": 2, "beam": 3}, tokens=90, block=4),
+        Case(
+            options={"block": 8, "near": 8, "rank": 2, "causal": False, "open": 1, "score": "peak", "shared": False},
+            tokens=77,
+            block=8,
+        ),
     )
     supports = Supports(packed=True, rotary=True)
 
@@ -181,6 +217,11 @@ class FMA(Mechanism):
         sinks: int = 0,
         queries: str = "kept",
         rewind: int = 0,
+        open: int = 0,
+        beam: int | None = None,
+        score: str = "box",
+        detail: int | None = None,
+        shared: bool = True,
         causal: bool = True,
         scale: float | None = None,
         kv_heads: int | None = None,
@@ -204,10 +245,27 @@ class FMA(Mechanism):
             raise ValueError(f"fma: rewind must not be negative, got {rewind}")
         self.block, self.near, self.rank, self.sinks = block, near, rank, sinks
         self.queries, self.rewind = queries, rewind
+        self.open, self.beam, self.score, self.shared = open, beam, score, shared
+        self.detail = rank if detail is None else detail
+        self._check_opening()
         if queries == "pooled":
             self.supports = replace(self.supports, packed=False)
+        if open:
+            self.supports = replace(self.supports, heads_apart=not shared, relative=score != "box")
         sizes = {"kv_heads": kv_heads, "width": width, "value_width": value_width, "levels": levels}
         self.pool = pool if isinstance(pool, Pool) else make_pool(pool, block, rank, sizes)
+
+    def _check_opening(self) -> None:
+        if self.open < 0 or (self.beam is not None and self.beam < self.open):
+            raise ValueError(
+                f"fma: open must not be negative and beam at least open, got open={self.open}, beam={self.beam}"
+            )
+        if self.score not in opened.SCORES:
+            raise ValueError(f"fma: score must be one of {', '.join(opened.SCORES)}, got {self.score!r}")
+        if self.detail < 1 or self.block % self.detail:
+            raise ValueError(f"fma: detail must divide block={self.block}, got {self.detail}")
+        if self.open and self.queries == "pooled":
+            raise NotImplementedError("fma: pooled queries choose no groups; use queries='kept' with open")
 
     def forward(self, q, k, v, *, group=None, rotary=None):
         field = None
@@ -241,6 +299,12 @@ class FMA(Mechanism):
         if rotary is not None:
             at = torch.arange(q.shape[2], device=q.device)
             turned, k = rotary(q, at), rotary(k, at)
+        if self.open and far is not None:
+            at = torch.arange(tree.blocks * self.block, device=q.device)[None]
+            present = (at >= tree.lo) & (at < tree.hi) if tree.lo or tree.hi < at.shape[1] else None
+            sketches = self._sketches(k, tree, present)
+            where = opened.place(0, q.shape[2], self.block, q.device)
+            return self._attend_opened(turned, Rows(k, v), far, sketches, where, starts)
         sources = [(Rows(k, v), _layout(near_list, q, k, self.block, self.block, self.causal))]
         if far is not None and (kept or self.sinks):
             sources.append((far, _layout(far_list, q, far.k, self.block, self.rank)))
@@ -253,7 +317,46 @@ class FMA(Mechanism):
     def _means(self) -> bool:
         """Whether this is what one operation computes, where kernels take it: causal, queries kept, means."""
         # not self.pool, which takes a module as long to find as a kernel to launch
-        return self.causal and self.queries == "kept" and type(self._modules["pool"]) is MeanPool
+        return not self.open and self.causal and self.queries == "kept" and type(self._modules["pool"]) is MeanPool
+
+    def _sketches(self, k: Tensor, tree: Tree, present: Tensor | None) -> list[opened.Sketch]:
+        """Of the blocks of `tree`; present: [1|B, blocks * m], None if all tokens are there."""
+        self._check_opening()
+        present = None if present is None else present.unflatten(1, (tree.blocks, self.block))
+        blocks_k = to_blocks(k.detach(), self.block, tree.blocks)
+        return opened.sketch(self.score, blocks_k, present, self.detail, levels=tree.levels, complete=tree.complete)
+
+    def _attend_opened(
+        self,
+        q: Tensor,
+        tokens: Rows,
+        far: Rows,
+        sketches: Sequence[opened.Sketch],
+        where: opened.Where,
+        starts: Sequence[int],
+        first: int = 0,
+    ) -> Tensor:
+        """Each query's own lists over all tokens and all summaries; q and the keys are rotated."""
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        sinks = -(-self.sinks // self.rank)
+        beam = 2 * self.open if self.beam is None else self.beam
+        opening = opened.Opening(self.open, beam, self.shared, self.detail, sinks, self.causal)
+        return opened.attend_opened(
+            q,
+            tokens,
+            far,
+            opened.asked(self.score, q, scale),
+            opened.told(self.score, sketches),
+            where,
+            opening,
+            radius=radii(self.near, self.block, len(starts)),
+            groups=[x.rows.shape[2] for x in sketches],
+            starts=starts,
+            block=self.block,
+            rank=self.rank,
+            first=first,
+            scale=scale,
+        ).out
 
     def _levels(self, blocks: int) -> tuple[int, tuple[int, ...]]:
         """Levels that some query of so many blocks reads, and the radii of all."""
@@ -268,7 +371,13 @@ class FMA(Mechanism):
             raise NotImplementedError("fma: only causal attention can be extended; use forward")
         if state is None:
             nothing = k[:, :, :0], v[:, :, :0]
-            state = FMAState(0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),))
+            empty = 0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),)
+            state = OpenedState(*empty, *nothing, ()) if self.open else FMAState(*empty)
+        if self.open and not isinstance(state, OpenedState):
+            raise ValueError(
+                f"fma: open={self.open} reads far tokens, but this state was made with open=0 and has forgotten them; "
+                "begin a new one"
+            )
         if not q.shape[2]:
             return no_tokens(q, v), state
         out, now = self._continue(q, k, v, state, rotary)
@@ -278,6 +387,7 @@ class FMA(Mechanism):
         """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
         m = self.block
         seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
+        new_k, new_v = k, v
         k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         sinks = (state.sink_k, state.sink_v) if seen >= self.sinks else (k[:, :, : self.sinks], v[:, :, : self.sinks])
         levels, grown = self._grow(k, v, state, tokens)
@@ -292,6 +402,13 @@ class FMA(Mechanism):
         at = torch.arange(first * m, tokens, device=q.device)
         far, starts = self._far_rows(levels, sinks, k, v, rotary)
         self._reach(len(starts), last + 1)
+        now = FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
+        if isinstance(state, OpenedState):
+            now = self._remember(now, state, new_k, new_v, rotary)
+            if self.open and levels:
+                where = opened.place(seen, tokens, m, q.device)
+                rows, sketches = Rows(now.all_k, now.all_v), now.sketches[: len(starts)]
+                return self._attend_opened(q[:, :, lead:], rows, far, sketches, where, starts, seen), now
         near_list, far_list = self._lists(starts, last + 1, q.device, here, first)
         near = _layout(near_list, q, k, q_block, m, causal=True)
         sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
@@ -299,7 +416,25 @@ class FMA(Mechanism):
             sources.append((far, _layout(far_list, q, far.k, q_block, self.rank)))
         position = torch.arange(seen - lead, tokens, device=q.device) if seen else None
         out = attend(q, sources, scale=self.scale, position=position).out[:, :, lead:]
-        return out, FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
+        return out, now
+
+    def _remember(self, now: FMAState, before: OpenedState, k: Tensor, v: Tensor, rotary) -> OpenedState:
+        """`now` with all tokens, the new ones k and v among them, and the sketches of all summarized blocks."""
+        if rotary is not None:
+            k = rotary(k, torch.arange(before.tokens, now.tokens, device=k.device))
+        k, v = torch.cat([before.all_k, k], 2), torch.cat([before.all_v, v], 2)
+        sketches = list(before.sketches)
+        done = sketches[0].rows.shape[2] if sketches else 0
+        stop = now.grown[-1].blocks
+        if stop > done:
+            here = slice(done * self.block, stop * self.block)
+            at = torch.arange(here.start, here.stop, device=k.device).view(1, stop - done, self.block)
+            present = (at >= self.sinks).expand(k.shape[0], -1, -1)
+            keys = to_blocks(k[:, :, here], self.block, stop - done)
+            new = opened.sketch(self.score, keys, present, self.detail, below=sketches)
+            sketches = [*(opened.joined(*pair) for pair in zip(sketches, new, strict=False)), *new[len(sketches) :]]
+        parts = {f.name: getattr(now, f.name) for f in fields(FMAState)}
+        return OpenedState(**parts, all_k=k, all_v=v, sketches=tuple(sketches))
 
     def _grow(self, k, v, state: FMAState, tokens: int) -> tuple[list[Level], list[Grown]]:
         """The levels and the pool's memory once every block that the last query no longer reads is summarized."""
@@ -329,13 +464,15 @@ class FMA(Mechanism):
     def _forget(self, state: FMAState) -> FMAState:
         """The state without what neither a later query nor `crop` within `rewind` can need."""
         back = max(state.tokens - self.rewind, 1)
-        first, last = _summarized(back, self.block, self.near), (back - 1) // self.block
+        # a state that was cropped has already forgotten more
+        first, last = max(_summarized(back, self.block, self.near), state.first), (back - 1) // self.block
         radius = radii(self.near, self.block, len(state.levels))
         levels = []
         for height, level in enumerate(state.levels):
             oldest = max(2 * ((last >> (height + 1)) - radius[height + 1]), level.first)
             # groups that are not there yet cannot be forgotten
             oldest = min(oldest, level.first + level.k.shape[2] // self.rank)
+            oldest = level.first if isinstance(state, OpenedState) else oldest
             levels.append(level.after(oldest - level.first, self.rank))
         tokens = (first - state.first) * self.block
         return replace(
@@ -406,6 +543,15 @@ class FMA(Mechanism):
         near_list, far_list = self._packed_lists(packing, starts)
         near = _layout(near_list, q, k, m, m, causal=self.causal)
         bias = packing.present.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None]
+        if self.open and levels:
+            sketches = self._sketches(k, tree, packing.present & (within >= self.sinks))
+            where = opened.Where(
+                *(
+                    x.repeat_interleave(m, 1)
+                    for x in (packing.block_of, packing.blocks, packing.start, packing.document)
+                )
+            )
+            return packing.restore(self._attend_opened(q, Rows(k, v, bias=bias), far, sketches, where, starts))
         sources = [(Rows(k, v, bias=bias), near)]
         if starts:
             sources.append((far, _layout(far_list, q, far.k, m, self.rank)))
@@ -489,24 +635,28 @@ class FMA(Mechanism):
         if not isinstance(self.pool, MeanPool) or isinstance(self.pool, FilterPool):
             raise NotImplementedError("fma: the reference is written for mean pooling")
         tokens, m, p = q.shape[2], self.block, self.rank
+        # whether a group holds an opened block, [B, H, T, groups]
+        holds = self._opened(q, k) if self.open else torch.zeros(1, 1, tokens, -(-tokens // m), dtype=torch.bool)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         i = torch.arange(tokens)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         distance, radius = (i[:, None] // m - i // m).abs(), self.near // m
-        seen = (distance <= radius) | (i < self.sinks)
+        seen = (distance <= radius) | (i < self.sinks) | holds[..., i // m]
         if self.causal:
             seen &= i <= i[:, None]
         logits, values = [(q @ k.mT * scale).masked_fill(~seen, float("-inf"))], [v]
         width = m
         while (tokens - 1) // width > radius:
             above = -(-radius // 2)
+            parents = torch.nn.functional.pad(holds, (0, holds.shape[-1] % 2)).unflatten(-1, (-1, 2)).any(-1)
             for start in range(0, tokens, width // p):
                 stop = min(start + width // p, tokens)
                 if stop <= self.sinks:
                     continue
                 members = torch.arange(max(start, self.sinks), stop)
                 own, group = i // width, start // width
-                seen = ((own - group).abs() > radius) & ((own // 2 - group // 2).abs() <= above)
+                listed = ((own // 2 - group // 2).abs() <= above) | parents[..., group // 2]
+                seen = ((own - group).abs() > radius) & listed & ~holds[..., group]
                 if self.causal:
                     seen &= group < own
                 asking = q
@@ -514,10 +664,66 @@ class FMA(Mechanism):
                     parts = [q[:, :, s : s + width // p] for s in range(0, tokens, width // p)]
                     asking = torch.cat([x.mean(2, keepdim=True).expand_as(x) for x in parts], 2)
                 score = asking @ k[:, :, members].mean(2)[..., None] * scale + math.log(len(members))
-                logits.append(score.masked_fill(~seen[:, None], float("-inf")))
+                logits.append(score.masked_fill(~seen[..., None], float("-inf")))
                 values.append(v[:, :, members].mean(2, keepdim=True))
-            width, radius = 2 * width, above
+            width, radius, holds = 2 * width, above, parents
         return torch.cat(logits, -1).softmax(-1) @ torch.cat(values, 2)
+
+    def _opened(self, q: Tensor, k: Tensor) -> Tensor:
+        """By definition: which blocks each query opens, [B, H, T, blocks]."""
+        tokens, m, d = q.shape[2], self.block, self.detail
+        repeat = q.shape[1] // k.shape[1]
+        x = q.detach() * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        k = k.detach().repeat_interleave(repeat, 1)
+        levels = [(m, self.near // m)]
+        while (tokens - 1) // levels[-1][0] > levels[-1][1]:
+            levels.append((2 * levels[-1][0], -(-levels[-1][1] // 2)))
+        scores, parts = [], list(k.unbind(2) if self.score == "peak" else torch.zeros(tokens).unbind())
+        for height, (width, _) in enumerate(levels[:-1]):
+            segment, below, parts, found = width // d, parts, [], []
+            for start in range(0, tokens, segment):
+                stop, size = min(start + segment, tokens), 2 if height else segment
+                own = k[:, :, max(start, self.sinks) : stop]
+                mean, many = own.mean(2, keepdim=True), own.shape[2]
+                # what this segment is put together from
+                halves = [(start + n * (segment // size), segment // size) for n in range(size)]
+                inner = [k[:, :, max(at, self.sinks) : min(at + n, tokens)] for at, n in halves]
+                inner = [(y.mean(2), below[at // n]) for y, (at, n) in zip(inner, halves, strict=True) if y.shape[2]]
+                if not inner:
+                    score, told = torch.full(x.shape[:3], -math.inf), None
+                elif self.score == "box":
+                    low, high = own.amin(2, keepdim=True), own.amax(2, keepdim=True)
+                    score, told = torch.maximum(x * low, x * high).sum(-1), None
+                elif self.score == "ball":
+                    told = torch.stack([(mean[:, :, 0] - c).norm(dim=-1) + r for c, r in inner]).amax(0)
+                    score = (x * mean).sum(-1) + x.norm(dim=-1) * told[..., None]
+                elif self.score == "peak":
+                    peaks = torch.stack([y for _, y in inner], 2)
+                    best = (peaks - mean).norm(dim=-1).argmax(-1)[..., None, None]
+                    told = peaks.take_along_dim(best, 2)[:, :, 0]
+                    score = (x * told[:, :, None]).sum(-1)
+                else:
+                    score, told = (x * mean).sum(-1), None
+                parts.append(told)
+                found.append(score + (math.log(many) if many else 0.0))
+            found += [torch.full(x.shape[:3], -math.inf)] * (-len(found) % d)
+            scores.append(torch.stack(found, -1).unflatten(-1, (-1, d)).amax(-1))
+        i, kept = torch.arange(tokens)[:, None], torch.zeros(*x.shape[:3], tokens, dtype=torch.bool)
+        for height in reversed(range(len(scores))):
+            score, (width, radius) = scores[height], levels[height]
+            own, j = i // width, torch.arange(score.shape[-1])
+            listed = ((own // 2 - j // 2).abs() <= levels[height + 1][1]) | kept[..., j // 2]
+            seen = ((own - j).abs() > radius) & listed & (score > -math.inf)
+            if self.causal:
+                seen &= j < own
+            score = score.masked_fill(~seen, -math.inf)
+            if self.shared and repeat > 1:
+                shares = torch.where(seen, score.softmax(-1), 0.0).unflatten(1, (-1, repeat)).sum(2)
+                score = shares.repeat_interleave(repeat, 1).masked_fill(~seen, -math.inf)
+            most = (2 * self.open if self.beam is None else self.beam) if height else self.open
+            place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            kept = seen & (place < most)
+        return torch.nn.functional.pad(kept, (0, -(-tokens // m) - kept.shape[-1]))
 
     def layouts(self, tokens: int) -> dict[str, Layout]:
         """The near and the far layout of a sequence, for pictures."""
@@ -525,12 +731,31 @@ class FMA(Mechanism):
         return {"near": plan.near, "far": plan.far}
 
     def rows_read(self, tokens: int) -> float:
-        """The rows of `layouts`, and the sinks for every query that does not see them as near tokens."""
+        """The rows of `layouts`, and the sinks for every query that does not see them as near tokens.
+
+        With `open` the most that it can be: k groups without a common parent are opened, m tokens each, and the
+        sibling of each is read as a summary on every level above.
+        """
         beyond = max(tokens - self.near - self.block, 0)
-        return sum(x.visible for x in self.layouts(tokens).values()) + self.sinks * beyond / max(tokens, 1)
+        rows = sum(x.visible for x in self.layouts(tokens).values()) + self.sinks * beyond / max(tokens, 1)
+        blocks = -(-tokens // self.block)
+        n, more = torch.arange(blocks, dtype=torch.float64), 0.0
+        levels = whole.reached(blocks, self.near // self.block)
+        for height, radius in enumerate(radii(self.near, self.block, levels)[:-1]):
+            own = n.div(2**height, rounding_mode="floor")
+            far = (own - radius).clamp(min=0)
+            if not self.causal:
+                far += (-(-blocks // 2**height) - 1 - own - radius).clamp(min=0)
+            opened = far.clamp(max=self.open)
+            more += opened * self.rank if height else opened * (self.block - self.rank)
+        share = torch.full((blocks,), float(self.block), dtype=torch.float64)
+        share[-1:] -= blocks * self.block - tokens
+        return rows + float((more * share).sum()) / max(tokens, 1)
 
     def ring(self, state: FMAState, *, capacity: int = 1 << 20, rotary: Rotary | None = None) -> FMARing:
         """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens; see FMARing."""
+        if self.open:
+            raise NotImplementedError("fma: a ring forgets what open would read; use extend, or set open=0 for good")
         return FMARing.from_state(state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, ring: FMARing) -> Tensor:

@@ -1,0 +1,234 @@
+"""Opened FMA: what it must equal, that it covers each token once, that it finds what averages hide, and its state."""
+
+import pytest
+import torch
+
+from farfield.mechanisms.fma import FMA
+from farfield.select import opened
+from farfield.state import State
+from farfield.testing import oracles
+from farfield.testing.contract import packing, rotate
+from farfield.testing.units import assert_within
+
+SMALL = {"block": 4, "near": 8, "rank": 2}
+
+
+def draw(tokens, *, batch=1, heads=4, kv_heads=2, width=8, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    shape = [(batch, h, tokens, width) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(s, generator=gen, dtype=torch.float64) for s in shape]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("score", opened.SCORES)
+def test_all_opened_is_full_attention(causal, score):
+    q, k, v = draw(91)
+    got = FMA(**SMALL, open=100, causal=causal, score=score, sinks=3)(q, k, v)
+    assert_within(got, oracles.full(q, k, v, causal=causal)[0], terms=91)
+
+
+def test_none_opened_is_plain_bit_for_bit():
+    q, k, v = draw(91)
+    plain, mech = FMA(**SMALL), FMA(**SMALL, open=2)
+    assert not torch.equal(mech(q, k, v), plain(q, k, v))
+    mech.open = 0
+    assert torch.equal(mech(q, k, v), plain(q, k, v))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("score", opened.SCORES)
+@pytest.mark.parametrize(
+    "options", [{}, {"shared": False, "sinks": 4, "beam": 2}, {"rank": 4, "detail": 1, "sinks": 3}]
+)
+def test_the_choice_is_the_definition(causal, score, options):
+    q, k, v = draw(93, seed=1)
+    # of two tokens both are as far from their mean: segments of 4
+    mech = FMA(**{"block": 8, "near": 8, "rank": 2, "open": 2, "score": score, "causal": causal, **options})
+    assert_within(mech(q, k, v), mech.reference(q, k, v), terms=93)
+
+
+@pytest.mark.parametrize("sinks", [0, 3, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_token_is_covered_once(causal, sinks):
+    # equal keys and one-hot values: the output says how much of each token was read
+    tokens = 75
+    q, k, _ = draw(tokens)
+    v = torch.eye(tokens, dtype=torch.float64).expand(1, 2, -1, -1)
+    # logits of 0 everywhere; of equal scores the lower groups are opened, the sinks' among them
+    q = torch.zeros_like(q)
+    seen = FMA(**SMALL, open=3, causal=causal, sinks=sinks, score="box")(q, k, v)
+    past = torch.ones(tokens, tokens, dtype=torch.float64)
+    past = past.tril() if causal else past
+    assert_within(seen, (past / past.sum(-1, keepdim=True)).expand_as(seen), terms=tokens)
+
+
+def test_the_lists_name_each_token_once():
+    """The lists themselves, each query's near tokens and the segments of its summaries."""
+    tokens, m = 90, 4
+    mech = FMA(**SMALL, open=3, shared=False)
+    q, k, _ = draw(tokens, seed=3)
+    covered = torch.zeros(1, 4, tokens, tokens)
+    original = opened.opened_lists
+
+    def watch(*args, groups, starts, **kwargs):
+        (near, near_count), (far, far_count) = original(*args, groups=groups, starts=starts, **kwargs)
+        for h in range(4):
+            for i in range(tokens):
+                blocks = near[0, h, i, : near_count[0, h, i]].tolist()
+                listed = far[0, h, i, : far_count[0, h, i]].tolist()
+                assert blocks == sorted(set(blocks))
+                assert listed == sorted(set(listed))
+                for block in blocks:
+                    covered[0, h, i, block * m : (block + 1) * m] += 1
+                for group in listed:
+                    height = max(n for n, start in enumerate(starts) if start <= group)
+                    width = m << height
+                    group -= starts[height]
+                    covered[0, h, i, group * width : (group + 1) * width] += 1
+        return (near, near_count), (far, far_count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opened, "opened_lists", watch)
+        mech(q, k, k)
+    assert torch.equal(covered.tril(), torch.ones(tokens, tokens).tril().expand_as(covered))
+
+
+@pytest.mark.parametrize("score", opened.SCORES)
+def test_packed_documents_are_the_documents_alone(score):
+    q, k, v = draw(90, batch=2)
+    mech, group = FMA(**SMALL, open=1, score=score, sinks=2), packing(90, 4)
+    got = mech(q, k, v, group=group, rotary=rotate)
+    for b in range(2):
+        start = 0
+        for stop in range(1, 91):
+            if stop == 90 or group[b, stop] != group[b, start]:
+                cut = [x[b : b + 1, :, start:stop] for x in (q, k, v)]
+                alone = mech(*cut, rotary=rotate) if group[b, start] >= 0 else torch.zeros_like(cut[0])
+                assert_within(got[b : b + 1, :, start:stop], alone, terms=90)
+                start = stop
+
+
+def test_few_lists_at_a_time_change_nothing(monkeypatch):
+    x = [t.requires_grad_() for t in draw(90, batch=2)]
+    mech = FMA(**SMALL, open=2)
+    whole = mech(*x)
+    want = torch.autograd.grad(whole.square().sum(), x)
+    monkeypatch.setattr(opened, "LISTS", 7 * 2 * 2 * 4 * 20)
+    parts = mech(*x)
+    assert_within(parts, whole.detach(), terms=90)
+    for got, exact in zip(torch.autograd.grad(parts.square().sum(), x), want, strict=True):
+        assert_within(got, exact, terms=90)
+
+
+def test_a_needle_comes_back():
+    tokens = 256
+    q, k, v = draw(tokens, heads=2, width=16)
+    # logits of a unit normal, one token of 12
+    k[:, :, 37] = 12 * 4 * q[:, :, -1] / q[:, :, -1].square().sum(-1, keepdim=True)
+    v = torch.zeros_like(v)
+    v[:, :, 37] = 1
+    exact = oracles.full(q, k, v, causal=True)[0][:, :, -1]
+    plain = FMA(block=16, near=16, rank=4)(q, k, v)[:, :, -1]
+    found = FMA(block=16, near=16, rank=4, open=1, beam=4, score="peak")(q, k, v)[:, :, -1]
+    assert (exact > 0.9).all()
+    assert (plain < 0.3).all()
+    assert (found > 0.9).all()
+
+
+def test_no_gradient_through_the_choice_but_through_all_that_is_read():
+    x = [t.requires_grad_() for t in draw(60)]
+    mech = FMA(**SMALL, open=2)
+    grads = torch.autograd.grad(mech(*x).square().sum(), x)
+    exact = torch.autograd.grad(mech.reference(*x).square().sum(), x)
+    for got, want in zip(grads, exact, strict=True):
+        assert_within(got, want, terms=60)
+
+
+@pytest.mark.parametrize("score", opened.SCORES)
+def test_extend_continues(score, tmp_path):
+    q, k, v = draw(101)
+    mech = FMA(**SMALL, open=2, score=score, sinks=3, rewind=5)
+    whole, state, outs, at = mech(q, k, v, rotary=rotate), None, [], 0
+    for n in (33, 1, 1, 9, 30, 1, 1, 1, 24):
+        out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state, rotary=rotate)
+        outs.append(out)
+        at += n
+        if at == 44:
+            state.save(tmp_path / "state")
+            state = State.load(tmp_path / "state")
+        if at == 74:
+            _, ahead = mech.extend(q[:, :, :5], k[:, :, :5], v[:, :, :5], state, rotary=rotate)
+            state = ahead.crop(5)
+    assert_within(torch.cat(outs, 2), whole, terms=101)
+
+
+def test_a_cropped_plain_state_goes_on():
+    """It has forgotten more than a state that came here from below."""
+    q, k, v = draw(100)
+    mech = FMA(**SMALL, rewind=4)
+    whole = mech(q, k, v)
+    _, state = mech.extend(q[:, :, :86], k[:, :, :86], v[:, :, :86])
+    state, outs = state.crop(4), []
+    for at in range(82, 100):
+        out, state = mech.extend(*(x[:, :, at : at + 1] for x in (q, k, v)), state)
+        outs.append(out)
+    assert_within(torch.cat(outs, 2), whole[:, :, 82:], terms=100)
+
+
+def test_a_state_made_while_open_is_0():
+    q, k, v = draw(60)
+    mech = FMA(**SMALL, open=2)
+    _, opening = mech.extend(q[:, :, :40], k[:, :, :40], v[:, :, :40])
+    mech.open = 0
+    _, plain = mech.extend(q[:, :, :40], k[:, :, :40], v[:, :, :40])
+    rest = [x[:, :, 40:] for x in (q, k, v)]
+    # run without what it was made with
+    assert_within(mech.extend(*rest, opening)[0], mech(q, k, v)[:, :, 40:], terms=60)
+    mech.open = 2
+    assert_within(mech.extend(*rest, opening)[0], mech(q, k, v)[:, :, 40:], terms=60)
+    with pytest.raises(ValueError, match="made with open=0"):
+        mech.extend(*rest, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"open": -1}, ValueError),
+        ({"open": 4, "beam": 3}, ValueError),
+        ({"open": 1, "score": "best"}, ValueError),
+        ({"open": 1, "detail": 3}, ValueError),
+        ({"open": 1, "queries": "pooled", "causal": False}, NotImplementedError),
+    ],
+)
+def test_refusals(options, error):
+    with pytest.raises(error, match="fma: "):
+        FMA(**SMALL, **options)
+
+
+def test_options_changed_later_are_checked():
+    mech = FMA(**SMALL, open=1)
+    mech.score = "best"
+    with pytest.raises(ValueError, match="score"):
+        mech(*draw(60))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tokens", [5, 60, 90])
+def test_rows_read_is_the_most(causal, tokens):
+    q, k, _ = draw(tokens, heads=2)
+    mech = FMA(**SMALL, open=2, causal=causal)
+    rows = []
+    original = opened.attend
+
+    def watch(asking, sources, **options):
+        rows.append(sum(layout.visible for _, layout in sources))
+        return original(asking, sources, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opened, "attend", watch)
+        mech(q, k, k)
+    plain = FMA(**SMALL, causal=causal).rows_read(tokens)
+    if rows:
+        assert plain < rows[0] <= mech.rows_read(tokens)
+    else:
+        assert mech.rows_read(tokens) == plain
