@@ -125,9 +125,15 @@ def decode(dtype=torch.bfloat16, batch=2, **options):
         assert mech.step(*(x[:, :, t : t + 1] for x in (q, k, v)), ring).isfinite().all()
 
 
+def other(name, dtype=torch.bfloat16, tokens=530, heads=4, kv_heads=2, width=64, **options):
+    """Forward and backward of any mechanism."""
+    sizes = {"heads": heads, "kv_heads": kv_heads, "width": width}
+    mech = ff.mechanisms.make_for(name, options, **sizes).to("cuda")
+    both(mech, qkv(tokens, dtype=dtype, **sizes))
+
+
 def hip(dtype=torch.bfloat16, **options):
-    mech = ff.mechanisms.make("hip", keep=32, sinks=3, width=20, **options)
-    both(mech, qkv(530, dtype=dtype))
+    both(ff.mechanisms.make("hip", keep=32, sinks=3, width=20, **options), qkv(530, dtype=dtype))
 
 
 SUITE = {
@@ -135,6 +141,8 @@ SUITE = {
     "fma": fma,
     "fma, block 64": lambda: fma(400, block=64, near=64),
     "fma, block 128, width 128": lambda: fma(700, block=128, near=128, rank=16, width=128),
+    "fma, a walk": lambda: other("fma", kv_heads=4, tokens=2100, near=64, rank=4),
+    "fma, a walk of two tiles": lambda: other("fma", heads=1, kv_heads=1, tokens=66_000, near=64, rank=4),
     "fma, float32": lambda: fma(dtype=torch.float32),
     "fma, float16, sinks": lambda: fma(dtype=torch.float16, sinks=3),
     "fma, widths 80 and 40": lambda: fma(width=80, value_width=40),
@@ -148,6 +156,17 @@ SUITE = {
     "everything": everything,
     "hip": lambda: hip(q_block=16, k_block=8, q_stride=2, k_stride=4),
     "hip, single rows, float32": lambda: hip(torch.float32, q_block=3, k_block=1, q_stride=1, k_stride=1, beam=1),
+    "s2-attention": lambda: other("s2-attention", tokens=3000),
+    "power-attention": lambda: other("power-attention", tokens=3000),
+    "scfa, hash": lambda: other("scfa", tokens=1531, kv_heads=4),
+    "scfa, two hashes": lambda: other("scfa", tokens=1531, kv_heads=4, shared=False),
+    "scfa, drop": lambda: other("scfa", tokens=1531, kv_heads=4, choose="drop"),
+    "nsa": lambda: other("nsa", tokens=1531, width=64, kv_heads=1),
+    "moba": lambda: other("moba", tokens=1531, block=64),
+    "ssa": lambda: other("ssa", tokens=1531),
+    "lightning-attention": lambda: other("lightning-attention", tokens=1531, kv_heads=4),
+    "lightning-attention, float32": lambda: other("lightning-attention", torch.float32, kv_heads=4, width=128),
+    "aaren": lambda: other("aaren", tokens=1531, kv_heads=4),
     "decode": decode,
     "decode, one sequence, sinks": lambda: decode(batch=1, sinks=3),
     "decode, float32": lambda: decode(dtype=torch.float32),
