@@ -197,6 +197,7 @@ def test_a_state_made_while_open_is_0():
         ({"open": 4, "beam": 3}, ValueError),
         ({"open": 1, "score": "best"}, ValueError),
         ({"open": 1, "detail": 3}, ValueError),
+        ({"level_bias": True, "kv_heads": 2}, ValueError),
         ({"open": 1, "queries": "pooled", "causal": False}, NotImplementedError),
     ],
 )
@@ -232,3 +233,24 @@ def test_rows_read_is_the_most(causal, tokens):
         assert plain < rows[0] <= mech.rows_read(tokens)
     else:
         assert mech.rows_read(tokens) == plain
+
+
+@pytest.mark.parametrize("open", [0, 2])
+def test_level_bias_starts_at_0_and_learns(open):
+    q, k, v = draw(90)
+    plain = FMA(**SMALL, open=open)
+    mech = FMA(**SMALL, open=open, level_bias=True, kv_heads=2, levels=4).double()
+    assert torch.equal(mech(q, k, v), plain(q, k, v))
+    (grad,) = torch.autograd.grad(mech(q, k, v).square().sum(), mech.level_bias)
+    assert (grad != 0).all()
+    with torch.no_grad():
+        mech.level_bias[1] = -1e9
+    only_near = mech(q, k, v)
+    assert_within(only_near[:, :2], plain(q, k, v)[:, :2], terms=90)
+    if not open:
+        i = torch.arange(90)
+        near = (i[:, None] // 4 - i // 4 <= 2) & (i <= i[:, None])
+        scores = (q[:, 2:] @ k[:, 1:].mT / 8**0.5).masked_fill(~near, float("-inf"))
+        assert_within(only_near[:, 2:], scores.softmax(-1) @ v[:, 1:], terms=90)
+    with pytest.raises(ValueError, match="level_bias has 4 levels"):
+        mech(*draw(300))

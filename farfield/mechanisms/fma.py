@@ -36,7 +36,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.ops import multipole as whole
@@ -182,8 +182,10 @@ class FMA(Mechanism):
         score: what a group could hide: "box", "ball", "peak" or "mean", see farfield.select.opened.
         detail: rows of a group's sketch, which scores what its best row scores; divides `block`. Default rank.
         shared: the query heads of a key head open the same groups; otherwise each its own.
-        kv_heads, width, value_width, levels: G, D, E and the number of levels, for pools with parameters:
-            learned (kv_heads), softmax (kv_heads, width), conv (width, value_width, levels).
+        level_bias: a learned number for each key head and level, added to the logits of its summaries; starts at 0.
+        kv_heads, width, value_width, levels: G, D, E and the number of levels, for what has parameters:
+            learned (kv_heads), softmax (kv_heads, width), conv (width, value_width, levels), level_bias (kv_heads,
+            levels).
     """
 
     paper = Paper(
@@ -198,7 +200,21 @@ class FMA(Mechanism):
         Case(options={"block": 16, "near": 16, "rank": 8, "sinks": 3}, tokens=150),
         Case(options={"block": 4, "near": 8, "rank": 2, "causal": False, "sinks": 2}, tokens=101, block=4),
         Case(options={"block": 8, "near": 8, "rank": 4, "causal": False, "queries": "pooled"}, tokens=131, block=8),
-        Case(options={"block": 4, "near": 8, "rank": 2, "sinks": 3, "open": 2, "beam": 3}, tokens=90, block=4),
+        Case(
+            options={
+                "block": 4,
+                "near": 8,
+                "rank": 2,
+                "sinks": 3,
+                "open": 2,
+                "beam": 3,
+                "level_bias": True,
+                "kv_heads": 2,
+                "levels": 5,
+            },
+            tokens=90,
+            block=4,
+        ),
         Case(
             options={"block": 8, "near": 8, "rank": 2, "causal": False, "open": 1, "score": "peak", "shared": False},
             tokens=77,
@@ -222,6 +238,7 @@ class FMA(Mechanism):
         score: str = "box",
         detail: int | None = None,
         shared: bool = True,
+        level_bias: bool = False,
         causal: bool = True,
         scale: float | None = None,
         kv_heads: int | None = None,
@@ -254,6 +271,11 @@ class FMA(Mechanism):
             self.supports = replace(self.supports, heads_apart=not shared, relative=score != "box")
         sizes = {"kv_heads": kv_heads, "width": width, "value_width": value_width, "levels": levels}
         self.pool = pool if isinstance(pool, Pool) else make_pool(pool, block, rank, sizes)
+        self.biased = level_bias
+        if level_bias:
+            if kv_heads is None or levels is None:
+                raise ValueError("fma: level_bias has parameters and needs kv_heads and levels")
+            self.level_bias = nn.Parameter(torch.zeros(kv_heads, levels))
 
     def _check_opening(self) -> None:
         if self.open < 0 or (self.beam is not None and self.beam < self.open):
@@ -292,7 +314,7 @@ class FMA(Mechanism):
             found = pyramid(self.pool, k, v, tree)
             k, v = found.k, found.v
             far_k = found.far_k if rotary is None else rotary(found.far_k, found.span.double().mean(0))
-            far = Rows(far_k, found.far_v, bias=found.bias)
+            far = Rows(far_k, found.far_v, bias=self._bias(found.bias, tree.lead, tree.groups))
             starts = list(accumulate(tree.groups[:-1], initial=tree.lead // self.rank))
         near_list, far_list = self._lists(starts if kept else (), blocks, q.device)
         turned = q
@@ -317,7 +339,12 @@ class FMA(Mechanism):
     def _means(self) -> bool:
         """Whether this is what one operation computes, where kernels take it: causal, queries kept, means."""
         # not self.pool, which takes a module as long to find as a kernel to launch
-        return not self.open and self.causal and self.queries == "kept" and type(self._modules["pool"]) is MeanPool
+        return (
+            not (self.open or self.biased)
+            and self.causal
+            and self.queries == "kept"
+            and type(self._modules["pool"]) is MeanPool
+        )
 
     def _sketches(self, k: Tensor, tree: Tree, present: Tensor | None) -> list[opened.Sketch]:
         """Of the blocks of `tree`; present: [1|B, blocks * m], None if all tokens are there."""
@@ -533,11 +560,8 @@ class FMA(Mechanism):
             far_k = found.far_k if rotary is None else rotary(found.far_k, found.span.double().mean(0))
             starts = list(accumulate(tree.groups[:-1], initial=sinks[0].shape[2] // self.rank))
             known = self._sink_bias(sinks[0]).expand(found.bias.shape[0], -1, -1)
-            far = Rows(
-                torch.cat([sinks[0], far_k], 2),
-                torch.cat([sinks[1], found.far_v], 2),
-                bias=torch.cat([known, found.bias], 2),
-            )
+            known = self._bias(torch.cat([known, found.bias], 2), sinks[0].shape[2], tree.groups)
+            far = Rows(torch.cat([sinks[0], far_k], 2), torch.cat([sinks[1], found.far_v], 2), bias=known)
         if rotary is not None:
             q, k = rotary(q, at), rotary(k, at)
         near_list, far_list = self._packed_lists(packing, starts)
@@ -569,7 +593,8 @@ class FMA(Mechanism):
         keys, values = ([_fill_groups(x, self.sinks, -self.sinks % p)] if self.sinks else [] for x in sinks)
         weights = [self._sink_bias(x) for x in keys]
         centres = [torch.arange(x.shape[2], device=k.device).double() for x in keys]
-        starts, at = [], sum(x.shape[2] for x in keys) // p
+        lead = sum(x.shape[2] for x in keys)
+        starts, at = [], lead // p
         for height, level in enumerate(levels):
             groups = level.k.shape[2] // p
             starts.append(at - level.first)
@@ -584,10 +609,26 @@ class FMA(Mechanism):
             return Rows(k[:, :, :0], v[:, :, :0]), starts
         batch = next((w.shape[0] for w in weights if w.shape[0] != 1), 1)
         bias = torch.cat([w.expand(batch, -1, -1) for w in weights], -1).to(wide)
+        bias = self._bias(bias, lead, [x.k.shape[2] // p for x in levels])
         far_k = torch.cat(keys, 2)
         if rotary is not None:
             far_k = rotary(far_k, torch.cat(centres))
         return Rows(far_k, torch.cat(values, 2), bias=bias), starts
+
+    def _bias(self, known: Tensor, lead: int, groups: Sequence[int]) -> Tensor:
+        """The rows' bias [1|B, 1, R] with the learned one of each level added, [1|B, G, R]; the first `lead` have none.
+
+        Raises:
+            ValueError: there are more levels than learned numbers.
+        """
+        if not self.biased or not groups:
+            return known
+        heads, levels = self.level_bias.shape
+        if len(groups) > levels:
+            raise ValueError(f"fma: level_bias has {levels} levels, but the sequence {len(groups)}; build it with more")
+        learned = [self.level_bias.new_zeros(heads, lead)]
+        learned += [self.level_bias[:, n : n + 1].expand(-1, many * self.rank) for n, many in enumerate(groups)]
+        return known + torch.cat(learned, 1).to(known.dtype)
 
     def _sink_bias(self, filled: Tensor) -> Tensor:
         """[1, 1, rows]: 0 for the sinks, -inf for what fills their groups up."""
@@ -664,6 +705,9 @@ class FMA(Mechanism):
                     parts = [q[:, :, s : s + width // p] for s in range(0, tokens, width // p)]
                     asking = torch.cat([x.mean(2, keepdim=True).expand_as(x) for x in parts], 2)
                 score = asking @ k[:, :, members].mean(2)[..., None] * scale + math.log(len(members))
+                if self.biased:
+                    learned = self.level_bias[:, (width // m).bit_length() - 1]
+                    score = score + learned.repeat_interleave(q.shape[1] // len(learned))[:, None, None]
                 logits.append(score.masked_fill(~seen[..., None], float("-inf")))
                 values.append(v[:, :, members].mean(2, keepdim=True))
             width, radius, holds = 2 * width, above, parents
@@ -754,8 +798,8 @@ class FMA(Mechanism):
 
     def ring(self, state: FMAState, *, capacity: int = 1 << 20, rotary: Rotary | None = None) -> FMARing:
         """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens; see FMARing."""
-        if self.open:
-            raise NotImplementedError("fma: a ring forgets what open would read; use extend, or set open=0 for good")
+        if self.open or self.biased:
+            raise NotImplementedError("fma: a ring has neither the tokens that open reads nor a level_bias; use extend")
         return FMARing.from_state(state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, ring: FMARing) -> Tensor:
