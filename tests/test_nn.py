@@ -21,8 +21,9 @@ ENCODERS = [n for n in mechanisms.names() if mechanisms.get(n).supports.noncausa
 
 
 def config(attention="full", **changes) -> ModelConfig:
+    shared = 2 if mechanisms.get(attention).supports.grouped else None
     options = {"attention_options": OPTIONS.get(attention, {}), **changes}
-    return ModelConfig(**({"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "attention": attention} | options))
+    return ModelConfig(**({"width": 32, "layers": 2, "heads": 4, "kv_heads": shared, "attention": attention} | options))
 
 
 def decoder(attention="full", **changes) -> Decoder:
@@ -142,16 +143,20 @@ def test_state_crops_reorders_copies_and_saves(name):
     _, state = model.extend(x[:, :50])
     last, longer = model.extend(x[:, 50:], state)
 
-    shorter = longer.crop(4)
-    assert shorter.tokens == 66
-    assert_within(model.extend(x[:, 66:], shorter)[0], exact[:, 66:], terms=70, units=100)
+    try:
+        shorter = longer.crop(4)
+    except NotImplementedError as refused:
+        assert "keep the state from before the draft" in str(refused)
+    else:
+        assert shorter.tokens == 66
+        assert_within(model.extend(x[:, 66:], shorter)[0], exact[:, 66:], terms=70, units=100)
 
     beams = torch.tensor([2, 0, 0])
     assert torch.equal(model.extend(x[beams, 50:], state.reorder(beams))[0], last[beams])
 
     tensors = {name: t.clone() for name, t in state.tensors().items()}
     assert state.nbytes == sum(t.nbytes for t in tensors.values()) > 0
-    again = longer.crop(0) if not tensors else state.copy().replaced(tensors)
+    again = state.copy().replaced(tensors)
     assert torch.equal(model.extend(x[:, 50:], again)[0], last)
     # extend never changed the state it was given
     assert torch.equal(model.extend(x[:, 50:], state)[0], last)

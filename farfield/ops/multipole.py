@@ -81,9 +81,12 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float | None) 
     return None
 
 
-@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> int:
     return _major(device)
+
+
+# a constant of what is traced; torch.compiler.assume_constant_result sets this too, and loads Dynamo to do it
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)
