@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from farfield.nn import ModelConfig
     from farfield.train import TrainConfig
+    from farfield.train.data import Source
 
 NAME = "compare.json"
 FREE = ("scored", "seeds", "again")
@@ -138,25 +139,13 @@ def compare(
     entries = [Entry(name, options) for name, options in chosen]
     run = Comparison(Path(out), entries, settings, device, console or Console(highlight=False))
     run.open(text, valid, resume=resume)
-    isolated = device.type == "cuda" if own_process is None else own_process
-    try:
-        with Worker(own=isolated, limit=limit) as worker:
-            run.plan(worker)
-            run.train(worker)
-    except BaseException:
-        run.console.print(
-            f"\nStopped early. What there is: {run.finish()}\nTo go on: the same command with --resume.",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
-        raise
-    page = run.finish()
-    run.say()
-    run.console.print(f"\nReport: [bold]{page}[/]", soft_wrap=True)
-    return page
+    return run.carry_out(own_process=own_process, limit=limit)
 
 
 class Comparison:
     """The stages of one comparison. `found` is what compare.json holds."""
+
+    file, free, subject = NAME, FREE, "text"
 
     def __init__(
         self, folder: Path, entries: Sequence[Entry], settings: Settings, device: torch.device, console: Console
@@ -169,6 +158,24 @@ class Comparison:
         self.text: tuple[str, ...] = ()
         self.valid: tuple[str, ...] | None = None
         self.found: dict[str, Any] = {}
+
+    def carry_out(self, *, own_process: bool | None, limit: float) -> Path:
+        """Every stage after `open`; the report is written whatever happens."""
+        isolated = self.device.type == "cuda" if own_process is None else own_process
+        try:
+            with Worker(own=isolated, limit=limit) as worker:
+                self.plan(worker)
+                self.train(worker)
+        except BaseException:
+            self.console.print(
+                f"\nStopped early. What there is: {self.finish()}\nTo go on: the same command with --resume.",
+                soft_wrap=True, markup=False,
+            )  # fmt: skip
+            raise
+        page = self.finish()
+        self.say()
+        self.console.print(f"\nReport: [bold]{page}[/]", soft_wrap=True)
+        return page
 
     @property
     def runs(self) -> list[tuple[Entry, int]]:
@@ -187,11 +194,15 @@ class Comparison:
             "valid_bytes": _bytes(data.valid),
             "digest": data.digest,
         }
-        there = self.folder / NAME
+        self._begin(about, resume=resume)
+
+    def _begin(self, about: Mapping[str, Any], *, resume: bool) -> None:
+        """Take up what the folder holds, if it is the same comparison on the same `about`."""
+        there = self.folder / self.file
         settings = json.loads(json.dumps(asdict(self.settings)))
         if not there.exists():
             self.found = {
-                "settings": settings, "env": records.environment(self.device), "text": about,
+                "settings": settings, "env": records.environment(self.device), self.subject: about,
                 "runs": {}, "failed": {}, "seconds": {},
             }  # fmt: skip
         elif not resume:
@@ -202,9 +213,9 @@ class Comparison:
             self.found = json.loads(there.read_text(encoding="utf-8"))
             before = self.found["settings"]
             changed = [f"{k} was {before[k]!r} and is now {x!r}" for k, x in settings.items()
-                       if k not in FREE and before.get(k) != x]  # fmt: skip
-            if about["digest"] != self.found["text"]["digest"]:
-                changed.append("the text is another one")
+                       if k not in self.free and before.get(k) != x]  # fmt: skip
+            if about["digest"] != self.found[self.subject]["digest"]:
+                changed.append(f"the {self.subject} is another one")
             if changed:
                 raise ValueError(
                     f"cannot go on with {there}: {'; '.join(changed)}. Keep its values, or give another folder."
@@ -241,7 +252,7 @@ class Comparison:
             model, config = self._configs(entry, 0, 1000)
             trial = self.folder / f".trial-{slug(entry.label)}"
             try:
-                (took,) = worker.run(measure_step, model, config, trial)
+                (took,) = worker.run(*self._trial(model, config, trial))
             except WorkError as error:
                 self._fail(entry, 0, str(error))
             else:
@@ -256,7 +267,7 @@ class Comparison:
         for number, (entry, seed) in enumerate(self.runs, 1):
             key = _key(entry, seed)
             said = f"{number}/{len(self.runs)} {entry.label}, seed {seed}"
-            if self.found["runs"].get(key, {}).get("overall") is not None:
+            if self._complete(self.found["runs"].get(key, {})):
                 self.console.print(f"{said}: there already", style="dim", markup=False)
                 continue
             if key in self.found["failed"]:
@@ -265,16 +276,30 @@ class Comparison:
             model, config = self._configs(entry, seed, self.found["trained"]["steps"])
             began = time.perf_counter()
             try:
-                for about in worker.run(learn, model, config, self.settings.scored, self.folder):
+                for about in worker.run(*self._work(model, config)):
                     who = {"attention": entry.name, "options": dict(entry.options), "label": entry.label, "seed": seed}
-                    self.found["held_out"] = about.pop("held_out", self.found.get("held_out"))
-                    self.found["runs"][key] = who | about
+                    self._keep(key, who | about)
                     self._save()
             except WorkError as error:
                 self._fail(entry, seed, str(error))
                 continue
             self.found["seconds"][key] = round(time.perf_counter() - began, 2)
             self._save()
+
+    def _trial(self, model: ModelConfig, config: TrainConfig, folder: Path) -> tuple[Any, ...]:
+        """What measures a step, and its arguments."""
+        return measure_step, model, config, folder
+
+    def _work(self, model: ModelConfig, config: TrainConfig) -> tuple[Any, ...]:
+        """What makes a run, and its arguments."""
+        return learn, model, config, self.settings.scored, self.folder
+
+    def _keep(self, key: str, about: dict[str, Any]) -> None:
+        self.found["held_out"] = about.pop("held_out", self.found.get("held_out"))
+        self.found["runs"][key] = about
+
+    def _complete(self, about: Mapping[str, Any]) -> bool:
+        return about.get("overall") is not None
 
     def _fail(self, entry: Entry, seed: int, why: str) -> None:
         key = _key(entry, seed)
@@ -301,7 +326,7 @@ class Comparison:
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        records.write_atomic(self.folder / NAME, json.dumps(self.found, indent=1))
+        records.write_atomic(self.folder / self.file, json.dumps(self.found, indent=1))
 
     def _data(self):
         from farfield.train import open_data
@@ -355,11 +380,11 @@ def learn(model: ModelConfig, config: TrainConfig, scored: int, root: Path) -> I
     yield about | learning.scores(held) | {"held_out": learning.held_out(held)}
 
 
-def measure_step(model: ModelConfig, config: TrainConfig, trial: Path) -> Iterator[float]:
+def measure_step(model: ModelConfig, config: TrainConfig, trial: Path, data: Source | None = None) -> Iterator[float]:
     """Seconds of a training step; the first ones compile."""
     torch.compiler.reset()
     on_gpu = torch.device(config.device).type == "cuda"
-    yield learning.step_seconds(model, config, trial, first=5 if on_gpu else 1, steps=10 if on_gpu else 2)
+    yield learning.step_seconds(model, config, trial, data=data, first=5 if on_gpu else 1, steps=10 if on_gpu else 2)
 
 
 def merged(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from farfield.nn import ModelConfig
     from farfield.train import Evaluation, TrainConfig, TrainResult
+    from farfield.train.data import Source
 
 RECIPE = ("optimizer", "lr", "warmup", "schedule", "clip", "dtype", "seed")
 
@@ -27,16 +28,19 @@ class _Enough(Exception):
     """Ends a trial."""
 
 
-def step_seconds(model: ModelConfig, config: TrainConfig, folder: Path, *, first: int = 1, steps: int = 2) -> float:
+def step_seconds(
+    model: ModelConfig, config: TrainConfig, folder: Path, *, data: Source | None = None, first: int = 1, steps: int = 2
+) -> float:
     """Duration of a training step: the mean of `steps`, after the first ones, which also set things up.
 
     Args:
         folder: of the trial; deleted again.
+        data: what is learned from; None: the text of `config`.
 
     Raises:
         KeyboardInterrupt: the trial was stopped.
     """
-    from farfield.train import train
+    from farfield.train import fit, train
 
     moments: dict[int, float] = {}
 
@@ -50,7 +54,11 @@ def step_seconds(model: ModelConfig, config: TrainConfig, folder: Path, *, first
 
     trial = replace(config, out=str(folder), steps=1000, log_every=0, save_every=0, eval_every=0)
     try:
-        if train(model, trial, progress=False, on_step=note).interrupted:
+        if data is None:
+            interrupted = train(model, trial, progress=False, on_step=note).interrupted
+        else:
+            interrupted = fit(model, trial, data, progress=False, on_step=note).interrupted
+        if interrupted:
             raise KeyboardInterrupt
     except _Enough:
         pass

@@ -276,6 +276,60 @@ def position_figure(curves: Mapping[str, Sequence[tuple[str, float | None, float
     return figure
 
 
+def recall_figure(
+    lengths: Mapping[str, Mapping[int, float]], parts: Mapping[int, Mapping[str, Mapping[str, float]]], *,
+    by: str, chance: float, trained: int,
+) -> Figure:  # fmt: skip
+    """Share of answers that are right: by length, and at each length by distance or depth.
+
+    Args:
+        lengths: of each model, accuracy by length.
+        parts: at each length, of each model, accuracy by bucket: "32-63", "10-20 %".
+        by: "distance" or "depth": what the buckets are.
+        chance: what guessing gets, as a line.
+        trained: the length of training, as a line.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+    panels = 1 + len(parts)
+    columns = min(2, panels)
+    lines = -(-panels // columns)
+    with styled():
+        figure = Figure(figsize=(4.1 * columns + 1.6, 2.9 * lines), layout="constrained")
+        first, *others = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+        for at, (name, found) in enumerate(lengths.items()):
+            first.plot(list(found), list(found.values()), label=name, **look(name.partition(":")[0], at))
+        first.axvline(trained, color=INK, linewidth=0.8, alpha=0.5)
+        first.set(xscale="log", xlabel="n, tokens; the line is that of training", title="by length")
+        first.xaxis.set_major_locator(FixedLocator(sorted({n for found in lengths.values() for n in found})))
+        for ax, (n, models) in zip(others, parts.items(), strict=False):
+            ends: set[float] = set()
+            for at, name in enumerate(lengths):
+                rows = models.get(name, {})
+                spans = [tuple(map(int, bucket.rstrip(" %").split("-"))) for bucket in rows]
+                ends |= {low for low, _ in spans}
+                middles = [(low * high) ** 0.5 if by == "distance" else (low + high) / 2 for low, high in spans]
+                ax.plot(middles, list(rows.values()), **look(name.partition(":")[0], at))
+            ax.set(title=f"n = {n:,}, by {by}", xlabel="tokens back to the key" if by == "distance" else "depth, %")
+            if by == "distance":
+                ax.set(xscale="log")
+                ax.xaxis.set_major_locator(FixedLocator(sorted(ends)[1 :: max(1, len(ends) // 6)]))
+        for ax in (first, *others[: len(parts)]):
+            ax.axhline(chance, color=INK, linewidth=0.8, linestyle=":")
+            ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            ax.set_ylim(-0.03, 1.03)
+            ax.grid(True)
+            if ax.get_xscale() == "log":
+                ax.xaxis.set_minor_locator(NullLocator())
+                ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens_tick(n)))
+        for ax in others[len(parts) :]:
+            ax.remove()
+        first.set_ylabel("answers right")
+        figure.legend(*first.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
 def _legend(figure: Figure, ax: Axes) -> None:
     """Inside while there is room, beside the axes otherwise."""
     handles, labels = ax.get_legend_handles_labels()

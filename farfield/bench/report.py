@@ -148,7 +148,6 @@ def comparison_page(run: Mapping[str, Any]) -> str:
 def comparison_markdown(run: Mapping[str, Any]) -> str:
     """The same in a table of Markdown."""
     headings, rows = _comparison_rows(run)
-    env = run.get("env", {})
     lines = ["# One model, several mechanisms", "", _told(run), ""]
     if rows:
         lines += [f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
@@ -156,8 +155,14 @@ def comparison_markdown(run: Mapping[str, Any]) -> str:
         lines.append("")
     for line in _comparison_notes(run):
         lines += [line, ""]
+    return "\n".join(lines + provenance(run))
+
+
+def provenance(run: Mapping[str, Any]) -> list[str]:
+    """What it takes to repeat a comparison, as lines of Markdown."""
+    env = run.get("env", {})
     versions = ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items() if v)
-    lines += [
+    return [
         f"Model: {', '.join(f'{k} {v}' for k, v in run.get('model', {}).items())}. "
         f"Training: {', '.join(f'{k} {v}' for k, v in run.get('train', {}).items())}.",
         "",
@@ -165,7 +170,6 @@ def comparison_markdown(run: Mapping[str, Any]) -> str:
         f"{_machine(env.get('machine', {}))}; {versions}.",
         "",
     ]
-    return "\n".join(lines)
 
 
 def comparison_figures(run: Mapping[str, Any]) -> dict[str, Any]:

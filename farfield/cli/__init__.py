@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from farfield.cli import bench, compare, demo, evaluate, generate, mechanisms, train
+from farfield.cli import bench, compare, demo, evaluate, generate, mechanisms, recall, train
 from farfield.cli.errors import Commands
 
 __all__ = ["app", "main"]
@@ -53,6 +53,7 @@ for module, panel in (
     (evaluate, "Models"),
     (generate, "Models"),
     (compare, "Mechanisms"),
+    (recall, "Mechanisms"),
     (bench, "Mechanisms"),
     (mechanisms, "Mechanisms"),
 ):

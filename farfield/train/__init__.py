@@ -6,8 +6,9 @@ from farfield.train.config import TrainConfig, pick_device
 from farfield.train.data import Data, Split, open_data
 from farfield.train.evaluate import Bucket, Evaluation, copy_probe, evaluate
 from farfield.train.generate import generate, stream_text
-from farfield.train.loop import TrainResult, train
+from farfield.train.loop import TrainResult, fit, train
 from farfield.train.optim import Optimizers
+from farfield.train.synthetic import Examples, Mqar, Passkey, Recalled, recall
 
 __all__ = [
     "Bucket",
@@ -16,13 +17,18 @@ __all__ = [
     "Codec",
     "Data",
     "Evaluation",
+    "Examples",
+    "Mqar",
     "Optimizers",
+    "Passkey",
+    "Recalled",
     "Split",
     "Tokenizer",
     "TrainConfig",
     "TrainResult",
     "copy_probe",
     "evaluate",
+    "fit",
     "generate",
     "load_codec",
     "load_model",
@@ -30,6 +36,7 @@ __all__ = [
     "open_data",
     "pick_device",
     "read",
+    "recall",
     "stream_text",
     "train",
 ]

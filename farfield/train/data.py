@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,33 @@ from farfield.train.codec import Codec, open_codec
 
 FORMAT = 1
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+class Stream(Protocol):
+    """Samples by number, endless."""
+
+    def batch(self, seed: int, first: int, count: int) -> tuple[Int[Tensor, "count n"], Int[Tensor, "count n"]]:
+        """Inputs and targets of the samples first .. first + count - 1; they depend on the seed and their number."""
+        ...
+
+
+class Source(Protocol):
+    """What a run needs of what it learns from.
+
+    Args:
+        vocab: token ids are below it.
+        codec: what the checkpoint keeps to read the ids; None: nothing.
+        digest: the same for the same samples.
+    """
+
+    @property
+    def train(self) -> Stream: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def codec(self) -> Codec | None: ...
+    @property
+    def digest(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +118,10 @@ class Data:
     valid: Split
     codec: Codec
     digest: str
+
+    @property
+    def vocab(self) -> int:
+        return self.codec.vocab
 
 
 def open_data(

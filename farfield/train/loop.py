@@ -11,21 +11,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from farfield.nn import Decoder, Encoder, ModelConfig, build
 from farfield.train import checkpoint
 from farfield.train.config import FREE, TrainConfig, autocast, pick_device
-from farfield.train.data import Data, open_data
-from farfield.train.evaluate import evaluate
+from farfield.train.data import Data, Source, open_data
+from farfield.train.evaluate import Evaluation, evaluate
 from farfield.train.optim import Optimizers, rate
 from farfield.train.report import Bar, Log
 
+S = TypeVar("S", bound=Source)
+
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Generic[S]):
     """What a run leaves behind.
 
     Args:
@@ -39,7 +41,7 @@ class TrainResult:
     """
 
     model: Decoder | Encoder
-    data: Data
+    data: S
     history: list[dict[str, Any]]
     checkpoint: Path
     step: int
@@ -54,7 +56,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_step: Callable[[int], None] | None = None,
-) -> TrainResult:
+) -> TrainResult[Data]:
     """Train a model on text; log, evaluate and save as it goes.
 
     A run that is cut at any step and resumed ends with the same weights as one that is not, bit for bit on a CPU.
@@ -70,7 +72,6 @@ def train(
             the checkpoint, or a loss that is no longer finite.
         OSError: a checkpoint cannot be written; earlier ones are intact.
     """
-    run, device = Path(config.out), pick_device(config.device)
     data = open_data(
         config.text,
         tokens=config.tokens,
@@ -79,6 +80,31 @@ def train(
         tokenizer=config.tokenizer,
         cache=config.cache,
     )
+
+    def measure(model: Decoder | Encoder) -> Evaluation:
+        return evaluate(
+            model, data.valid, windows=config.eval_windows, dtype=config.dtype, mask_share=config.mask_share
+        )
+
+    return fit(model_config, config, data, measure, resume=resume, progress=progress, on_step=on_step)
+
+
+def fit(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    data: S,
+    measure: Callable[[Decoder | Encoder], Evaluation] | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> TrainResult[S]:
+    """`train` on any source of batches; the fields of `config` that name text are not read.
+
+    Args:
+        measure: held-out prediction every `config.eval_every` steps and at the end; None: not measured.
+    """
+    run, device = Path(config.out), pick_device(config.device)
     _check_vocab(model_config, data)
     torch.manual_seed(config.seed)
     model = build(model_config).to(device)
@@ -107,7 +133,8 @@ def train(
         return checkpoint.save(run, step, model, optimizers, config, digest=data.digest, codec=data.codec)
 
     log = Log(run, step)
-    with Bar(config.steps, step, per_step * config.tokens, show=progress) as bar, Interrupt() as interrupt:
+    shown = Bar(config.steps, step, per_step * config.tokens, show=progress, held=measure is not None)
+    with shown as bar, Interrupt() as interrupt:
         while step < config.steps and not interrupt.asked:
             started, factor = time.perf_counter(), rate(step, config)
             optimizers.scale(factor)
@@ -131,10 +158,9 @@ def train(
                 bar.update(step, loss=mean)
                 log.write(step=step, loss=mean, lr=factor * config.rates[0],
                           tokens_per_second=bar.recent(step), seconds=bar.seconds)  # fmt: skip
-            if due(config.eval_every):
+            if measure is not None and due(config.eval_every):
                 with as_written(config.compile):
-                    found = evaluate(model, data.valid, windows=config.eval_windows, dtype=config.dtype,
-                                     mask_share=config.mask_share)  # fmt: skip
+                    found = measure(model)
                 bar.update(step, bits=found.bits_per_byte)
                 log.write(step=step, bits_per_byte=found.bits_per_byte, early=found.early, late=found.late)
             if saving:
@@ -172,7 +198,7 @@ def _start(run: Path) -> int:
     return 0
 
 
-def _resume(run: Path, model: Decoder | Encoder, optimizers: Optimizers, config: TrainConfig, data: Data) -> int:
+def _resume(run: Path, model: Decoder | Encoder, optimizers: Optimizers, config: TrainConfig, data: Source) -> int:
     found = checkpoint.read(run)
     pairs = [(found.model.to_dict(), model.config.to_dict()), (found.train.to_dict(), config.to_dict())]
     pairs = [tuple(json.loads(json.dumps(config)) for config in pair) for pair in pairs]  # JSON knows no tuples
@@ -194,8 +220,8 @@ def _resume(run: Path, model: Decoder | Encoder, optimizers: Optimizers, config:
     return found.step
 
 
-def _check_vocab(config: ModelConfig, data: Data) -> None:
-    need = data.codec.vocab + (config.kind == "encoder")
+def _check_vocab(config: ModelConfig, data: Source) -> None:
+    need = data.vocab + (config.kind == "encoder")
     if config.vocab < need:
         why = " and the mask token" if config.kind == "encoder" else ""
         raise ValueError(f"ModelConfig: vocab={config.vocab}, but the text's tokens{why} need vocab={need}")

@@ -45,14 +45,15 @@ class Bar:
         done: taken before.
         tokens: of one step.
         show: False for silence.
+        held: whether held-out text is measured.
     """
 
-    def __init__(self, steps: int, done: int, tokens: int, *, show: bool = True):
+    def __init__(self, steps: int, done: int, tokens: int, *, show: bool = True, held: bool = True):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.steps, self.first, self.tokens, self.show = steps, done, tokens, show
-        self.loss = self.bits = "-"
+        self.held, self.loss, self.bits = held, "-", "-"
         self.busy = 0.0  # seconds of training, without evaluation and saving
         self.mark = (done, 0.0)
         self.started = self.said = time.perf_counter()
@@ -95,7 +96,8 @@ class Bar:
         """Show what is known after `step` steps."""
         self.loss = self.loss if loss is None else f"{loss:.3f}"
         self.bits = self.bits if bits is None else f"{bits:.3f}"
-        text = f"loss {self.loss}  held-out bits/byte {self.bits}  {self.speed(step):,.0f} tokens/s"
+        held = f"held-out bits/byte {self.bits}  " if self.held else ""
+        text = f"loss {self.loss}  {held}{self.speed(step):,.0f} tokens/s"
         self.progress.update(self.task, completed=step, description=text)
         now = time.perf_counter()
         if self.show and not self.live and (bits is not None or now - self.said > 30):
