@@ -295,22 +295,28 @@ def recall_figure(
     panels = 1 + len(parts)
     columns = min(2, panels)
     lines = -(-panels // columns)
+    # a second variant of a mechanism has a look of its own
+    kinds = [name.partition(":")[0] for name in lengths]
+    looks = {
+        name: look(kind if kind not in kinds[:at] else name, at)
+        for at, (name, kind) in enumerate(zip(lengths, kinds, strict=True))
+    }
     with styled():
         figure = Figure(figsize=(4.1 * columns + 1.6, 2.9 * lines), layout="constrained")
         first, *others = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
-        for at, (name, found) in enumerate(lengths.items()):
-            first.plot(list(found), list(found.values()), label=name, **look(name.partition(":")[0], at))
+        for name, found in lengths.items():
+            first.plot(list(found), list(found.values()), label=name, **looks[name])
         first.axvline(trained, color=INK, linewidth=0.8, alpha=0.5)
         first.set(xscale="log", xlabel="n, tokens; the line is that of training", title="by length")
         first.xaxis.set_major_locator(FixedLocator(sorted({n for found in lengths.values() for n in found})))
         for ax, (n, models) in zip(others, parts.items(), strict=False):
             ends: set[float] = set()
-            for at, name in enumerate(lengths):
+            for name in lengths:
                 rows = models.get(name, {})
                 spans = [tuple(map(int, bucket.rstrip(" %").split("-"))) for bucket in rows]
                 ends |= {low for low, _ in spans}
                 middles = [(low * high) ** 0.5 if by == "distance" else (low + high) / 2 for low, high in spans]
-                ax.plot(middles, list(rows.values()), **look(name.partition(":")[0], at))
+                ax.plot(middles, list(rows.values()), **looks[name])
             ax.set(title=f"n = {n:,}, by {by}", xlabel="tokens back to the key" if by == "distance" else "depth, %")
             if by == "distance":
                 ax.set(xscale="log")

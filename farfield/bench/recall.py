@@ -309,6 +309,12 @@ def markdown(found: Mapping[str, Any]) -> str:
     if models:
         headings, rows = accuracy_rows(models)
         lines += ["Share of the answers that are right, by length:", "", *_table(headings, rows)]
+        body = [
+            [label, *(f"{m['lengths'][n]['whole']:.1%}" if n in m["lengths"] else "" for n in _lengths(models))]
+            for label, m in models.items()
+        ]
+        headings = ["attention", *(f"{n:,}" for n in _lengths(models))]
+        lines += ["Share of the samples all of whose answers are right:", "", *_table(headings, body)]
         for n in _lengths(models):
             at = {label: m["lengths"][n] for label, m in models.items() if n in m["lengths"]}
             names = list(dict.fromkeys(name for x in at.values() for name in x["buckets"]))
