@@ -254,3 +254,85 @@ def test_level_bias_starts_at_0_and_learns(open):
         assert_within(only_near[:, 2:], scores.softmax(-1) @ v[:, 1:], terms=90)
     with pytest.raises(ValueError, match="level_bias has 4 levels"):
         mech(*draw(300))
+
+
+HARD = {
+    "normal": lambda k, gen: k,
+    "faint": lambda k, gen: 0.05 * k,
+    "loud": lambda k, gen: 6 * k,
+    "two values": lambda k, gen: 3 * k.sign(),
+    "one axis": lambda k, gen: k * torch.tensor([8.0] + [0.1] * 7),
+    "one token": lambda k, gen: torch.where(torch.rand(k.shape[:3], generator=gen)[..., None] < 0.03, 9 * k, 0.1 * k),
+    "drifting": lambda k, gen: 0.3 * k.cumsum(2),
+    "equal": lambda k, gen: k[:, :, :1].expand_as(k),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bound_is_never_below_the_error(dtype):
+    """More than 10,000 queries, random and made to be hard; printed is how tight it is."""
+    seen, ratios = 0, []
+    gen = torch.Generator().manual_seed(0)
+    for n, (name, hard) in enumerate(HARD.items()):
+        for options in ({}, {"open": 2}, {"causal": False, "sinks": 3}, {"open": 1, "score": "peak", "shared": False}):
+            q, k, v = draw(65, batch=5, seed=n)
+            # values that go with the keys are worse than values that do not
+            q, k, v = (x.to(dtype) for x in (q, hard(k, gen), v + k.sign()))
+            mech = FMA(**SMALL, **options)
+            out, bound = mech.certify(q, k, v)
+            exact = oracles.full(q.double(), k.double(), v.double(), causal=mech.causal)[0]
+            error = (out - exact).abs().amax(-1)
+            assert (error <= bound).all(), f"{name}, {options}: {(error - bound).max():.1e} above the bound"
+            far = error > 1e-4
+            ratios.append((bound / error)[far])
+            seen += error.numel()
+    ratios = torch.cat(ratios)
+    assert seen > 10_000
+    print(
+        f"{seen} queries, {len(ratios)} with an error above 1e-4: bound / error {ratios.min():.2f} at least, ", end=""
+    )
+    print(f"{ratios.median():.1f} median")
+    # a bound of infinity would pass above
+    assert ratios.median() < 100
+
+
+def test_equal_keys_cost_nothing():
+    q, k, v = draw(80)
+    _, bound = FMA(**SMALL).certify(q, k[:, :, :1].expand_as(k), v)
+    assert (bound < 1e-9).all()
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3])
+def test_tolerance_is_kept(tolerance):
+    q, k, v = draw(90)
+    k = 0.3 * k
+    exact = oracles.full(q, k, v, causal=True)[0]
+    plain, mech = FMA(**SMALL), FMA(**SMALL, tolerance=tolerance)
+    assert (plain(q, k, v) - exact).abs().max() > tolerance / 2
+    out, bound = mech.certify(q, k, v)
+    assert (bound <= tolerance).all()
+    assert ((out - exact).abs().amax(-1) <= bound).all()
+    assert torch.equal(mech(q, k, v), out)
+
+
+def test_the_future_reaches_no_certified_output():
+    q, k, v = draw(90)
+    mech = FMA(**SMALL, tolerance=0.3)
+    after = mech(*(torch.cat([x[:, :, :50], 1 - 3 * x[:, :, 50:]], 2) for x in (q, k, v)))
+    assert torch.equal(after[:, :, :50], mech(q, k, v)[:, :, :50])
+
+
+def test_what_is_not_proven_is_refused():
+    q, k, v = draw(60)
+    mech = FMA(**SMALL, tolerance=0.1)
+    for call in (
+        lambda: mech(q, k, v, rotary=rotate),
+        lambda: mech.extend(q, k, v),
+        lambda: mech.certify(q.bfloat16(), k.bfloat16(), v.bfloat16()),
+        lambda: FMA(**SMALL, level_bias=True, kv_heads=2, levels=4).certify(q, k, v),
+        lambda: FMA(**SMALL, pool="learned", kv_heads=2).certify(q, k, v),
+    ):
+        with pytest.raises(NotImplementedError, match="fma: "):
+            call()
+    with pytest.raises(ValueError, match="tolerance"):
+        FMA(**SMALL, tolerance=-1.0)

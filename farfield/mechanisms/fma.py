@@ -182,6 +182,7 @@ class FMA(Mechanism):
         score: what a group could hide: "box", "ball", "peak" or "mean", see farfield.select.opened.
         detail: rows of a group's sketch, which scores what its best row scores; divides `block`. Default rank.
         shared: the query heads of a key head open the same groups; otherwise each its own.
+        tolerance: opens so many more groups that no output is farther from full attention's than this; see `certify`.
         level_bias: a learned number for each key head and level, added to the logits of its summaries; starts at 0.
         kv_heads, width, value_width, levels: G, D, E and the number of levels, for what has parameters:
             learned (kv_heads), softmax (kv_heads, width), conv (width, value_width, levels), level_bias (kv_heads,
@@ -239,6 +240,7 @@ class FMA(Mechanism):
         detail: int | None = None,
         shared: bool = True,
         level_bias: bool = False,
+        tolerance: float | None = None,
         causal: bool = True,
         scale: float | None = None,
         kv_heads: int | None = None,
@@ -271,7 +273,11 @@ class FMA(Mechanism):
             self.supports = replace(self.supports, heads_apart=not shared, relative=score != "box")
         sizes = {"kv_heads": kv_heads, "width": width, "value_width": value_width, "levels": levels}
         self.pool = pool if isinstance(pool, Pool) else make_pool(pool, block, rank, sizes)
-        self.biased = level_bias
+        self.biased, self.tolerance = level_bias, tolerance
+        if tolerance is not None:
+            if tolerance < 0:
+                raise ValueError(f"fma: tolerance must not be negative, got {tolerance}")
+            self.supports = replace(self.supports, packed=False, rotary=False, decode=False)
         if level_bias:
             if kv_heads is None or levels is None:
                 raise ValueError("fma: level_bias has parameters and needs kv_heads and levels")
@@ -299,6 +305,11 @@ class FMA(Mechanism):
         self.check(q, k, v, group=group, rotary=rotary)
         if not q.shape[2]:
             return no_tokens(q, v)
+        if self.tolerance is not None:
+            if group is not None or rotary is not None:
+                raise NotImplementedError("fma: tolerance is not proven for packed documents, nor for rotary positions")
+            if self._levels(-(-q.shape[2] // self.block))[0]:
+                return self.certify(q, k, v)[0]
         if group is not None:
             return self._packed(q, k, v, Packing(group, self.block), rotary)
         if field is not None and not whole.refusal(q, k, v, field, self.scale):
@@ -307,10 +318,7 @@ class FMA(Mechanism):
         levels, radius = self._levels(blocks)
         far, starts = None, []
         if levels:
-            # causal: all that the last query does not read one by one, in complete groups
-            done = blocks - 1 - radius[0] if self.causal else blocks
-            stop = done * self.block if self.causal else q.shape[2]
-            tree = Tree(self.block, self.rank, done, levels, self.causal, self.sinks, stop)
+            tree = self._tree(q.shape[2], blocks, levels, radius[0])
             found = pyramid(self.pool, k, v, tree)
             k, v = found.k, found.v
             far_k = found.far_k if rotary is None else rotary(found.far_k, found.span.double().mean(0))
@@ -322,11 +330,9 @@ class FMA(Mechanism):
             at = torch.arange(q.shape[2], device=q.device)
             turned, k = rotary(q, at), rotary(k, at)
         if self.open and far is not None:
-            at = torch.arange(tree.blocks * self.block, device=q.device)[None]
-            present = (at >= tree.lo) & (at < tree.hi) if tree.lo or tree.hi < at.shape[1] else None
-            sketches = self._sketches(k, tree, present)
+            sketches = self._sketches(k, tree, self._present(tree, q.device))
             where = opened.place(0, q.shape[2], self.block, q.device)
-            return self._attend_opened(turned, Rows(k, v), far, sketches, where, starts)
+            return self._attend_opened(turned, Rows(k, v), far, sketches, where, starts)[0]
         sources = [(Rows(k, v), _layout(near_list, q, k, self.block, self.block, self.causal))]
         if far is not None and (kept or self.sinks):
             sources.append((far, _layout(far_list, q, far.k, self.block, self.rank)))
@@ -341,6 +347,7 @@ class FMA(Mechanism):
         # not self.pool, which takes a module as long to find as a kernel to launch
         return (
             not (self.open or self.biased)
+            and self.tolerance is None
             and self.causal
             and self.queries == "kept"
             and type(self._modules["pool"]) is MeanPool
@@ -362,13 +369,20 @@ class FMA(Mechanism):
         where: opened.Where,
         starts: Sequence[int],
         first: int = 0,
-    ) -> Tensor:
-        """Each query's own lists over all tokens and all summaries; q and the keys are rotated."""
+        *,
+        more: int = 0,
+        boxes: opened.Boxes | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each query's own lists over all tokens and all summaries, and the bound where there are `boxes`.
+
+        q and the keys are rotated; `more` groups than `open` are opened.
+        """
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
         sinks = -(-self.sinks // self.rank)
-        beam = 2 * self.open if self.beam is None else self.beam
-        opening = opened.Opening(self.open, beam, self.shared, self.detail, sinks, self.causal)
-        return opened.attend_opened(
+        picks = self.open + more
+        beam = 2 * picks if self.beam is None else max(self.beam, picks)
+        opening = opened.Opening(picks, beam, self.shared, self.detail, sinks, self.causal)
+        part, bound = opened.attend_opened(
             q,
             tokens,
             far,
@@ -383,7 +397,63 @@ class FMA(Mechanism):
             rank=self.rank,
             first=first,
             scale=scale,
-        ).out
+            boxes=boxes,
+        )
+        return part.out, bound
+
+    def certify(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and for each query [B, H, T] a bound on its distance from full attention's in any channel.
+
+        With `tolerance` more and more groups are opened, 1, 2, 4, ... of them, for the queries whose bound is above it;
+        at the end all. How many that takes is up to the data: the host waits for the device. The proof is that of
+        farfield.select.opened.omitted.
+
+        Raises:
+            NotImplementedError: the pool is not the mean, there is a level_bias, queries are pooled, or the dtype is
+                below float32: the proof is not for these.
+        """
+        self.check(q, k, v)
+        if type(self.pool) is not MeanPool or self.biased or self.queries == "pooled":
+            raise NotImplementedError("fma: the bound is proven for kept queries and means without a level_bias")
+        if torch.finfo(q.dtype).bits < 32:
+            raise NotImplementedError(f"fma: the bound needs float32 or float64, got {q.dtype}")
+        blocks = -(-q.shape[2] // self.block)
+        levels, radius = self._levels(blocks)
+        if not levels:
+            out = self.forward(q, k, v)
+            return out, torch.zeros_like(out[..., 0], dtype=torch.float64)
+        tree = self._tree(q.shape[2], blocks, levels, radius[0])
+        found = pyramid(self.pool, k, v, tree)
+        far = Rows(found.far_k, found.far_v, bias=found.bias)
+        starts = list(accumulate(tree.groups[:-1], initial=tree.lead // self.rank))
+        present = self._present(tree, q.device)
+        sketches = self._sketches(k, tree, present)
+        present = None if present is None else present.unflatten(1, (tree.blocks, self.block))
+        blocks_k, blocks_v = (to_blocks(x.detach(), self.block, tree.blocks) for x in (k, v))
+        boxes = opened.boxes(blocks_k, blocks_v, present, self.rank, tree.lead, levels=levels, complete=tree.complete)
+        where, rows = opened.place(0, q.shape[2], self.block, q.device), Rows(found.k, found.v)
+        tolerance = math.inf if self.tolerance is None else self.tolerance
+        more = 0
+        out, bound = self._attend_opened(q, rows, far, sketches, where, starts, boxes=boxes)
+        assert bound is not None
+        while self.open + more < tree.blocks and (self.tolerance is not None and not (bound <= tolerance).all()):
+            more = max(1, 2 * more)
+            now, least = self._attend_opened(q, rows, far, sketches, where, starts, more=more, boxes=boxes)
+            assert least is not None
+            above = ~(bound <= tolerance)
+            out, bound = torch.where(above[..., None], now, out), torch.where(above, least, bound)
+        return out, bound
+
+    def _tree(self, tokens: int, blocks: int, levels: int, radius: int) -> Tree:
+        """What is summarized. Causal: all that the last query does not read one by one, in complete groups."""
+        done = blocks - 1 - radius if self.causal else blocks
+        stop = done * self.block if self.causal else tokens
+        return Tree(self.block, self.rank, done, levels, self.causal, self.sinks, stop)
+
+    def _present(self, tree: Tree, device: torch.device) -> Tensor | None:
+        """Which tokens of its blocks the tree summarizes, [1, blocks * m]; None: all."""
+        at = torch.arange(tree.blocks * self.block, device=device)[None]
+        return (at >= tree.lo) & (at < tree.hi) if tree.lo or tree.hi < at.shape[1] else None
 
     def _levels(self, blocks: int) -> tuple[int, tuple[int, ...]]:
         """Levels that some query of so many blocks reads, and the radii of all."""
@@ -396,6 +466,8 @@ class FMA(Mechanism):
         self.check(q, k, v, rotary=rotary)
         if not self.causal:
             raise NotImplementedError("fma: only causal attention can be extended; use forward")
+        if self.tolerance is not None:
+            raise NotImplementedError("fma: tolerance is for forward; extend with open instead")
         if state is None:
             nothing = k[:, :, :0], v[:, :, :0]
             empty = 0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),)
@@ -435,7 +507,7 @@ class FMA(Mechanism):
             if self.open and levels:
                 where = opened.place(seen, tokens, m, q.device)
                 rows, sketches = Rows(now.all_k, now.all_v), now.sketches[: len(starts)]
-                return self._attend_opened(q[:, :, lead:], rows, far, sketches, where, starts, seen), now
+                return self._attend_opened(q[:, :, lead:], rows, far, sketches, where, starts, seen)[0], now
         near_list, far_list = self._lists(starts, last + 1, q.device, here, first)
         near = _layout(near_list, q, k, q_block, m, causal=True)
         sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
@@ -575,7 +647,7 @@ class FMA(Mechanism):
                     for x in (packing.block_of, packing.blocks, packing.start, packing.document)
                 )
             )
-            return packing.restore(self._attend_opened(q, Rows(k, v, bias=bias), far, sketches, where, starts))
+            return packing.restore(self._attend_opened(q, Rows(k, v, bias=bias), far, sketches, where, starts)[0])
         sources = [(Rows(k, v, bias=bias), near)]
         if starts:
             sources.append((far, _layout(far_list, q, far.k, m, self.rank)))

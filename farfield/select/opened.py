@@ -392,6 +392,112 @@ def _scores(x: Tensor, rows: Tensor, bias: Tensor, at: Tensor, there: Tensor, pl
     return score.masked_fill(~there, float("-inf"))
 
 
+class Boxes(NamedTuple):
+    """Least and largest key and value of each row of the far buffer, float64: [B, G, R, 2 D] and [B, G, R, 2 E].
+
+    Args:
+        lead: so many rows before them are tokens, read as themselves.
+    """
+
+    keys: Tensor
+    values: Tensor
+    count: Tensor  # [1|B, 1, R], log
+    lead: int
+
+
+def boxes(
+    keys: Float[Tensor, "B G N m D"],
+    values: Float[Tensor, "B G N m E"],
+    present: Bool[Tensor, "#B N m"] | None,
+    rank: int,
+    lead: int,
+    *,
+    levels: int,
+    complete: bool,
+) -> Boxes:
+    """The boxes of the rows of all levels, from the blocks of tokens as they are read."""
+    found = []
+    for x in (keys, values):
+        found.append(sketch("box", x.double(), present, rank, levels=levels, complete=complete))
+    keys, values = (torch.cat([x.rows.flatten(2, 3) for x in level], 2) for level in found)
+    return Boxes(keys, values, told("box", found[0])[1], lead)
+
+
+def omitted(
+    q: Float[Tensor, "B H T D"],
+    part: Partial,
+    far: Rows,
+    lists: tuple[Tensor, Tensor],
+    boxes: Boxes,
+    rank: int,
+    scale: float,
+) -> Float[Tensor, "B H T"]:
+    """At most how far the output is from full attention's, in any channel: what reading means instead of tokens costs.
+
+    With s_j the logits of the tokens of a row r of c tokens, mean logit a_r and mean value, and out the output so far,
+    full attention differs from it by
+
+        (1 / Z) sum_r sum_{j in r} (e^{s_j} - e^{a_r}) (v_j - out)
+
+    because the means of r add up to the same with e^{a_r} for e^{s_j}. Z is at least the Z so far (Jensen). Now
+    sum_j |x_j| = 2 sum_j max(x_j, 0) - sum_j x_j, sum_j (e^{s_j} - e^{a_r}) >= 0, and max(e^s - e^a, 0) is convex in s:
+    it is largest when all s_j are at the ends l, u of what the box of r's keys allows, a share (a - l) / (u - l) at u.
+    So with the box of r's values the difference is at most
+
+        (1 / Z so far) sum_r 2 c (a - l) / (u - l) (e^u - e^a) max(v_max - out, out - v_min)
+
+    in float64, with a margin for the rounding of `part`: 1/1000 of it, and eps (64 + D max_r |x| . |k|) max |v|.
+    For means of the tokens without further bias.
+    """
+    batch, heads, tokens, width = q.shape
+    index, count = lists
+    many, picks = index.shape[1], index.shape[3]
+    stack = heads // many
+    x = (q.detach().double() * scale).view(batch, many, stack, tokens, width)
+    out = part.out.detach().double().view(batch, many, stack, tokens, -1)
+    lse = part.lse.detach().double().view(batch, many, stack, tokens, 1)
+    largest = boxes.values.abs().amax((1, 2, 3))[:, None, None, None] if boxes.values.shape[2] else x.new_zeros(())
+    found = x.new_empty(batch, many, stack, tokens)
+    eps = torch.finfo(part.lse.dtype).eps
+    far_k = torch.nn.functional.pad(far.k.detach().double()[:, :, boxes.lead :], (0, 0, 0, 1))
+    keys, values = (torch.nn.functional.pad(y, (0, 0, 0, 1)) for y in (boxes.keys, boxes.values))
+    counts = torch.nn.functional.pad(boxes.count, (0, 1), value=float("-inf")).expand(batch, 1, -1)
+    unused = keys.shape[2] - 1
+    step = max(1, _STEP // max(1, batch * heads * picks * rank * (width + out.shape[-1])))
+    for start in range(0, tokens, step):
+        cut = slice(start, min(start + step, tokens))
+        row = (index[:, :, cut, :, None].long() * rank + torch.arange(rank, device=q.device)).flatten(-2) - boxes.lead
+        there = torch.arange(picks, device=q.device) < count[:, :, cut, None]
+        # tokens read as themselves cost nothing
+        row = row.masked_fill(~there.repeat_interleave(rank, -1) | (row < 0), unused)
+        mean, key, value, share = (_rows_of(y, row) for y in (far_k, keys, values, counts[..., None]))
+        low, high = key.chunk(2, -1)
+        asking = x[:, :, :, cut].transpose(2, 3)  # [B, lists, t, stack, D]
+        middle, reach = asking @ ((low + high) / 2).mT, asking.abs() @ ((high - low) / 2).mT
+        a = asking @ mean.mT
+        least, most = torch.minimum(middle - reach, a), torch.maximum(middle + reach, a)
+        at_most = ((a - least) / (most - least).masked_fill(most == least, 1.0)).clamp(0, 1)
+        known = share[..., 0][..., None, :] - lse[:, :, :, cut].transpose(2, 3)
+        mass = 2 * at_most * ((known + most).exp() - (known + a).exp())
+        mass = mass.masked_fill((at_most == 0) | (known == float("-inf")), 0.0)
+        here = out[:, :, :, cut].transpose(2, 3)[..., None, :]
+        below, above = (y[..., None, :, :] for y in value.chunk(2, -1))
+        away = torch.maximum(above - here, here - below)  # [B, lists, t, stack, rows, E]
+        total = (mass[..., None, :] @ away)[..., 0, :].amax(-1)
+        rounding = eps * (64 + width * (asking.abs() @ torch.maximum(low.abs(), high.abs()).mT).amax(-1))
+        found[:, :, :, cut] = (total * 1.001 + rounding * largest).transpose(2, 3)
+    return found.view(batch, heads, tokens)
+
+
+def _rows_of(x: Tensor, row: Tensor) -> Tensor:
+    """Rows [B, lists, t, R] of x [B, heads, S, X], each list those of its head: [B, lists, t, R, X]."""
+    batch, heads, many, width = x.shape
+    lists = row.shape[1]
+    unit = torch.arange(batch * lists, device=x.device).view(batch, lists, 1, 1)
+    head = unit // lists * heads + unit % lists // (lists // heads)
+    return x.reshape(-1, width).index_select(0, (head * many + row).flatten()).view(*row.shape, width)
+
+
 def attend_opened(
     q: Float[Tensor, "B H T D"],
     tokens: Rows,
@@ -408,8 +514,11 @@ def attend_opened(
     rank: int,
     first: int = 0,
     scale: float | None = None,
-) -> Partial:
+    boxes: Boxes | None = None,
+) -> tuple[Partial, Tensor | None]:
     """Attention of each query over its own lists; so many queries at a time that their lists stay within `LISTS`.
+
+    With `boxes` also the bound `omitted`.
 
     Args:
         tokens: all of them, token r at position r.
@@ -419,17 +528,18 @@ def attend_opened(
     batch, heads, many, width = q.shape
     kv_heads = tokens.k.shape[1]
     stack = heads // kv_heads if opening.shared else 1
+    summaries = far
     if opening.shared:
         # heads that share a list are, with their key head, one sequence
         tokens, far = (_apart(rows) for rows in (tokens, far))
     each = 4 * batch * (heads // stack) * sum(_widths(opening, radius, groups))
     step = max(1, LISTS // max(each, 1))
-    outs, sums = [], []
+    outs, sums, bounds = [], [], []
     for start in range(0, many, step):
         cut = slice(start, min(start + step, many))
         here = Where(*(y[:, cut] for y in where))
         lists = opened_lists(x[:, :, cut], *sketches, here, opening, radius=radius, groups=groups, starts=starts)
-        asking = q[:, :, cut]
+        asking, listed_far = q[:, :, cut], lists[1]
         size = asking.shape[2]
         if opening.shared:
             asking = asking.reshape(batch * kv_heads, stack, size, width)
@@ -444,7 +554,12 @@ def attend_opened(
         found = attend(asking, sources, scale=scale, position=position)
         outs.append(found.out.reshape(batch, heads, size, tokens.v.shape[3]))
         sums.append(found.lse.reshape(batch, heads, size))
-    return Partial(*(xs[0] if len(xs) == 1 else torch.cat(xs, 2) for xs in (outs, sums)))
+        if boxes is not None:
+            factor = width**-0.5 if scale is None else scale
+            part = Partial(outs[-1], sums[-1])
+            bounds.append(omitted(q[:, :, cut], part, summaries, listed_far, boxes, rank, factor))
+    part = Partial(*(xs[0] if len(xs) == 1 else torch.cat(xs, 2) for xs in (outs, sums)))
+    return part, None if boxes is None else torch.cat(bounds, 2)
 
 
 def _apart(rows: Rows) -> Rows:
