@@ -42,8 +42,7 @@ def test_none_opened_is_plain_bit_for_bit():
 )
 def test_the_choice_is_the_definition(causal, score, options):
     q, k, v = draw(93, seed=1)
-    # of two tokens both are as far from their mean: segments of 4
-    mech = FMA(**{"block": 8, "near": 8, "rank": 2, "open": 2, "score": score, "causal": causal, **options})
+    mech = FMA(**{**SMALL, "open": 2, "score": score, "causal": causal, **options})
     assert_within(mech(q, k, v), mech.reference(q, k, v), terms=93)
 
 
@@ -274,7 +273,7 @@ def test_the_bound_is_never_below_the_error(dtype):
     seen, ratios = 0, []
     gen = torch.Generator().manual_seed(0)
     for n, (name, hard) in enumerate(HARD.items()):
-        for options in ({}, {"open": 2}, {"causal": False, "sinks": 3}, {"open": 1, "score": "peak", "shared": False}):
+        for options in ({}, {"open": 2}, {"causal": False, "sinks": 3}, {"open": 1, "score": "box", "shared": False}):
             q, k, v = draw(65, batch=5, seed=n)
             # values that go with the keys are worse than values that do not
             q, k, v = (x.to(dtype) for x in (q, hard(k, gen), v + k.sign()))

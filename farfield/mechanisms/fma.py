@@ -179,7 +179,7 @@ class FMA(Mechanism):
         open: k, groups of level 1 that each query opens; may be changed at any time (`mech.open = 0`), except that
             a state made with 0 cannot go on with more.
         beam: groups of each coarser level that a query looks into on its way; at least `open`. Default 2 open.
-        score: what a group could hide: "box", "ball", "peak" or "mean", see farfield.select.opened.
+        score: what a group could hide: "peak", "box", "ball" or "mean", see farfield.select.opened.
         detail: rows of a group's sketch, which scores what its best row scores; divides `block`. Default rank.
         shared: the query heads of a key head open the same groups; otherwise each its own.
         tolerance: opens so many more groups that no output is farther from full attention's than this; see `certify`.
@@ -209,6 +209,7 @@ class FMA(Mechanism):
                 "sinks": 3,
                 "open": 2,
                 "beam": 3,
+                "score": "box",
                 "level_bias": True,
                 "kv_heads": 2,
                 "levels": 5,
@@ -217,7 +218,7 @@ class FMA(Mechanism):
             block=4,
         ),
         Case(
-            options={"block": 8, "near": 8, "rank": 2, "causal": False, "open": 1, "score": "peak", "shared": False},
+            options={"block": 8, "near": 8, "rank": 2, "causal": False, "open": 1, "shared": False},
             tokens=77,
             block=8,
         ),
@@ -236,7 +237,7 @@ class FMA(Mechanism):
         rewind: int = 0,
         open: int = 0,
         beam: int | None = None,
-        score: str = "box",
+        score: str = "peak",
         detail: int | None = None,
         shared: bool = True,
         level_bias: bool = False,
@@ -815,7 +816,8 @@ class FMA(Mechanism):
                     score = (x * mean).sum(-1) + x.norm(dim=-1) * told[..., None]
                 elif self.score == "peak":
                     peaks = torch.stack([y for _, y in inner], 2)
-                    best = (peaks - mean).norm(dim=-1).argmax(-1)[..., None, None]
+                    away = (peaks - mean).square().sum(-1)
+                    best = (away >= 0.9999 * away.amax(-1, keepdim=True)).int().argmax(-1)[..., None, None]
                     told = peaks.take_along_dim(best, 2)[:, :, 0]
                     score = (x * told[:, :, None]).sum(-1)
                 else:

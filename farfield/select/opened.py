@@ -10,7 +10,7 @@ are. With x the scaled query and over the tokens j of a segment,
     box     sum_c max(x_c min_j k[j]_c, x_c max_j k[j]_c)   >= every x . k[j]; as centre and half-range of the box
                                                               it is x . centre + |x| . half
     ball    x . mean + |x|_2 radius                         >= every x . k[j]; the radius is that of the mean's ball
-    peak    x . k[j*]                                       j* the key farthest from the mean
+    peak    x . k[j*]                                       j* the key farthest from the mean, the first of several
     mean    x . mean                                        what the summary itself says
 
 (the radius of a group of groups is the least that covers their balls, its j* that of its two which is farther away),
@@ -178,8 +178,8 @@ def _put_together(score: str, rows: Tensor, count: Tensor, detail: int, width: i
             found = torch.cat([mean, radius.masked_fill(~there, 0.0).amax(4)], -1)
         if score == "peak":
             away = (second - mean[..., None, :]).square().sum(-1).masked_fill(~there[..., 0], -1.0)
-            # the first of several as far
-            best = (away == away.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+            # the first of several as far: of two tokens rounding would choose
+            best = (away >= 0.9999 * away.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
             best = best[..., None, None].expand(*best.shape, 1, width)
             found = torch.cat([mean, second.gather(4, best)[..., 0, :]], -1)
     return Sketch(found.masked_fill((total == 0)[..., None], 0.0), total)
