@@ -105,7 +105,7 @@ def test_a_replay_computes_what_was_recorded():
 
 def test_memory_that_is_given_back_is_used_again():
     def twice(x):
-        for _ in range(4):
+        for _ in range(32):
             passing = torch.empty(1 << 16)
             add(passing, x, x, 1.0)
             del passing
@@ -118,7 +118,7 @@ def test_memory_that_is_given_back_is_used_again():
     assert torch.equal(found, 3 * x)
     assert isinstance(replayed(recording, x), torch.Tensor)
     # the allocator gives the same place out again; at worst, a few
-    assert recording.scratch < 4 * (4 << 16)
+    assert recording.scratch < 16 * (4 << 16)
 
 
 def test_one_tensor_given_twice_is_two_inputs():

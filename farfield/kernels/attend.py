@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels.replay import start
 from farfield.ops.attend import Call
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -253,7 +254,8 @@ def launch(
         constants += 1, False, False
     position, *position_at = _per_row(position, heads)
     group, *group_at = _per_row(group, heads)
-    attend_forward[(-(-stack * q_block // tiles.queries) * tiles.splits * blocks * batch * units,)](
+    start(
+        attend_forward, (-(-stack * q_block // tiles.queries) * tiles.splits * blocks * batch * units,),
         q, out, lse, parts, masses, position, group, *tensors,
         heads, tokens, blocks, tiles.splits, *[n // d_unit for n in q_at], *position_at, *group_at, *numbers, scale,
         stack, heads // kv_heads, q_block, *constants, width, value_width, padded(width), padded(value_width),

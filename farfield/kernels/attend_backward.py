@@ -27,7 +27,7 @@ from farfield.kernels import attend_listed
 from farfield.kernels.attend import padded
 from farfield.kernels.attend_listed_backward import attend_listed_backward
 from farfield.kernels.replay import start
-from farfield.kernels.transpose import Readers, piece_of, transpose
+from farfield.kernels.transpose import Readers, keys_of, piece_of, readers_of
 from farfield.ops.attend import Call, Plan
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -704,7 +704,8 @@ def attend_backward(
     """
     if attend_listed.wants(call):
         return [*attend_listed_backward(call, d_out, d_lse, out, lse), torch.zeros_like(call.bias[0])]
-    return _gather(call, *gradients(call, d_out, d_lse, out, lse, bias_grad))
+    sources, d_q, grads = gradients(call, d_out, d_lse, out, lse, bias_grad)
+    return gather(call, d_q, kept(sources, grads))
 
 
 def gradients(
@@ -751,7 +752,7 @@ def gradients(
     group, group_strides = _per_head(group, heads)
     positioned, grouped = position.dim() > 1, group.dim() > 1
 
-    read = _transposed(sources) if read is None else read
+    read = sorted_readers(call, *list_keys(call).sort(stable=True)) if read is None else read
     lists = -(-stack * q_block // tiles.queries)
     for begin, stop in _slices(sources, batch * units, lists * blocks):
         count = (stop - begin) * blocks * lists
@@ -830,6 +831,11 @@ def _source_of(call: Call, s: int, units: int, bias_grad: bool) -> _Source:
     )  # fmt: skip
 
 
+def dense(x: Tensor) -> Tensor:
+    """The tensor, or a copy that the kernels can read."""
+    return _dense(x)[0]
+
+
 def _dense(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Rows without gaps, near enough to each other for 32 bits within a tile, and their strides."""
     strides = x.stride()
@@ -871,13 +877,18 @@ def _empty(source: _Source, batch: int, units: int, delta: Tensor) -> _Three:
     )
 
 
-def _gather(call: Call, sources: list[_Source], d_q: Tensor, grads: list[_Three]) -> list[Tensor]:
-    """The gradients in the shapes and dtypes of the inputs."""
+def kept(sources: list[_Source], grads: list[_Three]) -> list[Sequence[Tensor]]:
+    """dk, dv and, where it is asked for, the bias gradient of each source."""
+    return [grad[: 2 + s.d_bias] for s, grad in zip(sources, grads, strict=True)]
+
+
+def gather(call: Call, d_q: Tensor, grads: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What is `kept` in the shapes and dtypes of the inputs."""
     d_k, d_v, d_bias = [], [], []
-    for s, (k, v, bias), like_k, like_v, like in zip(sources, grads, call.k, call.v, call.bias, strict=True):
-        d_k.append(k if s.repeat == 1 else _added_up(k, like_k))
-        d_v.append(v if s.repeat == 1 else _added_up(v, like_v))
-        d_bias.append(_added_up(bias, like) if s.d_bias else torch.zeros_like(like))
+    for (k, v, *bias), like_k, like_v, like in zip(grads, call.k, call.v, call.bias, strict=True):
+        d_k.append(_added_up(k, like_k))
+        d_v.append(_added_up(v, like_v))
+        d_bias.append(_added_up(bias[0], like) if bias else torch.zeros_like(like))
     return [d_q, *d_k, *d_v, *d_bias]
 
 
@@ -887,16 +898,25 @@ def _added_up(x: Tensor, like: Tensor) -> Tensor:
     return (x.sum(0, keepdim=True) if x.shape[0] != like.shape[0] else x).to(like.dtype)
 
 
-def _transposed(sources: list[_Source]) -> list[Readers]:
-    """The readers of every source; of shared lists once."""
+def list_keys(call: Call) -> Tensor:
+    """What is to be sorted for the readers of the sources' row blocks."""
+    return keys_of(call.index, call.count, _row_blocks(call))
+
+
+def sorted_readers(call: Call, ordered: Tensor, order: Tensor) -> list[Readers]:
+    """The readers of every source, once `list_keys` are sorted."""
+    shapes, row_blocks = [x.shape for x in call.index], _row_blocks(call)
+    small = [p.k_block < SMALL for p in call.plans]
     # a row block read twice as often as the average is no burden yet
     most = [
-        PIECE if s.small else max(READS, 2 * -(-s.index.shape[2] * s.picks // max(s.row_blocks, 1))) for s in sources
+        PIECE if few else max(READS, 2 * -(-shape[2] * shape[3] // max(m, 1)))
+        for few, shape, m in zip(small, shapes, row_blocks, strict=True)
     ]
-    return transpose(
-        [s.index for s in sources], [s.count for s in sources], [s.row_blocks for s in sources],
-        [s.small for s in sources], most,
-    )  # fmt: skip
+    return readers_of(ordered, order, shapes, row_blocks, small, most)
+
+
+def _row_blocks(call: Call) -> list[int]:
+    return [-(-k.shape[2] // p.k_block) for k, p in zip(call.k, call.plans, strict=True)]
 
 
 def _slices(sources: list[_Source], units: int, lists: int) -> list[tuple[int, int]]:

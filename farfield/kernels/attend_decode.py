@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels.attend import LN2, Tiles, launch, lists_of, padded, refusal
+from farfield.kernels.replay import start
 from farfield.ops.attend import Call
 
 QUERIES = 64  # of one unit, its stacked heads counted apart: more fill a tile of the forward kernel
@@ -60,8 +61,9 @@ def attend_decode(call: Call) -> tuple[Tensor, Tensor]:
     parts = lse.new_empty(batch * heads * tokens, tiles.splits, value_width)
     masses = lse.new_empty(batch * heads * tokens, tiles.splits)
     launch(call, units, q_block, tiles, out, lse, parts, masses)
-    merge_splits[(batch * heads * tokens,)](
-        parts, masses, out, lse, tiles.splits, value_width, padded(value_width), padded(tiles.most, 1), num_warps=4
+    start(
+        merge_splits, (batch * heads * tokens,),
+        parts, masses, out, lse, tiles.splits, value_width, padded(value_width), padded(tiles.most, 1), num_warps=4,
     )  # fmt: skip
     return out, lse
 

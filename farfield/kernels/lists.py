@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels.replay import start as launch
+
 LEVELS = 28  # of a pyramid: so many starts the kernel takes
 TILE = 64  # query blocks of a program
 
@@ -110,7 +112,8 @@ def build(
     pairs = [0] * (LEVELS // 2)
     for level, at in enumerate(starts):
         pairs[level // 2] += at << 32 * (level % 2)
-    tree_lists[(-(-many // TILE),)](
+    launch(
+        tree_lists, (-(-many // TILE),),
         near, near_count, far, far_count, start, blocks, len(starts), radius[0], first, sink_groups,
         *pairs, CAUSAL=causal, LEVELS=LEVELS, TILE=TILE, num_warps=2,
     )  # fmt: skip

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels.replay import start as launch
+
 SIZE = 1024  # entries of a program
 
 
@@ -83,7 +85,8 @@ def shards(
     index = torch.empty(1, heads * repeat, blocks, picks, dtype=torch.int32, device=device)
     count = torch.empty(1, heads * repeat, blocks, dtype=torch.int32, device=device)
     total = heads * repeat * blocks * picks
-    shard_lists[(-(-total // SIZE),)](
+    launch(
+        shard_lists, (-(-total // SIZE),),
         index, count, start, blocks, picks, total, first, repeat, sparse, stride, step, offset, local,
         SPLIT=split, SIZE=SIZE, num_warps=4,
     )  # fmt: skip
@@ -97,7 +100,8 @@ def powers(
     index = torch.empty(1, 1, blocks, picks, dtype=torch.int32, device=device)
     count = torch.empty(1, 1, blocks, dtype=torch.int32, device=device)
     total = blocks * picks
-    power_lists[(-(-total // SIZE),)](
-        index, count, start, blocks, picks, total, window, sinks, SPLIT=split, SIZE=SIZE, num_warps=4
-    )
+    launch(
+        power_lists, (-(-total // SIZE),),
+        index, count, start, blocks, picks, total, window, sinks, SPLIT=split, SIZE=SIZE, num_warps=4,
+    )  # fmt: skip
     return index, count

@@ -522,6 +522,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k, v and the filters; the contract is ops.pool's."""
     d_far_k, d_far_v = d_far_k.contiguous(), d_far_v.contiguous()
+    d_k, d_v, part = launches(near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, tokens, tree)
+    return d_k, d_v, added_up(part, d_k, d_v, tree)
+
+
+def launches(
+    near_k: Tensor, near_v: Tensor, d_far_k: Tensor, d_far_v: Tensor, far_k: Tensor, far_v: Tensor, filters: Tensor,
+    tokens: int, tree: Tree,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of k and v, and what is `added_up` to the filters': an empty tensor without filters.
+
+    The far rows' gradients are contiguous.
+    """
     batch, heads, rows, width = d_far_k.shape
     value_width, units, learned = d_far_v.shape[3], batch * heads, filters.dim() > 1
     block, rank, levels = tree.block, tree.rank, tree.levels
@@ -551,10 +563,19 @@ def backward(
         near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, d_k, d_v, part, scratch, *strides, heads, tokens,
         *lengths, tops, PIECE=piece, LEARNED=learned, NEAR_K=near_k.dim() > 1, NEAR_V=near_v.dim() > 1, **tile, **same,
     )  # fmt: skip
-    if not learned:
-        return d_k, d_v, torch.empty_like(filters)
-    part = part[:, :, : chunks + more]
-    return d_k, d_v, torch.stack([x.sum((0, 2, 3)) for x in (part[:, :, :, :k_slices], part[:, :, :, k_slices:])])
+    return d_k, d_v, part if learned else torch.empty_like(filters)
+
+
+def added_up(part: Tensor, d_k: Tensor, d_v: Tensor, tree: Tree) -> Tensor:
+    """The gradient of the filters."""
+    if part.dim() == 1:
+        return part
+    width, value_width, seg = d_k.shape[3], d_v.shape[3], tree.block // tree.rank
+    tile = tiles_down(width, value_width, d_k.element_size(), seg, tree.rank, True)
+    # the last chunk is that of pool_descend
+    part = part if tree.levels > tile["LIFTS"] + 1 else part[:, :, :-1]
+    k_slices = -(-width // tile["BD"])
+    return torch.stack([x.sum((0, 2, 3)) for x in (part[:, :, :, :k_slices], part[:, :, :, k_slices:])])
 
 
 @functools.cache

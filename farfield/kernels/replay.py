@@ -40,6 +40,10 @@ _local = threading.local()
 _lock = threading.Lock()
 
 
+class Refused(RuntimeError):
+    """What a function does cannot be recorded."""
+
+
 class Address:
     """Memory of a dtype as Triton takes it in place of a tensor."""
 
@@ -184,7 +188,7 @@ class Recorded:
         options: what it takes behind the tensors.
 
     Raises:
-        RuntimeError: at the first call, `function` does something else with tensors.
+        Refused: at the first call, `function` does something else with tensors.
     """
 
     __slots__ = ("function", "options", "recordings")
@@ -247,7 +251,7 @@ def record(
     spans = sorted((x.data_ptr(), x.data_ptr() + _extent(x)) for x in inputs)
     if any(a[1] > b[0] for a, b in pairwise(spans)):
         # one input is in the other: which of the two an address belongs to could not be told
-        inputs = [x.new_empty_strided(x.shape, x.stride()).copy_(x) for x in inputs]
+        inputs = [_copied(x) for x in inputs]
     recorder = _Recorder(inputs)
     if getattr(_local, "recorder", None) is not None:
         raise RuntimeError("a recorded function must not record another one")
@@ -287,7 +291,7 @@ class _Recorder(TorchDispatchMode):
             at = found.untyped_storage().data_ptr()
             self.made.append(_Memory(at, at + found.untyped_storage().nbytes()))
         elif not (func.is_view or func is _aten.detach.default):
-            raise RuntimeError(f"{func} cannot be recorded: only allocations, views and launches can")
+            raise Refused(f"{func} cannot be recorded: only allocations, views and launches can")
         return found
 
     def constant(self, make: Callable[..., Any], given: Sequence[Any]) -> Any:
@@ -313,12 +317,12 @@ class _Recorder(TorchDispatchMode):
             elif isinstance(base := getattr(value, "base", None), Tensor):
                 where = self._find(base.data_ptr())
                 if where is None:
-                    raise RuntimeError(f"{kernel.__name__}: a descriptor of a constant cannot be recorded")
+                    raise Refused(f"{kernel.__name__}: a descriptor of a constant cannot be recorded")
                 values[place] = None
                 about = {name: x for name, x in vars(value).items() if name != "base"}
                 boxes.append(Box(place, *where, type(value), about, base.dtype))
             elif isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
-                raise RuntimeError(f"{kernel.__name__}: tensors in tuples cannot be recorded")
+                raise Refused(f"{kernel.__name__}: tensors in tuples cannot be recorded")
         grid_3 = grid[0], *grid[1:], *((1,) * (3 - len(grid)))
         self.seen.append(Launch(made, grid_3, values, holes, boxes))
 
@@ -328,11 +332,11 @@ class _Recorder(TorchDispatchMode):
         slots: dict[int, tuple[int, int]] = {-1 - i: (i, 0) for i in range(len(self.inputs))}
         for j, x in enumerate(outputs):
             if not x.is_contiguous():
-                raise RuntimeError("a recorded function must return contiguous tensors")
+                raise Refused("a recorded function must return contiguous tensors")
             at = x.untyped_storage().data_ptr()
             own = any(memory.first == at for memory in self.made)
             if not own or x.storage_offset() or x.untyped_storage().nbytes() != x.nbytes:
-                raise RuntimeError("a recorded function must return tensors that it has allocated")
+                raise Refused("a recorded function must return tensors that it has allocated")
             owner = max(i for i, memory in enumerate(self.made) if memory.first == at)
             slots[owner] = len(self.inputs) + j, 0
         # what shared memory one after the other shares it again
@@ -376,7 +380,13 @@ class _Recorder(TorchDispatchMode):
         for i, memory in enumerate(self.inputs):
             if memory.first <= address < memory.last:
                 return -1 - i, address - memory.first
-        raise RuntimeError("a recorded launch reads what is neither an input nor a constant nor allocated here")
+        raise Refused("a recorded launch reads what is neither an input nor a constant nor allocated here")
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A copy with the same strides, which may be 0: of all that lies between the first and the last element."""
+    flat = x.as_strided((_extent(x) // x.element_size(),), (1,))
+    return flat.clone().as_strided(x.shape, x.stride(), 0)
 
 
 def _extent(x: Tensor) -> int:

@@ -9,12 +9,15 @@ entries has no more pieces than there are numbers before its successor's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from farfield.kernels.replay import start as launch
 
 WHOLE = 1 << 30  # row blocks of fewer entries are never cut
 
@@ -68,8 +71,9 @@ def _spans(
 
 
 def transpose(
-    index: list[Tensor], count: list[Tensor], row_blocks: list[int], by_entry: list[bool], most: list[int]
-) -> list[Readers]:
+    index: Sequence[Tensor], count: Sequence[Tensor], row_blocks: Sequence[int], by_entry: Sequence[bool],
+    most: Sequence[int],
+) -> list[Readers]:  # fmt: skip
     """The readers of every source's row blocks; linear in the number of entries, nothing read back by the host.
 
     Args:
@@ -77,6 +81,12 @@ def transpose(
         by_entry: `reader` holds entries n * P + p rather than query blocks n.
         most: entries of a piece; even.
     """
+    ordered, order = keys_of(index, count, row_blocks).sort(stable=True)
+    return readers_of(ordered, order, [x.shape for x in index], row_blocks, by_entry, most)
+
+
+def keys_of(index: Sequence[Tensor], count: Sequence[Tensor], row_blocks: Sequence[int]) -> Tensor:
+    """What is to be sorted: the row blocks of all entries, numbered through all segments and sources."""
     device = index[0].device
     shapes = [x.shape for x in index]
     numbers = [a * b * c * d for a, b, c, d in shapes]
@@ -87,20 +97,30 @@ def transpose(
     for s, (_, _, blocks, picks) in enumerate(shapes):
         number = numbers[s]
         if number:
-            _keys[(-(-number // size),)](
+            launch(
+                _keys, (-(-number // size),),
                 index[s].contiguous(), count[s].contiguous(), keys, base, shift, blocks * picks, picks, row_blocks[s],
                 number, SIZE=size,
             )  # fmt: skip
         base += starts[s]
         shift += number
-    ordered, order = keys.sort(stable=True)
+    return keys
+
+
+def readers_of(
+    ordered: Tensor, order: Tensor, shapes: Sequence[Sequence[int]], row_blocks: Sequence[int],
+    by_entry: Sequence[bool], most: Sequence[int],
+) -> list[Readers]:  # fmt: skip
+    """`transpose` of lists of these shapes, once their keys are sorted: `order` is where each key was."""
+    device, entries, size = ordered.device, ordered.numel(), 1024
     # the entries of a source stay where they were: its keys are larger than those of the sources before it
     reader = torch.empty(entries, dtype=torch.int32, device=device)
     found, base, shift, steps = [], 0, 0, entries.bit_length()
     for s, (batches, heads, blocks, picks) in enumerate(shapes):
-        number, bounds, limit = numbers[s], starts[s], most[s]
+        number, bounds, limit = batches * heads * blocks * picks, batches * heads * (row_blocks[s] + 1), most[s]
         start = torch.empty(bounds, dtype=torch.int32, device=device)
-        _spans[(-(-max(bounds, number) // size),)](
+        launch(
+            _spans, (-(-max(bounds, number) // size),),
             ordered, order, start, reader, base, shift, 1 if by_entry[s] else max(picks, 1), max(blocks * picks, 1),
             number, bounds, entries, steps, SIZE=size,
         )  # fmt: skip

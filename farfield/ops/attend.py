@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
-from farfield.ops.eager import eager, recorded
+from farfield.ops.eager import PLAIN, eager, recorded
+from farfield.ops.known import Known, Memory
 from farfield.types import Layout, Partial, Rows
 
 
@@ -81,7 +82,15 @@ def attend(
     Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691) for the softmax in pieces and its backward from lse; the
     joint softmax over near and far rows is Fast Multipole Attention's (arXiv:2310.11960).
     """
-    sources = _check(q, [(rows, layout)] if isinstance(rows, Rows) else rows, position, group)
+    given = [(rows, layout)] if isinstance(rows, Rows) else rows
+    key = _key(q, given, position, group, scale)
+    known = None if key is None else _memory.find(key)
+    if known is None:
+        sources = _check(q, given, position, group)
+        known = None if key is None else _memory.of(key)
+    else:
+        # what was checked then need not be checked again
+        sources = cast(Sequence[tuple[Rows, Layout]], given)
     none = q.new_empty(0)
     call = Call(
         q,
@@ -101,22 +110,23 @@ def attend(
     if not eager(*weighed):
         out, lse = _forward(*_flat(call))
     elif recorded(*weighed):
-        out, lse = _Attend.apply(call, *weighed)
+        out, lse = _Attend.apply(call, known, *weighed)
     else:
-        out, lse = _attend(call)
+        out, lse = _attend(call, known)
     return Partial(out, lse)
 
 
-def _attend(call: Call) -> tuple[Tensor, Tensor]:
-    """out and lse, by whatever takes the call."""
+def _attend(call: Call, known: Known | None = None) -> tuple[Tensor, Tensor]:
+    """out and lse, by whatever takes the call; `known`: of its signature."""
+    if call.q.is_cuda:
+        from farfield.kernels import plans
+        from farfield.kernels.attend import refusal
+
+        if not refusal(call):
+            return _plainly(plans.forward, call, known)
+    # no kernel for this dtype, width or number of sources: the same sums in PyTorch
     from farfield.cpu.attend import forward
 
-    if call.q.is_cuda:
-        from farfield.kernels.attend import refusal
-        from farfield.kernels.launch import attend_forward
-
-        # no kernel for this dtype, width or number of sources: the same sums in PyTorch
-        forward = forward if refusal(call) else attend_forward
     return _plainly(forward, call)
 
 
@@ -127,11 +137,11 @@ def _gradients(
     from farfield.cpu.attend import backward
 
     if call.q.is_cuda:
-        from farfield.kernels import attend_backward
+        from farfield.kernels import plans
         from farfield.kernels.attend import refusal
 
         if not refusal(call):
-            return _plainly(attend_backward.attend_backward, call, d_out, d_lse, out, lse, bias_grad)
+            return _plainly(plans.backward, call, d_out, d_lse, out, lse, bias_grad)
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     return _plainly(backward, call, d_out, d_lse, out, lse, bias_grad)
 
@@ -140,10 +150,10 @@ class _Attend(torch.autograd.Function):
     """The operation below without the dispatcher; lists of tensors are flat here."""
 
     @staticmethod
-    def forward(ctx, call: Call, *weighed: Tensor):
+    def forward(ctx, call: Call, known: Known | None, *weighed: Tensor):
         # most use out alone, and zeros for lse would have to be written and read
         ctx.set_materialize_grads(False)
-        out, lse = _attend(call)
+        out, lse = _attend(call, known)
         ctx.plans, ctx.scale, ctx.sources = call.plans, call.scale, len(call.k)
         _keep(ctx, out, lse, call)
         return out, lse
@@ -153,7 +163,7 @@ class _Attend(torch.autograd.Function):
         out, lse, call = _kept(ctx)
         d_out = torch.zeros_like(out) if d_out is None else d_out
         bias_grad = any(ctx.needs_input_grad[-ctx.sources :])
-        return None, *_differentiated(call, d_out, d_lse, out, lse, bias_grad)
+        return None, None, *_differentiated(call, d_out, d_lse, out, lse, bias_grad)
 
 
 # The schema is flat: an absent tensor is an empty one, because lists of optional tensors carry no gradient.
@@ -286,6 +296,37 @@ def _weights(bias: Tensor, q: Tensor) -> Tensor:
 def _per_head(x: Tensor) -> Tensor:
     """[S] or [B, H, S] as [B, H, S]."""
     return x[None, None] if x.dim() == 1 else x
+
+
+# signatures that have passed the checks, and with each what kernels keep for further calls of it
+_memory = Memory(128)
+
+
+def _key(
+    q: Tensor, given: Sequence[tuple[Rows, Layout | None]], position: Tensor | None, group: Tensor | None,
+    scale: float | None,
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """All that the checks look at and that launches follow from, None for what a compiler or a mode sees.
+
+    None also for what is no (Rows, Layout): the checks say so.
+    """
+    if not eager(q) or type(given) not in (list, tuple):
+        return None
+    tensors: list[Any] = [q, position, group]
+    key: list[Any] = [None if scale is None else float(scale)]
+    for rows, layout in given:
+        if type(rows) is not Rows or type(layout) is not Layout:
+            return None
+        tensors += rows.k, rows.v, rows.end, rows.bias, rows.group, layout.index, layout.count
+        key += layout.q_block, layout.k_block, layout.tokens, layout.rows, layout.causal, layout.reach, layout.sinks
+    for x in tensors:
+        if x is None:
+            key.append(None)
+        elif type(x) in PLAIN:
+            key += x.shape, x.stride(), x.dtype, x.device
+        else:
+            return None
+    return tuple(key)
 
 
 def _check(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 def eager(*tensors: Tensor) -> bool:
@@ -17,7 +17,7 @@ def eager(*tensors: Tensor) -> bool:
     if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
         return False
     for x in tensors:  # noqa: SIM110 (a generator would cost as much as all the rest)
-        if type(x) not in _PLAIN or x.is_meta:
+        if type(x) not in PLAIN or x.is_meta:
             return False
     return True
 

@@ -13,9 +13,10 @@ def tree_lists(
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """near and far index and count in one launch."""
+    from farfield.kernels import plans
     from farfield.kernels.lists import build
 
-    return build(start, blocks, radius, starts, causal, first, sink_groups, device)
+    return plans.lists(build, start, blocks, tuple(radius), tuple(starts), causal, first, sink_groups, device=device)
 
 
 def shard_lists(
@@ -23,15 +24,18 @@ def shard_lists(
     offset: int, local: int, split: int, device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """index and count of select.sharded in one launch."""
+    from farfield.kernels import plans
     from farfield.kernels.patterns import shards
 
-    return shards(start, blocks, picks, first, heads, repeat, sparse, stride, step, offset, local, split, device)
+    about = start, blocks, picks, first, heads, repeat, sparse, stride, step, offset, local, split
+    return plans.lists(shards, *about, device=device)
 
 
 def power_lists(
     start: int, blocks: int, picks: int, window: int, sinks: int, split: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """index and count of select.powers in one launch."""
+    from farfield.kernels import plans
     from farfield.kernels.patterns import powers
 
-    return powers(start, blocks, picks, window, sinks, split, device)
+    return plans.lists(powers, start, blocks, picks, window, sinks, split, device=device)

@@ -109,18 +109,18 @@ def pool(
 
 
 def _pool(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from farfield.kernels.pool import forward
+    from farfield.kernels.plans import pooled
 
-    return forward(k, v, filters, tree)
+    return pooled(k, v, filters, tree)
 
 
 def _gradients(
     near_k: Tensor, near_v: Tensor, d_far_k: Tensor, d_far_v: Tensor, far_k: Tensor, far_v: Tensor, filters: Tensor,
     tokens: int, tree: Tree,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels.pool import backward
+    from farfield.kernels.plans import pool_backward
 
-    return backward(near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, tokens, tree)
+    return pool_backward(near_k, near_v, d_far_k, d_far_v, far_k, far_v, filters, tokens, tree)
 
 
 class _Pool(torch.autograd.Function):
