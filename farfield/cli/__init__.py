@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from farfield.cli import bench, compare, demo, evaluate, generate, mechanisms, recall, train
+from farfield.cli import bench, compare, demo, evaluate, generate, mechanisms, perplexity, recall, train
 from farfield.cli.errors import Commands
 
 __all__ = ["app", "main"]
@@ -54,6 +54,7 @@ for module, panel in (
     (generate, "Models"),
     (compare, "Mechanisms"),
     (recall, "Mechanisms"),
+    (perplexity, "Mechanisms"),
     (bench, "Mechanisms"),
     (mechanisms, "Mechanisms"),
 ):
