@@ -28,7 +28,20 @@ from farfield.cli.options import numbers, parse
 from farfield.testing import contract
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "train", "evaluate", "generate", "compare", "recall", "bench", "list", "find", "show", "new")
+COMMANDS = (
+    "demo",
+    "train",
+    "evaluate",
+    "generate",
+    "compare",
+    "perplexity",
+    "recall",
+    "bench",
+    "list",
+    "find",
+    "show",
+    "new",
+)
 
 runner = CliRunner(env={"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1", "FARFIELD_DEBUG": None})
 

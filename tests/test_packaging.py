@@ -97,7 +97,16 @@ def test_command_line_loads_its_libraries_on_demand():
     code = "import sys, torch; own = set(sys.modules); import farfield.cli; print(*sorted(set(sys.modules) - own))"
     loaded = set(python(code).split())
     assert "typer" in loaded
-    late = {"matplotlib", "safetensors", "tokenizers", "farfield.train", "farfield.bench", "farfield.nn"}
+    late = {
+        "matplotlib",
+        "safetensors",
+        "tokenizers",
+        "transformers",
+        "farfield.hf",
+        "farfield.train",
+        "farfield.bench",
+        "farfield.nn",
+    }
     assert not loaded & late
 
 
@@ -110,7 +119,7 @@ def test_every_dependency_is_pinned_within_its_range():
     pins = {re.sub("[-_.]+", "-", name).lower(): version for name, version in pins.items()}
     assert pins["torch"] == "2.13.0"
     extras = PROJECT["project"]["optional-dependencies"]
-    for text in [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["text"]]:
+    for text in [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["hf"], *extras["text"]]:
         needed = Requirement(text)
         assert needed.name in pins, f"constraints.txt does not pin {needed.name}"
         assert needed.specifier.contains(pins[needed.name]), f"{text} excludes the pinned {pins[needed.name]}"

@@ -1,0 +1,90 @@
+"""FMA with open > 0, attended densely: the same choice, the same rows, the same softmax.
+
+On a CPU the lists of a query of its own cost more than all scores do, at a few thousand tokens. This subclass hides
+what a query does not read instead of gathering what it reads, so that many settings can be compared on one machine.
+Causal, in one piece, without gradients. To be found by FARFIELD_MECHANISMS=examples/controls.
+"""
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from farfield.mechanisms.fma import FMA
+from farfield.select import opened
+from farfield.select.static import radii
+
+STEP = 256  # queries at a time
+
+
+class DenseFMA(FMA):
+    """FMA whose opened groups are read through a mask; options as FMA's."""
+
+    def _attend_opened(self, q, tokens, far, sketches, where, starts, first=0, *, more=0, boxes=None):
+        if first or boxes is not None or not self.causal or not self.shared or q.shape[0] != 1:
+            raise NotImplementedError("fma-dense: one whole sequence, causal, with shared choices")
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        rows, bias = opened.told(self.score, sketches)
+        asked = opened.asked(self.score, q, scale)
+        sizes = [s.rows.shape[2] for s in sketches]
+        radius = radii(self.near, self.block, len(starts))
+        heads = q.shape[1]
+        kv_heads = tokens.k.shape[1]
+        stack = heads // kv_heads
+        far_bias = torch.zeros(len(far)) if far.bias is None else far.bias.reshape(-1)
+        k, far_k, v, far_v = (x[0][:, None].expand(-1, stack, -1, -1) for x in (tokens.k, far.k, tokens.v, far.v))
+        out = q.new_empty(1, heads, q.shape[2], v.shape[3])
+        for start in range(0, q.shape[2], STEP):
+            stop = min(start + STEP, q.shape[2])
+            at = torch.arange(start, stop)
+            x = asked[0, :, start:stop].unflatten(0, (kv_heads, stack))
+            kept = self._kept(x, rows[0], bias.reshape(-1), at // self.block, sizes, radius)
+
+            blocks = -(-stop // self.block)
+            opens = kept[0][..., :blocks]
+            opens = pad(opens, (0, blocks - opens.shape[-1]))
+            near = (at // self.block)[:, None] - torch.arange(blocks) <= radius[0]
+            seen = (opens | near).repeat_interleave(self.block, -1)[..., :stop]
+            seen = (seen | (torch.arange(stop) < self.sinks)) & (torch.arange(stop) <= at[:, None])
+            summaries = torch.zeros(kv_heads, stop - start, len(far), dtype=torch.bool)
+            holds = kept[0]
+            for height, size in enumerate(sizes):
+                above = pad(holds, (0, holds.shape[-1] % 2)).unflatten(-1, (-1, 2)).any(-1)
+                read = _listed(at // self.block, height, size, radius, above) & ~holds
+                begin = starts[height] * self.rank
+                summaries[..., begin : begin + size * self.rank] = read.repeat_interleave(self.rank, -1)
+                holds = above[..., : sizes[height + 1]] if height + 1 < len(sizes) else above
+
+            hidden = torch.zeros(kv_heads, 1, stop - start, stop + len(far))
+            hidden[..., stop:] = far_bias
+            hidden.masked_fill_(~torch.cat([seen, summaries], -1)[:, None], float("-inf"))
+            rows_k, rows_v = (torch.cat([x[:, :, :stop], y], 2) for x, y in ((k, far_k), (v, far_v)))
+            mine = q[0, :, start:stop].unflatten(0, (kv_heads, stack))
+            found = scaled_dot_product_attention(mine, rows_k, rows_v, hidden, scale=scale)
+            out[0, :, start:stop] = found.flatten(0, 1)
+        return out, None
+
+    def _kept(self, x, rows, bias, n, sizes, radius):
+        """Which groups of each level are kept on the way down, [G, t, groups]: of level 1 the opened ones."""
+        beam = 2 * self.open if self.beam is None else self.beam
+        kept, above = [], None
+        for height in reversed(range(len(sizes))):
+            part = slice(sum(sizes[:height]) * self.detail, sum(sizes[: height + 1]) * self.detail)
+            score = (x @ rows[:, None, part].mT + bias[part]).unflatten(-1, (-1, self.detail)).amax(-1)
+            seen = _listed(n, height, sizes[height], radius, above)
+            score = score.masked_fill(~seen[:, None] if seen.dim() == 3 else ~seen, float("-inf"))
+            score = score.log_softmax(-1).logsumexp(1) if x.shape[1] > 1 else score[:, 0]
+            score = score.nan_to_num(nan=float("-inf"))
+            best = score.topk(min(beam if height else self.open, sizes[height]), -1)
+            above = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best.indices, best.values > float("-inf"))
+            kept.insert(0, above)
+        return kept
+
+
+def _listed(n, height, groups, radius, above):
+    """Groups of a level that are no neighbours of block n's, and whose parents are, or are kept: [(G,) t, groups]."""
+    own, j = (n >> height)[:, None], torch.arange(groups)
+    inside = (own // 2 - j // 2) <= radius[height + 1]
+    if above is not None:
+        # a group's parent may be incomplete, and missing
+        children = above.repeat_interleave(2, -1)[..., :groups]
+        inside = inside | pad(children, (0, groups - children.shape[-1]))
+    return inside & (own - j > radius[height])
