@@ -229,3 +229,13 @@ def test_command(folder, monkeypatch):
     short = CliRunner().invoke(app, [*args[:-4], "--last", "20", "--start", "600"])
     assert short.exit_code == 2
     assert "text shorter than n" in short.output
+
+
+def test_a_library_that_is_missing_is_named(folder, monkeypatch):
+    import importlib.util
+
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else there(name))
+    done = CliRunner().invoke(app, ["perplexity", "--model", str(folder), "--gguf", "x.gguf", "--text", "text.txt"])
+    assert done.exit_code == 2
+    assert "perplexity needs gguf: pip install 'farfield[hf]'" in done.output

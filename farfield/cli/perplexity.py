@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -106,7 +106,7 @@ def _layers(given: str | None) -> list[int]:
         ) from None
 
 
-def _load(model: str, gguf: str | None, text: Path, start: int, tokens: int, dtype):
+def _load(model: str, gguf: str | None, text: Path, start: int, tokens: int, dtype) -> tuple[Any, Tensor]:
     """The model, and the ids of the window."""
     for library in ("transformers", *(("gguf", "accelerate") if gguf else ())):
         if importlib.util.find_spec(library) is None:
