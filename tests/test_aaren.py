@@ -7,6 +7,7 @@ import farfield as ff
 from farfield.mechanisms.aaren import Aaren
 from farfield.ops.scan import Prefix, prefix_softmax
 from farfield.testing.inputs import normal
+from farfield.testing.largest import Largest
 from farfield.testing.units import assert_within
 from farfield.types import Partial
 
@@ -176,19 +177,9 @@ def test_the_order_inside_a_prefix_does_not_matter():
 
 def test_memory_grows_with_the_length_not_its_square():
     def elements(tokens):
-        largest = 0
-
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                nonlocal largest
-                out = func(*args, **(kwargs or {}))
-                if isinstance(out, torch.Tensor):
-                    largest = max(largest, out.numel())
-                return out
-
-        with Watch():
+        with Largest() as watch:
             prefix_softmax(*(x.float() for x in draw(tokens=tokens)), chunk=16)
-        return largest
+        return watch.elements
 
     assert elements(4096) < 1.2 * 4 * elements(1024)
 

@@ -15,6 +15,7 @@ from farfield.select import static
 from farfield.testing import oracles
 from farfield.testing.contract import poisoned_memory
 from farfield.testing.inputs import normal
+from farfield.testing.largest import Largest
 from farfield.testing.units import assert_within
 from farfield.types import Layout, Rows
 
@@ -438,21 +439,6 @@ def test_autocast(dtype):
     """Sums stay in float32, and float32 stays float32, wherever the call stands."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         problem().check(dtype)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements any tensor made under it has."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 def test_makes_nothing_of_the_size_of_the_score_matrix(monkeypatch):

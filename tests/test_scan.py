@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from farfield.ops.scan import scan
 from farfield.testing import oracles
 from farfield.testing.inputs import normal
+from farfield.testing.largest import Largest
 from farfield.testing.units import assert_within
 
 NAMES = ("q", "k", "v", "decay", "state")
@@ -169,19 +170,9 @@ def test_compiles_whole():
 
 def test_memory_grows_with_the_length_not_its_square():
     def elements(T):
-        largest = 0
-
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                nonlocal largest
-                out = func(*args, **(kwargs or {}))
-                if isinstance(out, torch.Tensor):
-                    largest = max(largest, out.numel())
-                return out
-
-        with Watch():
+        with Largest() as watch:
             scan(*(t.detach() for t in inputs(B=1, T=T)[:4]), chunk=16)
-        return largest
+        return watch.elements
 
     assert elements(4096) < 1.2 * 4 * elements(1024)
 

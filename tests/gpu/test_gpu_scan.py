@@ -5,6 +5,7 @@ import torch
 
 from farfield.mechanisms.lightning_attention import LightningAttention
 from farfield.ops.scan import scan
+from farfield.testing.captured import replayed
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
@@ -122,17 +123,7 @@ def test_a_training_step_is_captured():
         out = mech(*x)
         return out, *torch.autograd.grad(out, x, torch.ones_like(out))
 
-    want = step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    for t in got:
-        t.detach().zero_()
-    graph.replay()
+    want, got = replayed(step)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
