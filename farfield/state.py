@@ -93,6 +93,28 @@ class State:
         """The state before the last `drop` tokens, as speculative decoding needs after a rejected draft."""
         raise NotImplementedError(f"{type(self).__name__}: crop is not supported; keep the state from before the draft")
 
+    def left(self, drop: int) -> int:
+        """How many tokens there are without the last `drop`.
+
+        Raises:
+            ValueError: fewer than none, or more than there are.
+        """
+        if not 0 <= drop <= self.tokens:
+            raise ValueError(f"{type(self).__name__}: cannot drop {drop} of {self.tokens} tokens")
+        return self.tokens - drop
+
+
+@dataclass(frozen=True)
+class Cache(State):
+    """All keys [B, G, tokens, D] and values [B, G, tokens, E], in order."""
+
+    k: Tensor
+    v: Tensor
+
+    def crop(self, drop: int) -> Self:
+        keep = self.left(drop)
+        return replace(self, tokens=keep, k=self.k[:, :, :keep], v=self.v[:, :, :keep])
+
 
 def _walk(x: Any, name: str, visit: Callable[[str, Tensor], Any]) -> Any:
     """`x` with every tensor replaced by visit(dotted name, tensor)."""

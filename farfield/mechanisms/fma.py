@@ -122,9 +122,7 @@ class FMAState(State):
         Raises:
             ValueError: tokens that the earlier state needs are summarized and gone; `rewind` says how far one can go.
         """
-        keep = self.tokens - drop
-        if drop < 0 or keep < 0:
-            raise ValueError(f"fma: cannot drop {drop} of {self.tokens} tokens")
+        keep = self.left(drop)
         blocks = _summarized(keep, self.block, self.near)
         if blocks < self.grown[0].blocks:
             oldest = self.grown[0].blocks + self.near // self.block

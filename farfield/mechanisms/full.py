@@ -6,30 +6,16 @@ T * S scores. The baseline of everything else, through PyTorch's scaled_dot_prod
 Departs from the paper: nothing.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from farfield.mechanism import Case, Mechanism, Paper, State, Supports
+from farfield.mechanism import Case, Mechanism, Paper, Supports
 from farfield.ops.attend import attend
 from farfield.packing import blank, documents
 from farfield.select import static
+from farfield.state import Cache
 from farfield.types import Rows
-
-
-@dataclass(frozen=True)
-class Cache(State):
-    k: Tensor
-    v: Tensor
-
-    def crop(self, drop: int) -> "Cache":
-        if not 0 <= drop <= self.tokens:
-            raise ValueError(f"full: cannot drop {drop} of {self.tokens} tokens")
-        keep = self.tokens - drop
-        return Cache(keep, self.k[:, :, :keep], self.v[:, :, :keep])
 
 
 class Full(Mechanism):

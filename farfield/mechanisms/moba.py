@@ -10,31 +10,12 @@ Departs from the paper: one attention over all chosen blocks, instead of two mer
 scores the earlier block wins.
 """
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
-from farfield.select.scored import Scoring, attend_chosen, block_means, check, choose, tokens_read
+from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
+from farfield.select.scored import BlockCache, Scoring, attend_chosen, block_means, check, choose, remember, tokens_read
 from farfield.types import Layout, Rows
-
-
-@dataclass(frozen=True)
-class Blocks(State):
-    """All tokens, and the mean key of each complete block in float32 or wider."""
-
-    k: Tensor
-    v: Tensor
-    means: Tensor
-    block: int
-
-    def crop(self, drop: int) -> "Blocks":
-        if not 0 <= drop <= self.tokens:
-            raise ValueError(f"moba: cannot drop {drop} of {self.tokens} tokens")
-        keep = self.tokens - drop
-        k, v, means = self.k[:, :, :keep], self.v[:, :, :keep], self.means[:, :, : keep // self.block]
-        return replace(self, tokens=keep, k=k, v=v, means=means)
 
 
 class MoBA(Mechanism):
@@ -68,15 +49,11 @@ class MoBA(Mechanism):
         self.check(q, k, v, group=group, rotary=rotary)
         return self._attend(q, k, v, block_means(k, self.scoring.block), 0)
 
-    def extend(self, q, k, v, state: Blocks | None = None, *, rotary=None):
+    def extend(self, q, k, v, state: BlockCache | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
-        block, seen = self.scoring.block, 0
-        if state is None:
-            means = block_means(k, block)
-        else:
-            seen, k, v = state.tokens, torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-            means = torch.cat([state.means, block_means(k[:, :, state.means.shape[2] * block :], block)], 2)
-        return self._attend(q, k, v, means, seen), Blocks(k.shape[2], k, v, means, block)
+        seen = 0 if state is None else state.tokens
+        state = remember(state, k, v, self.scoring.block)
+        return self._attend(q, state.k, state.v, state.means, seen), state
 
     def reference(self, q, k, v):
         block, picks = self.scoring.block, self.scoring.picks

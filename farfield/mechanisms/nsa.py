@@ -43,9 +43,7 @@ class NSAState(State):
     span: int
 
     def crop(self, drop: int) -> "NSAState":
-        if not 0 <= drop <= self.tokens:
-            raise ValueError(f"nsa: cannot drop {drop} of {self.tokens} tokens")
-        keep = self.tokens - drop
+        keep = self.left(drop)
         return replace(
             self,
             tokens=keep,

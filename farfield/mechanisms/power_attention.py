@@ -13,30 +13,14 @@ state keeps all tokens; a step reads log2(T / block) blocks of them.
 Departs from the paper: nothing.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
-from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.select import static
+from farfield.state import Cache
 from farfield.types import Layout, Rows
-
-
-@dataclass(frozen=True)
-class PowerState(State):
-    """All keys and values."""
-
-    k: Tensor
-    v: Tensor
-
-    def crop(self, drop: int) -> "PowerState":
-        if not 0 <= drop <= self.tokens:
-            raise ValueError(f"power-attention: cannot drop {drop} of {self.tokens} tokens")
-        keep = self.tokens - drop
-        return PowerState(keep, self.k[:, :, :keep], self.v[:, :, :keep])
 
 
 class PowerAttention(Mechanism):
@@ -83,12 +67,12 @@ class PowerAttention(Mechanism):
             return no_tokens(q, v)
         return attend(q, Rows(k, v), self._layout(q.shape[2], q.device), scale=self.scale).out
 
-    def extend(self, q, k, v, state: PowerState | None = None, *, rotary=None):
+    def extend(self, q, k, v, state: Cache | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
         if state is None:
-            return self.forward(q, k, v), PowerState(q.shape[2], k, v)
+            return self.forward(q, k, v), Cache(q.shape[2], k, v)
         seen, k, v = state.tokens, torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-        after = PowerState(k.shape[2], k, v)
+        after = Cache(k.shape[2], k, v)
         if not q.shape[2]:
             return no_tokens(q, v), after
         tile = static.tile_of(self.block)

@@ -19,23 +19,20 @@ from torch import Tensor
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.select import hashed, static
+from farfield.state import Cache
 from farfield.types import Layout, Rows
 
 NEVER = 1 << 62  # the end of a place that holds no row
 
 
 @dataclass(frozen=True)
-class HashState(State):
+class HashState(Cache):
     """All rows in the order they came, and the bucket of each key."""
 
-    k: Tensor
-    v: Tensor
     bucket: Tensor  # [B, H, S]
 
     def crop(self, drop: int) -> "HashState":
-        """The state before the last `drop` tokens."""
-        keep = _kept_tokens(self, drop)
-        return HashState(keep, self.k[:, :, :keep], self.v[:, :, :keep], self.bucket[:, :, :keep])
+        return replace(super().crop(drop), bucket=self.bucket[:, :, : self.left(drop)])
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class DropState(State):
 
     def crop(self, drop: int) -> "DropState":
         """The state before the last `drop` tokens."""
-        keep = _kept_tokens(self, drop)
+        keep = self.left(drop)
         return replace(self, tokens=keep, end=self.end.masked_fill(self.end >= keep, NEVER))
 
 
@@ -222,9 +219,3 @@ class SparseCausalFlash(Mechanism):
         else:
             out = no_tokens(q, v)
         return out, DropState(seen + tokens, k, v, end, tuple(many))
-
-
-def _kept_tokens(state: State, drop: int) -> int:
-    if not 0 <= drop <= state.tokens:
-        raise ValueError(f"scfa: cannot drop {drop} of {state.tokens} tokens")
-    return state.tokens - drop

@@ -15,35 +15,18 @@ Departs from the paper: the output gate, made from the hidden state there, is an
 from a state. Of two equal scores the earlier block wins.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention, smooth_l1_loss
 
-from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
-from farfield.select.scored import Scoring, attend_chosen, block_means, check, choose, tokens_read
+from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
+from farfield.select.scored import BlockCache, Scoring, attend_chosen, block_means, check, choose, remember, tokens_read
 from farfield.types import Layout, Rows
 
 STREAMS = ("sparse", "full")
-
-
-@dataclass(frozen=True)
-class SSAState(State):
-    """All tokens, and the mean key of each complete block in float32 or wider: enough for either stream."""
-
-    k: Tensor
-    v: Tensor
-    means: Tensor
-    block: int
-
-    def crop(self, drop: int) -> "SSAState":
-        if not 0 <= drop <= self.tokens:
-            raise ValueError(f"ssa: cannot drop {drop} of {self.tokens} tokens")
-        keep = self.tokens - drop
-        k, v, means = self.k[:, :, :keep], self.v[:, :, :keep], self.means[:, :, : keep // self.block]
-        return replace(self, tokens=keep, k=k, v=v, means=means)
 
 
 class SSA(Mechanism):
@@ -119,18 +102,15 @@ class SSA(Mechanism):
         loss = smooth_l1_loss(b, a.detach()) + smooth_l1_loss(a, b.detach())
         return sparse if stream == "sparse" else full, self.alpha * loss
 
-    def extend(self, q, k, v, state: SSAState | None = None, *, rotary=None):
+    def extend(self, q, k, v, state: BlockCache | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
-        block, seen = self.scoring.block, 0
-        if state is None:
-            means = block_means(k, block)
-        else:
-            seen, k, v = state.tokens, torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-            means = torch.cat([state.means, block_means(k[:, :, state.means.shape[2] * block :], block)], 2)
-        state = SSAState(k.shape[2], k, v, means, block)
+        seen = 0 if state is None else state.tokens
+        state = remember(state, k, v, self.scoring.block)
         if not q.shape[2]:
             return no_tokens(q, v), state
-        return (self._full(q, k, v) if self.stream == "full" else self._sparse(q, k, v, means, seen)), state
+        if self.stream == "full":
+            return self._full(q, state.k, state.v), state
+        return self._sparse(q, state.k, state.v, state.means, seen), state
 
     def reference(self, q, k, v):
         block, picks, repeat = self.scoring.block, self.scoring.picks, q.shape[1] // k.shape[1]

@@ -6,14 +6,18 @@ choose for its first.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from farfield.ops.choose import Choice, Scoring, attend_chosen, attend_ended, check, choose
+from farfield.state import Cache
 from farfield.types import Layout
 
 __all__ = [
+    "BlockCache",
     "Choice",
     "Scoring",
     "attend_chosen",
@@ -22,6 +26,7 @@ __all__ = [
     "check",
     "choose",
     "recent",
+    "remember",
     "tokens_read",
 ]
 
@@ -31,6 +36,26 @@ def block_means(x: Float[Tensor, "B G S D"], block: int) -> Float[Tensor, "B G M
     blocks = x.shape[2] // block
     whole = x.detach()[:, :, : blocks * block].unflatten(2, (blocks, block))
     return whole.mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class BlockCache(Cache):
+    """All tokens, and the mean key of each complete block in float32 or wider."""
+
+    means: Tensor
+    block: int
+
+    def crop(self, drop: int) -> BlockCache:
+        return replace(super().crop(drop), means=self.means[:, :, : self.left(drop) // self.block])
+
+
+def remember(state: BlockCache | None, k: Tensor, v: Tensor, block: int) -> BlockCache:
+    """The state with further tokens."""
+    if state is None:
+        return BlockCache(k.shape[2], k, v, block_means(k, block), block)
+    k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+    means = torch.cat([state.means, block_means(k[:, :, state.means.shape[2] * block :], block)], 2)
+    return BlockCache(k.shape[2], k, v, means, block)
 
 
 def recent(*, tokens: int, rows: int, width: int, device: torch.device | str | None = None) -> Layout:
