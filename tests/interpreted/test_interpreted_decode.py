@@ -1,7 +1,7 @@
 """append and attend for few queries in the interpreter, float32 and float16 only: bfloat16 it computes wrongly."""
 
 import os
-import random
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -16,10 +16,9 @@ from farfield.kernels.append import launch, refusal
 from farfield.kernels.attend import Tiles
 from farfield.nn import Rope
 from farfield.ops import append as op
-from farfield.ops.attend import Call, Plan
 from farfield.ring import FMARing
 from farfield.summarize import FilterPool, MeanPool
-from farfield.testing import oracles
+from farfield.testing import calls, oracles
 from farfield.testing.units import assert_within
 
 
@@ -96,77 +95,24 @@ def test_append_refuses_in_words():
     assert why(torch.float32, 300) == "takes widths up to 256, got D=300 and E=300"
 
 
-def problem(seed):
-    pick, gen = random.Random(seed), torch.Generator().manual_seed(seed)
-    batch, kv_heads, tokens = pick.choice([1, 2]), pick.choice([1, 2]), pick.choice([1, 2, 7])
-    heads, width, value_width = kv_heads * pick.choice([1, 3]), pick.choice([16, 24]), pick.choice([16, 40])
-    q_block = pick.choice([1, 5, 16])
-
-    def draw(*shape):
-        return torch.randn(shape, generator=gen).half().double()
-
-    sources = []
-    for _ in range(pick.choice([1, 2])):
-        rows, k_block = pick.choice([1, 20, 130]), pick.choice([1, 4, 7, 16])
-        blocks, row_blocks = -(-tokens // q_block), -(-rows // k_block)
-        picks = pick.randint(0, row_blocks)
-        lead = pick.choice([1, batch]), pick.choice([1, heads])
-        index = torch.rand(*lead, blocks, row_blocks, generator=gen).argsort(-1)[..., :picks]
-        index = index.sort(-1).values.to(torch.int32)
-        count = torch.randint(0, picks + 1, (*lead, blocks), generator=gen, dtype=torch.int32)
-        reach = pick.choice([None, 9])
-        layout = ff.Layout(
-            index, count, q_block, k_block, tokens, rows, pick.random() < 0.5, reach, pick.choice([0, 3])
-        )
-        bias = draw(1, pick.choice([1, kv_heads, heads]), rows) if pick.random() < 0.5 else None
-        end = torch.randint(0, 40, (1, kv_heads, rows), generator=gen) if pick.random() < 0.5 else None
-        group = torch.randint(0, 2, (1, 1, rows), generator=gen)
-        k, v = draw(batch, rows, kv_heads, width).transpose(1, 2), draw(batch, kv_heads, rows, value_width)
-        sources.append((ff.Rows(k, v, end, bias, group), layout))
-    position = torch.randint(0, 40, (tokens,), generator=gen) if pick.random() < 0.5 else None
-    group = torch.randint(0, 2, (batch, 1, tokens), generator=gen)
-    return draw(batch, heads, tokens, width), sources, position, group
-
-
-def arguments(q, sources, position=None, group=None):
-    """The same call for an implementation."""
-    none = q.new_empty(0)
-
-    def per_head(x):
-        return none if x is None else x[None, None] if x.dim() == 1 else x
-
-    plans = [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks) for _, p in sources]
-    rows = [r for r, _ in sources]
-    per_row = ([per_head(getattr(r, name)) for r in rows] for name in ("bias", "end", "group"))
-    return Call(
-        q, [r.k for r in rows], [r.v for r in rows], *per_row, per_head(position), per_head(group),
-        [p.index for _, p in sources], [p.count for _, p in sources], plans, q.shape[-1] ** -0.5,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("splits", [1, 3, 7])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_calls(seed, splits):
     dtype = (torch.float32, torch.float16)[(seed + splits) % 2]
-    q, sources, position, group = problem(seed)
-    out, lse = oracles.attend(q, sources, position=position, group=group)
-    small = [
-        (ff.Rows(r.k.to(dtype), r.v.to(dtype), r.end, None if r.bias is None else r.bias.float(), r.group), p)
-        for r, p in sources
-    ]
-    call = arguments(q.to(dtype), small, position, group)
+    problem = calls.draw(seed, replace(calls.SMALL, tokens=(1, 2, 7), rows=(1, 20, 130)))
+    out, lse = oracles.attend(problem.q, problem.sources, **problem.options)
+    call = calls.arguments(problem.to(dtype))
     assert decode.wants(call)
     with mock.patch.object(decode, "_tiles", return_value=Tiles(16, 16, 4, 2, splits, 8)):
         got, got_lse = decode.attend_decode(call)
-    terms = sum(len(r) for r, _ in sources)
-    assert_within(got, out, terms=terms)
-    assert_within(got_lse, lse, terms=terms, name="lse")
+    assert_within(got, out, terms=problem.terms)
+    assert_within(got_lse, lse, terms=problem.terms, name="lse")
 
 
 def test_wants_few_queries():
     def call(heads, tokens, dtype=torch.float32):
         q, k = torch.zeros(1, heads, tokens, 16, dtype=dtype), torch.zeros(1, 1, tokens, 16, dtype=dtype)
-        return arguments(q, [(ff.Rows(k, k), ff.select.full(tokens=tokens))])
+        return calls.arguments(calls.Problem(q, [(ff.Rows(k, k), ff.select.full(tokens=tokens))]))
 
     assert decode.wants(call(4, 16))
     assert not decode.wants(call(4, 17))
