@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +134,8 @@ def draw(seed: int, sizes: Sizes = GPU, device: torch.device | str = "cpu") -> P
         if grouped:
             extra["group"] = whole(3, 1, kv_heads, rows)
         k, v = strided(kv_heads, rows, width), strided(kv_heads, rows, value_width)
-        sources.append((Rows(k, v, **extra), layout))
+        drawn = Rows(k, v, extra.get("end"), extra.get("bias"), extra.get("group"))
+        sources.append((drawn, layout))
     options = {}
     if pick.random() < 0.5:
         options["position"] = whole(sizes.latest, 1, pick.choice([1, heads]), tokens)
@@ -155,9 +155,9 @@ def arguments(problem: Problem) -> Call:
 
     plans = [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks) for _, p in sources]
     rows = [r for r, _ in sources]
-    per_row: Any = ([per_head(getattr(r, name)) for r in rows] for name in ("bias", "end", "group"))
+    bias, end, row_group = ([per_head(getattr(r, name)) for r in rows] for name in ("bias", "end", "group"))
     return Call(
-        q, [r.k for r in rows], [r.v for r in rows], *per_row, per_head(problem.options.get("position")),
+        q, [r.k for r in rows], [r.v for r in rows], bias, end, row_group, per_head(problem.options.get("position")),
         per_head(problem.options.get("group")), [p.index for _, p in sources], [p.count for _, p in sources], plans,
         q.shape[-1] ** -0.5,
     )  # fmt: skip
