@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.ops import multipole as whole
+from farfield.ops import opened as on_gpu
 from farfield.ops.attend import attend
 from farfield.ops.merge import merge
 from farfield.ops.pool import Tree
@@ -329,6 +330,9 @@ class FMA(Mechanism):
             at = torch.arange(q.shape[2], device=q.device)
             turned, k = rotary(q, at), rotary(k, at)
         if self.open and far is not None:
+            found = self._quickly(turned, k, v, far, tree)
+            if found is not None:
+                return found
             sketches = self._sketches(k, tree, self._present(tree, q.device))
             where = opened.place(0, q.shape[2], self.block, q.device)
             return self._attend_opened(turned, Rows(k, v), far, sketches, where, starts)[0]
@@ -351,6 +355,17 @@ class FMA(Mechanism):
             and self.queries == "kept"
             and type(self._modules["pool"]) is MeanPool
         )
+
+    def _quickly(self, q: Tensor, k: Tensor, v: Tensor, far: Rows, tree: Tree) -> Tensor | None:
+        """Opened attention by kernels of its own, None where they do not take it; q and the keys are rotated."""
+        self._check_opening()
+        beam = 2 * self.open if self.beam is None else self.beam
+        plan = on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared))
+        if self.score != "peak" or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
+            return None
+        scale = q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
+        chosen = on_gpu.choose(q, k, tree, plan, scale)
+        return on_gpu.attend(q, k, v, (far.k, far.v, far.bias), chosen, tree, plan, scale)
 
     def _sketches(self, k: Tensor, tree: Tree, present: Tensor | None) -> list[opened.Sketch]:
         """Of the blocks of `tree`; present: [1|B, blocks * m], None if all tokens are there."""

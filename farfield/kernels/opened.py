@@ -1,0 +1,372 @@
+"""The groups that each query opens, chosen on the GPU, and which summaries it reads beside them.
+
+Peaks: the sketches of `select.opened`, score "peak", level by level; each row is a key, and stays in its dtype.
+
+Search: a program stays with a tile of queries of one block on the way down the tree. The scores of a level are products
+of the tile with all groups of the level that some query of it may look into, 64 at a time; of these each query keeps
+those of its own candidates. They have fixed places, children in the order of their parents and then the far list, so
+that the best are found by halving the range of scores until as many are above as are kept, and a row's order is that
+of the groups. Levels where all groups that are far can be kept need no scores.
+
+Masks: one bit for each query and group, words of 32 groups of one level, sinks first. A bit is set where the query
+reads the summary: the group is listed or its parent is opened, and it is not opened itself. Beside them each tile's
+list of the pieces of the far buffer that any of its queries reads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farfield.kernels.attend import _dense, padded
+from farfield.kernels.attend_listed import _unit
+from farfield.ops.pool import Tree
+
+TILE = 64  # queries of a program, and groups scored at once
+PROGRAMS = 1024  # that search at once, each with scratch memory of its own
+
+
+@triton.jit
+def _counted(first, size, sinks):
+    """Tokens of a segment that are no sinks."""
+    return size - tl.minimum(tl.maximum(sinks - first, 0), size)
+
+
+@triton.jit(do_not_specialize=["segments", "sinks", "all_rows", "kv_heads", "k_b", "k_h", "k_r"])
+def leaf_peaks(
+    k, means, peaks, segments, sinks, all_rows, kv_heads, k_b, k_h, k_r,
+    SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr,
+):  # fmt: skip
+    """Level 1: of every segment of a block the mean and the key farthest from it."""
+    unit = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
+    inside, dims = tl.arange(0, SEGMENT), tl.arange(0, D_TILE)
+    at = row[:, None] * SEGMENT + inside[None, :]
+    there = (row < segments)[:, None] & (at >= sinks)
+    k += (unit // kv_heads * k_b + unit % kv_heads * k_h) * D_UNIT
+    wide = (dims < D)[None, None, :]
+    keys = tl.load(k + (at * k_r)[:, :, None] * D_UNIT + dims[None, None, :], mask=there[:, :, None] & wide, other=0.0)
+    keys = keys.to(tl.float32)
+    number = _counted(row * SEGMENT, SEGMENT, sinks).to(tl.float32)
+    mean = tl.sum(keys, 1) / tl.where(number > 0, number, 1.0)[:, None]
+    apart = tl.where(wide, keys - mean[:, None, :], 0.0)
+    away = tl.where(there, tl.sum(apart * apart, 2), -1.0)
+    # the first of several as far: of two tokens rounding would choose
+    far = away >= 0.9999 * tl.max(away, 1)[:, None]
+    best = tl.min(tl.where(far & there, inside[None, :], SEGMENT), 1)
+    peak = tl.sum(tl.where((inside[None, :] == best[:, None])[:, :, None], keys, 0.0), 1)
+    to = (unit * all_rows + row)[:, None] * D + dims
+    mask = (row < segments)[:, None] & (dims < D)
+    tl.store(means + to, mean, mask=mask)
+    tl.store(peaks + to, peak.to(peaks.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["below", "above", "many", "size", "sinks", "all_rows"])
+def parent_peaks(
+    means, peaks, below, above, many, size, sinks, all_rows, D: tl.constexpr, D_TILE: tl.constexpr, ROWS: tl.constexpr
+):
+    """A further level: row i of it, from row `above`, is put together from rows 2i and 2i + 1 from row `below`."""
+    unit = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, D_TILE)
+    mask = (row < many)[:, None] & (dims < D)
+    left = (unit * all_rows + below + 2 * row)[:, None] * D + dims
+    n0 = _counted(2 * row * size, size, sinks).to(tl.float32)
+    n1 = _counted((2 * row + 1) * size, size, sinks).to(tl.float32)
+    total = tl.where(n0 + n1 > 0, n0 + n1, 1.0)
+    m0, m1 = tl.load(means + left, mask=mask, other=0.0), tl.load(means + left + D, mask=mask, other=0.0)
+    p0, p1 = tl.load(peaks + left, mask=mask, other=0.0), tl.load(peaks + left + D, mask=mask, other=0.0)
+    mean = m0 * (n0 / total)[:, None] + m1 * (n1 / total)[:, None]
+    d0, d1 = p0.to(tl.float32) - mean, p1.to(tl.float32) - mean
+    far0 = tl.where(n0 > 0, tl.sum(d0 * d0, 1), -1.0)
+    far1 = tl.where(n1 > 0, tl.sum(d1 * d1, 1), -1.0)
+    first = far0 >= 0.9999 * tl.maximum(far0, far1)
+    to = (unit * all_rows + above + row)[:, None] * D + dims
+    tl.store(means + to, mean, mask=mask)
+    tl.store(peaks + to, tl.where(first[:, None], p0, p1), mask=mask)
+
+
+@triton.jit
+def _far(n, height, radius):
+    """How many groups of a level lie before the neighbours of block n's."""
+    return tl.maximum((n >> height) - ((radius + (1 << height) - 1) >> height), 0)
+
+
+@triton.jit
+def _ones(x):
+    """How many bits of a word are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+
+
+@triton.jit
+def _below(x):
+    """A word with bits 0 .. x - 1 set."""
+    return tl.where(x >= 32, -1, (1 << tl.minimum(tl.maximum(x, 0), 31)) - 1)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+VARIES = ["heads", "tokens", "tiles", "blocks", "radius", "sinks", "picks", "beam", "words", "all_rows", "total"]
+VARIES += ["q_b", "q_h", "q_t"]
+
+
+@triton.jit(do_not_specialize=VARIES)
+def search(
+    q, peaks, kept_words, kept_ids, scores, leaves, count,
+    heads, tokens, tiles, blocks, radius, sinks, picks, beam, words, all_rows, total, q_b, q_h, q_t, scale,
+    STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The leaves of BT queries that choose together for STACK heads; a program goes through several tiles."""
+    ROWS: tl.constexpr = BT * STACK_TILE
+    GROUPS: tl.constexpr = 64
+    NONE: tl.constexpr = -(1 << 31)
+    pid = tl.program_id(0)
+    line, row, slot, dims = tl.arange(0, BT), tl.arange(0, ROWS), tl.arange(0, SLOTS), tl.arange(0, D_TILE)
+    spot, r = row // STACK_TILE, row % STACK_TILE
+    kept_words += pid.to(tl.int64) * BT * words
+    kept_ids += pid * (2 * BT * SLOTS)
+    scores += pid * (ROWS * SLOTS)
+    for work in range(pid, total, tl.num_programs(0)):
+        # the last queries have the most to look into and start first
+        all_units = total // tiles
+        tile, unit = tiles - 1 - work // all_units, (work % all_units).to(tl.int64)
+        units = heads // STACK
+        b, u = unit // units, unit % units
+        n = tile * BT // BLOCK
+        i = tile * BT + line
+        empty = (sinks >= BLOCK).to(tl.int32)
+        leaf_at = leaves + (unit * tokens + i)[:, None] * picks
+        free = _far(n, 0, radius)
+        if free - empty <= picks:
+            listed = tl.maximum(free - empty, 0)
+            chosen = empty + slot
+            tl.store(
+                leaf_at + slot[None, :], tl.broadcast_to(chosen[None, :], [BT, SLOTS]),
+                mask=(i < tokens)[:, None] & (slot < listed)[None, :],
+            )  # fmt: skip
+            tl.store(count + unit * tokens + i, tl.zeros([BT], tl.int32) + listed, mask=i < tokens)
+        else:
+            token = tile * BT + spot
+            asked = (token < tokens) & (r < STACK)
+            q_at = q + (b * q_b + (u * STACK + r) * q_h + token * q_t)[:, None] * D_UNIT + dims
+            q_tile = tl.load(q_at, mask=asked[:, None] & (dims < D), other=0.0)
+            g = u if STACK > 1 else u // REPEAT
+            peaks_at = peaks + (b * (heads // REPEAT) + g) * all_rows * D
+            top = 1
+            while _far(n, top, radius) > beam:
+                top += 1
+            kept = _far(n, top, radius)
+            own = line[:, None] * SLOTS + slot[None, :]
+            tl.store(kept_ids + (top % 2) * (BT * SLOTS) + own, tl.broadcast_to(slot[None, :], [BT, SLOTS]))
+            for w in range((kept + 31) // 32):
+                tl.store(kept_words + line * words + w, tl.zeros([BT], tl.int32) + _below(kept - 32 * w))
+            tl.debug_barrier()
+            for step in range(top):
+                height = top - 1 - step
+                here, above = _far(n, height, radius), _far(n, height + 1, radius)
+                candidates = 2 * kept + here - 2 * above
+                most = tl.minimum(candidates, tl.where(height > 0, beam, picks))
+                before = 0
+                for x in range(height):
+                    before += blocks >> x
+                ranked = tl.zeros([ROWS], tl.int32)
+                size = (BLOCK // DETAIL) << height
+                for begin in range(0, here, GROUPS):
+                    j = begin + tl.arange(0, GROUPS)
+                    word = tl.load(kept_words + spot * words + begin // 64, mask=begin // 2 < above, other=0)
+                    if (tl.max(_ones(word), 0) > 0) | (begin + GROUPS > 2 * above):
+                        found = tl.full([ROWS, GROUPS], float("-inf"), tl.float32)
+                        for part in range(DETAIL):
+                            at = (before + j) * DETAIL + part
+                            rows = tl.load(
+                                peaks_at + at[:, None] * D + dims, mask=(j < here)[:, None] & (dims < D), other=0.0
+                            )
+                            number = _counted((j * DETAIL + part) * size, size, sinks)
+                            known = tl.where(number > 0, tl.log(tl.maximum(number, 1).to(tl.float32)), float("-inf"))
+                            logits = tl.dot(q_tile, rows.T, input_precision="ieee") * scale + known[None, :]
+                            found = tl.maximum(found, logits)
+                        bit = (j % 64) // 2
+                        child = ((word[:, None] >> bit[None, :]) & 1) != 0
+                        lower = _ones(word[:, None] & ((1 << bit) - 1)[None, :])
+                        place = 2 * (ranked[:, None] + lower) + (j % 2)[None, :]
+                        is_far = (j >= 2 * above) & (j < here)
+                        place = tl.where(is_far[None, :], (2 * kept + j - 2 * above)[None, :], place)
+                        tl.store(scores + row[:, None] * SLOTS + place, found, mask=child | is_far[None, :])
+                        ranked += _ones(word)
+                tl.debug_barrier()
+                valid = slot < candidates
+                score = tl.load(scores + row[:, None] * SLOTS + slot, mask=valid[None, :], other=float("-inf"))
+                if STACK > 1:
+                    # shares of a softmax for each head, added up over the heads; as logarithms
+                    score = tl.where((r < STACK)[:, None], score, float("-inf"))
+                    peak = tl.max(score, 1)
+                    peak = tl.where(peak == float("-inf"), 0.0, peak)
+                    mass = tl.sum(tl.exp(score - peak[:, None]), 1)
+                    score = score - (peak + tl.log(tl.where(mass > 0, mass, 1.0)))[:, None]
+                    score = tl.reshape(score, [BT, STACK_TILE, SLOTS])
+                    peak = tl.max(score, 1)
+                    base = tl.where(peak == float("-inf"), 0.0, peak)
+                    score = base + tl.log(tl.sum(tl.exp(score - base[:, None, :]), 1))
+                # as whole numbers in the same order
+                key = score.to(tl.int32, bitcast=True)
+                key = tl.where(key < 0, key ^ 0x7FFFFFFF, key)
+                key = tl.where(valid[None, :], key, NONE)
+                # so many are >= low: enough; >= high: too few
+                low = tl.min(tl.where(valid[None, :], key, 0x7FFFFFFF), 1)
+                high = tl.max(key, 1) + 1
+                many = tl.zeros([BT], tl.int32) + candidates
+                unsure = (many != most) & (high > low + 1)
+                while tl.max(unsure.to(tl.int32), 0) > 0:
+                    middle = (low & high) + ((low ^ high) >> 1)
+                    enough = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+                    many = tl.where(unsure & (enough >= most), enough, many)
+                    low = tl.where(unsure & (enough >= most), middle, low)
+                    high = tl.where(unsure & (enough < most), middle, high)
+                    unsure = (many != most) & (high > low + 1)
+                over, equal = key > low[:, None], (key == low[:, None]) & valid[None, :]
+                wanted = most - tl.sum(over.to(tl.int32), 1)
+                # of equal scores the lower groups, which stand first
+                chosen = over | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= wanted[:, None]))
+                chosen = chosen & (score > float("-inf"))
+                rank = tl.cumsum(chosen.to(tl.int32), 1) - 1
+                half = line[:, None] * SLOTS + (slot // 2)[None, :]
+                parent = tl.load(kept_ids + ((height + 1) % 2) * (BT * SLOTS) + half, mask=(slot < 2 * kept)[None, :])
+                listed_id = (2 * above + slot - 2 * kept)[None, :]
+                group = tl.where((slot < 2 * kept)[None, :], 2 * parent + (slot % 2)[None, :], listed_id)
+                if height == 0:
+                    tl.store(leaf_at + rank, group, mask=chosen & (i < tokens)[:, None])
+                    tl.store(count + unit * tokens + i, tl.sum(chosen.to(tl.int32), 1), mask=i < tokens)
+                else:
+                    to = kept_ids + (height % 2) * (BT * SLOTS) + line[:, None] * SLOTS + rank
+                    tl.store(to, group, mask=chosen)
+                    for w in range((here + 31) // 32):
+                        mine = chosen & (group // 32 == w)
+                        bits = tl.sum(tl.where(mine, 1 << (group % 32), 0), 1)
+                        tl.store(kept_words + line * words + w, bits)
+                kept = most
+                tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles", "blocks", "radius", "sinks", "levels", "picks", "words", "entries"])
+def masks(
+    leaves, count, bits, touched, entry_row, entry_bit, entry_count,
+    tokens, tiles, blocks, radius, sinks, levels, picks, words, entries,
+    BLOCK: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr, PICKS: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """The bits of a tile's queries, those that any of them has, and a list of the pieces of GROUPS groups with any."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile, unit = (pid % tiles).to(tl.int32), pid // tiles
+    n = tile * BT // BLOCK
+    line, slot = tl.arange(0, BT), tl.arange(0, PICKS)
+    i = tile * BT + line
+    at = unit * tokens + i
+    number = tl.load(count + at, mask=i < tokens, other=0)
+    there = slot[None, :] < number[:, None]
+    leaf = tl.load(leaves + at[:, None] * picks + slot[None, :], mask=there, other=0)
+    bits_at = bits + at * words
+    touched += pid * words
+    entry_row += pid * entries
+    entry_bit += pid * entries
+    filled, first, base = 0, 0, 0
+    for level in range(levels + 1):
+        # the sinks first, as if they were a level
+        height = level - 1
+        if level == 0:
+            here = tl.where(n > radius, (sinks + RANK - 1) // RANK, 0)
+            groups = (sinks + RANK - 1) // RANK
+            above = 0
+        else:
+            here, above = _far(n, height, radius), _far(n, height + 1, radius)
+            groups = blocks >> height
+        for w in range((here + 31) // 32):
+            listed = _below(here - 32 * w) & ~_below(2 * above - 32 * w)
+            if level == 0:
+                zero = tl.max((there & (leaf == 0)).to(tl.int32), 1)
+                seen = tl.where((zero == 0) & (i < tokens), listed, 0)
+            else:
+                own, parent = leaf >> height, leaf >> (height + 1)
+                mine = tl.where(there & (own // 32 == w), 1 << (own % 32), 0)
+                mine = tl.reduce(mine, 1, _or)
+                theirs = there & (parent // 16 == w) & (parent < above)
+                halves = tl.reduce(tl.where(theirs, 1 << (parent % 16), 0), 1, _or)
+                # every bit twice
+                halves = (halves | (halves << 8)) & 0x00FF00FF
+                halves = (halves | (halves << 4)) & 0x0F0F0F0F
+                halves = (halves | (halves << 2)) & 0x33333333
+                halves = (halves | (halves << 1)) & 0x55555555
+                seen = ((halves | (halves << 1)) | listed) & ~mine
+                seen = tl.where(i < tokens, seen, 0)
+            tl.store(bits_at + base + w, seen, mask=i < tokens)
+            some = tl.reduce(seen, 0, _or)
+            tl.store(touched + base + w, some)
+            for s in range(32 // GROUPS):
+                field = (some >> (s * GROUPS)) & (-1 if GROUPS == 32 else (1 << GROUPS) - 1)
+                if field != 0:
+                    tl.store(entry_row + filled, (first + 32 * w + s * GROUPS) * RANK)
+                    tl.store(entry_bit + filled, (base + w) * 32 + s * GROUPS)
+                    filled += 1
+        first += groups
+        base += (groups + 31) // 32
+    tl.store(entry_count + pid, filled)
+
+
+def peaks_of(k: Tensor, tree: Tree, detail: int) -> Tensor:
+    """[B, G, R, D]: `detail` keys for each group of each level, level by level."""
+    batch, kv_heads, _, width = k.shape
+    many = [n * detail for n in tree.groups]
+    means = torch.empty(batch, kv_heads, sum(many), width, dtype=torch.float32, device=k.device)
+    peaks = torch.empty(means.shape, dtype=k.dtype, device=k.device)
+    k, k_at = _dense(k)
+    unit, segment, wide = _unit(k, width, *k_at), tree.block // detail, padded(width)
+    size = max(1, 4096 // (wide * segment))
+    leaf_peaks[(-(-many[0] // size), batch * kv_heads)](
+        k, means, peaks, many[0], tree.lo, sum(many), kv_heads, *[n // unit for n in k_at],
+        segment, size, width, wide, unit, num_warps=4,
+    )  # fmt: skip
+    below = 0
+    for height in range(1, tree.levels):
+        rows = 32
+        parent_peaks[(-(-many[height] // rows), batch * kv_heads)](
+            means, peaks, below, below + many[height - 1], many[height], segment << (height - 1), tree.lo, sum(many),
+            width, wide, rows, num_warps=4,
+        )  # fmt: skip
+        below += many[height - 1]
+    return peaks
+
+
+def choose(
+    q: Tensor, peaks: Tensor, tree: Tree, near: int, detail: int, picks: int, beam: int, shared: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """leaves [B, lists, T, picks] ascending and how many there are [B, lists, T], int32."""
+    batch, heads, tokens, width = q.shape
+    kv_heads = peaks.shape[1]
+    lists = kv_heads if shared else heads
+    stack = heads // lists
+    leaves = torch.empty(batch, lists, tokens, picks, dtype=torch.int32, device=q.device)
+    count = torch.empty(batch, lists, tokens, dtype=torch.int32, device=q.device)
+    stack_tile = padded(stack, 1)
+    queries = max(1, TILE // stack_tile)
+    tiles = -(-tokens // queries)
+    total = batch * lists * tiles
+    programs = min(PROGRAMS, total)
+    words, slots = -(-max(tree.blocks // 2, 64) // 32), padded(2 * beam + 2)
+    kept_words = torch.empty(programs, queries, words, dtype=torch.int32, device=q.device)
+    kept_ids = torch.empty(programs, 2, queries, slots, dtype=torch.int32, device=q.device)
+    scores = torch.empty(programs, queries * stack_tile, slots, dtype=torch.float32, device=q.device)
+    q, q_at = _dense(q)
+    unit = _unit(q, width, *q_at)
+    search[(programs,)](
+        q, peaks, kept_words, kept_ids, scores, leaves, count,
+        heads, tokens, tiles, tree.blocks, near // tree.block, tree.lo, picks, beam, words, peaks.shape[2], total,
+        *[n // unit for n in q_at], scale, stack, stack_tile, heads // kv_heads, tree.block, detail, width,
+        padded(width), unit, queries, slots, num_warps=4,
+    )  # fmt: skip
+    return leaves, count

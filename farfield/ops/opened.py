@@ -1,0 +1,161 @@
+"""opened: the groups that each query of causal FMA opens, and its attention over them and all else, by GPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.library import custom_op
+
+from farfield.ops.pool import Tree
+
+RANKS = (1, 2, 4, 8, 16, 32)
+MOST = 64  # groups opened, and looked into on a level
+LONGEST = 1 << 16  # tokens
+
+
+class Plan(NamedTuple):
+    """Integers only, so that a custom op can carry it.
+
+    Args:
+        near: tokens read one by one before a query's block.
+        detail: rows of a group's sketch.
+        picks, beam, shared: as in select.opened.Opening.
+    """
+
+    near: int
+    detail: int
+    picks: int
+    beam: int
+    shared: int
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | None:
+    """Why the kernels cannot take such a call, None if they can."""
+    if not q.is_cuda:
+        return f"takes CUDA tensors, not {q.device.type}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[3] not in (16, 32, 64, 128) or v.shape[3] != q.shape[3]:
+        return f"takes D = E = 16, 32, 64 or 128, got {q.shape[3]} and {v.shape[3]}"
+    if tree.block not in (64, 128) or tree.rank not in RANKS or plan.detail & (plan.detail - 1):
+        return f"takes blocks of 64 and 128, ranks and sketches of powers of two, got {tree.block} and {tree.rank}"
+    if max(plan.picks, plan.beam) > MOST or q.shape[1] // k.shape[1] > MOST:
+        return f"takes {MOST} groups and query heads of a key head at most"
+    if not tree.complete or q.shape[2] > LONGEST or not q.shape[0] * q.shape[1]:
+        return f"takes causal sequences of up to {LONGEST} tokens, at least one"
+    return None
+
+
+def choose(
+    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G T D"], tree: Tree, plan: Plan, scale: float
+) -> tuple[Int[Tensor, "B lists T k"], Int[Tensor, "B lists T"]]:
+    """The groups of level 1 that each query opens by the score "peak", ascending, and how many; no gradient."""
+    leaves, count = _choose(q.detach(), k.detach(), list(tree), list(plan), scale)
+    return leaves, count
+
+
+def attend(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G T D"],
+    v: Float[Tensor, "B G T D"],
+    far: tuple[Tensor, Tensor, Tensor],
+    chosen: tuple[Tensor, Tensor],
+    tree: Tree,
+    plan: Plan,
+    scale: float,
+) -> Float[Tensor, "B H T D"]:
+    """Each query's near tokens, the tokens of what it opened, and the summaries of all else, under one softmax.
+
+    Differentiable in q, k, v and in the far rows.
+
+    Args:
+        far: keys, values [B, G, R, D] and biases [1|B, 1|G, R] of the summaries, in the order of `tree`.
+        chosen: of `choose`.
+    """
+    return _attend(q, k, v, *far, *chosen, list(tree), list(plan), scale)[0]
+
+
+def _tree(numbers: Sequence[int]) -> Tree:
+    block, rank, blocks, levels, complete, lo, hi = numbers
+    return Tree(block, rank, blocks, levels, bool(complete), lo, hi)
+
+
+@custom_op("farfield::choose_opened", mutates_args=())
+def _choose(q: Tensor, k: Tensor, tree: Sequence[int], plan: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    from farfield.kernels import opened
+
+    whole, about = _tree(tree), Plan(*plan)
+    peaks = opened.peaks_of(k, whole, about.detail)
+    return opened.choose(
+        q, peaks, whole, about.near, about.detail, about.picks, about.beam, bool(about.shared), scale
+    )
+
+
+@_choose.register_fake
+def _(q, k, tree, plan, scale):
+    about = Plan(*plan)
+    shape = q.shape[0], k.shape[1] if about.shared else q.shape[1], q.shape[2]
+    return q.new_empty(*shape, about.picks, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
+
+
+@custom_op("farfield::attend_opened", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, bias: Tensor, leaves: Tensor, count: Tensor,
+    tree: Sequence[int], plan: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from farfield.kernels import attend_opened
+
+    about = Plan(*plan)
+    return attend_opened.forward(q, k, v, far_k, far_v, bias, leaves, count, _tree(tree), about.near, scale)
+
+
+@_attend.register_fake
+def _(q, k, v, far_k, far_v, bias, leaves, count, tree, plan, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@custom_op("farfield::attend_opened_backward", mutates_args=())
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, bias: Tensor, leaves: Tensor,
+    count: Tensor, out: Tensor, lse: Tensor, tree: Sequence[int], plan: Sequence[int], scale: float, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from farfield.kernels import attend_opened
+
+    return attend_opened.backward(
+        d_out, q, k, v, far_k, far_v, bias, leaves, count, out, lse, _tree(tree), Plan(*plan).near, scale, bias_grad
+    )
+
+
+@_backward.register_fake
+def _(d_out, q, k, v, far_k, far_v, bias, leaves, count, out, lse, tree, plan, scale, bias_grad):
+    shape = (q.shape[0], k.shape[1], far_k.shape[2]) if bias_grad else (0,)
+    return *(x.new_empty(x.shape) for x in (q, k, v, far_k, far_v)), bias.new_empty(shape)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.tree, ctx.plan, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    # nobody asks for lse
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_out, d_lse):
+    bias = ctx.saved_tensors[5]
+    wanted = ctx.needs_input_grad[5]
+    *grads, d_bias = _backward(d_out, *ctx.saved_tensors, ctx.tree, ctx.plan, ctx.scale, wanted)
+    if wanted:
+        for dim in range(2):
+            d_bias = d_bias.sum(dim, keepdim=True) if bias.shape[dim] == 1 else d_bias
+    return *grads, d_bias if wanted else None, None, None, None, None, None
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError("fma: first derivatives only; the gradient of a gradient is not implemented")
+
+
+_attend.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
