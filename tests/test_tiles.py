@@ -18,11 +18,13 @@ from farfield.kernels import (
     attend_decode,
     attend_listed,
     attend_listed_backward,
+    attend_opened,
     choose,
     hashed,
     launch,
     lists,
     multipole_backward,
+    opened,
     patterns,
     pool,
     prefix,
@@ -311,6 +313,18 @@ def prefixes(case, given, tokens=5000):
     prefix.backward(out, row if given else None, rows if given else None, scores, v, out, lse, mass)
 
 
+def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, tokens=5000):
+    field = Field(block, 128, rank, 3)
+    tree = tree_of(max(tokens, 3 * block + 1), field)
+    q, k = (empty(1, n, tokens, width) for n in (heads, kv_heads))
+    peaks = opened.peaks_of(k, tree, rank)
+    leaves, count = opened.choose(q, peaks, tree, field.near, rank, picks, 2 * picks, True, 0.125)
+    far, bias = empty(1, kv_heads, tree.rows, width), empty(1, 1, tree.rows, dtype=torch.float32)
+    about = q, k, k, far, far, bias, leaves, count
+    out, lse = attend_opened.forward(*about, tree, field.near, 0.125)
+    attend_opened.backward(out, *about, out, lse, tree, field.near, 0.125, True)
+
+
 # kernel-case -> what launches it
 LAUNCHES = {
     **{f"forward-{name}": (lambda case=case: forward(case)) for name, case in CALLS.items()},
@@ -338,6 +352,8 @@ LAUNCHES = {
     **{f"choose-fp32-{d}": (lambda d=d: choosing(NSA, d, "fp32")) for d in (64, 128)},
     "choose-ssa-64": lambda: choosing(Scoring(16, 16, 16, 16), 64),
     "choose-moba-128": lambda: choosing(Scoring(512, 3, 512, 512, shared=False), 128),
+    **{f"opened-{n}-{d}": (lambda n=n, d=d: opening(n, d)) for n in (2, 16) for d in (64, 128)},
+    "opened-shared-64": lambda: opening(8, 64, heads=8, kv_heads=2, block=128, rank=16),
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
     "append-fp32": lambda: appending(width=64, dtype="fp32"),
@@ -354,7 +370,7 @@ FEW = (
     "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
-    "listed-64", "listed-backward-64", "choose-64",
+    "listed-64", "listed-backward-64", "choose-64", "opened-2-64",
     "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "prefix-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
@@ -418,6 +434,7 @@ AT_LENGTH = {
     "listed": lambda n: listed(64, 64, tokens=n),
     "listed-backward": lambda n: listed(64, 64, tokens=n, backward=True),
     "choose": lambda n: choosing(NSA, 64, tokens=n, alone=True),
+    "opened": lambda n: opening(4, 64, tokens=n),
     "scan": lambda n: scanning(SCAN["64"], n),
     "prefix": lambda n: prefixes(PREFIX["64"], False, n),
 }

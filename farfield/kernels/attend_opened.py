@@ -21,7 +21,7 @@ from torch import Tensor
 from farfield.kernels.attend import LN2, LOG2E, _dense, padded
 from farfield.kernels.attend_listed import _unit, attend_listed
 from farfield.kernels.attend_listed_backward import attend_listed_backward
-from farfield.kernels.opened import TILE, _far, masks
+from farfield.kernels.opened import TILE, masks
 from farfield.ops.attend import Call, Plan
 from farfield.ops.pool import Tree
 

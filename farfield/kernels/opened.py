@@ -367,6 +367,6 @@ def choose(
         q, peaks, kept_words, kept_ids, scores, leaves, count,
         heads, tokens, tiles, tree.blocks, near // tree.block, tree.lo, picks, beam, words, peaks.shape[2], total,
         *[n // unit for n in q_at], scale, stack, stack_tile, heads // kv_heads, tree.block, detail, width,
-        padded(width), unit, queries, slots, num_warps=4,
+        padded(width), unit, queries, slots, num_warps=8,
     )  # fmt: skip
     return leaves, count

@@ -90,9 +90,7 @@ def _choose(q: Tensor, k: Tensor, tree: Sequence[int], plan: Sequence[int], scal
 
     whole, about = _tree(tree), Plan(*plan)
     peaks = opened.peaks_of(k, whole, about.detail)
-    return opened.choose(
-        q, peaks, whole, about.near, about.detail, about.picks, about.beam, bool(about.shared), scale
-    )
+    return opened.choose(q, peaks, whole, about.near, about.detail, about.picks, about.beam, bool(about.shared), scale)
 
 
 @_choose.register_fake

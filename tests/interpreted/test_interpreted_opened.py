@@ -1,0 +1,72 @@
+"""Opened FMA's kernels in the interpreter: the choice against the PyTorch one, the attention against float64."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
+
+from farfield.kernels import attend_opened
+from farfield.kernels import opened as kernels
+from farfield.mechanisms.fma import FMA
+from farfield.select import opened
+from farfield.summarize import pyramid
+from farfield.testing.units import assert_within
+
+CASES = {
+    "heads together": ({"near": 64, "rank": 4, "open": 2, "beam": 2, "detail": 2, "sinks": 3}, 4, 1, 523),
+    "heads apart": ({"near": 128, "rank": 16, "open": 1, "detail": 1, "shared": False}, 2, 1, 650),
+    "no first block": ({"near": 64, "rank": 32, "open": 3, "beam": 3, "sinks": 64}, 2, 2, 448),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_choice_and_attention(name, monkeypatch):
+    options, heads, kv_heads, tokens = CASES[name]
+    mech = FMA(block=64, **options)
+    gen = torch.Generator().manual_seed(len(name))
+    q, k, v, d_out = (torch.randn(1, n, tokens, 16, generator=gen).half() for n in (heads, kv_heads, kv_heads, heads))
+    found, original = {}, opened.opened_lists
+
+    def watch(*args, **more):
+        found["near"], found["far"] = original(*args, **more)
+        return found["near"], found["far"]
+
+    monkeypatch.setattr(opened, "opened_lists", watch)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = mech(*wide)
+
+    blocks = -(-tokens // 64)
+    levels, radius = mech._levels(blocks)
+    tree = mech._tree(tokens, blocks, levels, radius[0])
+    beam = 2 * mech.open if mech.beam is None else mech.beam
+    peaks = kernels.peaks_of(k, tree, mech.detail)
+    leaves, count = kernels.choose(q, peaks, tree, mech.near, mech.detail, mech.open, beam, mech.shared, 0.25)
+    index, listed = found["near"]
+    local = (torch.arange(tokens) // 64).clamp(max=mech.near // 64) + 1
+    assert torch.equal(count, listed - local)
+    assert int(count.max()) == mech.open
+    # what is opened stands before what is near
+    used = torch.arange(mech.open) < count[..., None]
+    assert torch.equal(leaves.masked_fill(~used, -1), index[..., : mech.open].masked_fill(~used, -1))
+
+    near = mech.near
+    pooled = [x.double().requires_grad_() for x in (k, v)]
+    far = pyramid(mech.pool, *pooled, tree)
+    about = q, k, v, far.far_k.detach().half(), far.far_v.detach().half(), far.bias.float(), leaves, count
+    out, lse = attend_opened.forward(*about, tree, near, 0.25)
+    assert_within(out, exact.detach(), terms=tokens)
+    grads = attend_opened.backward(d_out, *about, out, lse, tree, near, 0.25, True)
+    d_q, d_k, d_v, d_far_k, d_far_v, d_bias = (x.double() for x in grads)
+    through = torch.autograd.grad([far.far_k, far.far_v], pooled, [d_far_k, d_far_v])
+    wanted = torch.autograd.grad((exact * d_out).sum(), wide)
+    for got, want in zip((d_q, d_k + through[0], d_v + through[1]), wanted, strict=True):
+        assert_within(got.half(), want, terms=tokens)
+    # one bias a level, as level_bias has: its gradient is the sum over the level's rows
+    learned = FMA(block=64, **options, level_bias=True, kv_heads=kv_heads, levels=levels).double()
+    (want,) = torch.autograd.grad((learned(*wide) * d_out).sum(), learned.level_bias)
+    sizes = [tree.lead, *(n * tree.rank for n in tree.groups)]
+    got = torch.stack([x.sum(-1)[0] for x in d_bias.split(sizes, -1)][1:], -1)
+    assert_within(got.half(), want, terms=tokens)
