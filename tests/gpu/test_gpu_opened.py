@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from farfield.mechanisms.fma import FMA
+from farfield.ops import opened as on_gpu
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
@@ -35,6 +36,46 @@ def test_forward_and_backward(dtype, shared, score):
     assert_within(out, exact.detach(), terms=1003)
     for name, got, want in zip("qkv", torch.autograd.grad((out * weights).sum(), x), wanted, strict=True):
         assert_within(got, want, terms=1003, name=f"d{name}")
+
+
+CASES = {
+    "each head its own": ({"open": 2, "rank": 4}, 4, 4, 1003, 64),
+    "many": ({"open": 16, "rank": 4, "sinks": 64, "shared": False}, 4, 2, 2600, 64),
+    "wide blocks": ({"block": 128, "open": 4, "rank": 8, "sinks": 5}, 8, 2, 2100, 128),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_of_its_own(case, monkeypatch):
+    """With the learned bias of each level, and for sure by those kernels."""
+    options, heads, kv_heads, tokens, width = CASES[case]
+    shape = {"heads": heads, "kv_heads": kv_heads, "width": width}
+    options = {"near": 128, "level_bias": True, "kv_heads": kv_heads, "levels": 8, **options}
+    calls, original = [], on_gpu.attend
+    monkeypatch.setattr(on_gpu, "attend", lambda *given: calls.append(given) or original(*given))
+    grads = []
+    for dtype in (torch.float64, torch.bfloat16):
+        mech = FMA(**options).to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
+        with torch.no_grad():
+            mech.level_bias.copy_(torch.linspace(-1, 1, mech.level_bias.numel()).view_as(mech.level_bias))
+        x = [t.requires_grad_() for t in draw(tokens, dtype, **shape)]
+        out = mech(*x)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to("cuda")
+        found = torch.autograd.grad((out * weights).sum(), [*x, mech.level_bias])
+        grads.append((out.detach(), *found[:3], found[3].to(dtype)))
+    assert len(calls) == 1
+    for name, want, got in zip(("out", "dq", "dk", "dv", "dbias"), *grads, strict=True):
+        assert_within(got, want, terms=tokens, name=name)
+
+
+@pytest.mark.parametrize("open", [2, 16])
+def test_it_compiles(open):
+    mech, x = FMA(near=128, rank=4, open=open), [t.requires_grad_() for t in draw(1003, torch.bfloat16)]
+    out = mech(*x)
+    compiled = torch.compile(mech, fullgraph=True)(*x)
+    assert torch.equal(compiled, out)
+    for got, want in zip(*(torch.autograd.grad(y.sum(), x) for y in (compiled, out)), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_float64_equals_the_definition():
