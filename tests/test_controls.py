@@ -49,3 +49,57 @@ def test_dense_fma_is_fma(score):
     assert_within(kind(**options)(q.float(), k.float(), v.float()), wanted, terms=333)
     with pytest.raises(NotImplementedError, match="one whole sequence"):
         kind(**options, shared=False)(q, k, v)
+
+
+GUESSES = {
+    "mass": lambda x, y: x @ y[0],
+    "mean": lambda x, y: x @ y.mean(0),
+    "normal": lambda x, y: x @ y.mean(0) + (x * x) @ ((y - y.mean(0)) ** 2).mean(0) / 2,
+    "box": lambda x, y: torch.maximum(x * y.amin(0), x * y.amax(0)).sum(),
+    "peak": lambda x, y: x @ y[((y - y.mean(0)) ** 2).sum(1).argmax()],
+}
+"""What a key of a segment is worth, the same for each of its tokens."""
+
+
+def literally_chosen(q, k, v, options):
+    """`Chosen`, one query of one head at a time."""
+    block, near, sinks, picks, score, detail = (
+        options[name] for name in ("block", "near", "sinks", "picks", "score", "detail")
+    )
+    least = options.get("least", 0.0)
+    out, read = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), []
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        keys, values = (y[b, h // (q.shape[1] // k.shape[1])] for y in (k, v))
+        x = q[b, h, i] * q.shape[3] ** -0.5
+        seen = {j for j in range(i + 1) if i - j < near or j < sinks}
+        scores = {}
+        for first in range(0, i - near + 1, block):
+            tokens = list(range(first, first + block))
+            if tokens[-1] > i - near:
+                seen |= {j for j in tokens if j <= i}
+                continue
+            parts = []
+            for segment in torch.tensor(tokens).chunk(block if score == "mass" else detail):
+                parts.append(len(segment) * GUESSES[score](x, keys[segment]).exp())
+            scores[first] = sum(parts)
+        total = sum(scores.values()) + sum((x @ keys[j]).exp() for j in range(i + 1) if i - j < near or j < sinks)
+        best = sorted((first for first in scores if scores[first] >= least * total), key=lambda n: -scores[n])[:picks]
+        seen |= {j for first in best for j in range(first, first + block)}
+        seen = torch.tensor(sorted(seen))
+        out[b, h, i] = (keys[seen] @ x).softmax(0) @ values[seen]
+        read.append(len(seen))
+    return out, sum(read) / len(read)
+
+
+@pytest.mark.parametrize("score", GUESSES)
+@pytest.mark.parametrize("more", [{"detail": 1}, {"detail": 4, "least": 0.05}], ids=str)
+def test_chosen_blocks(score, more):
+    options = {"block": 8, "near": 12, "sinks": 3, "picks": 2, "score": score, **more}
+    mech = load("chosen").Chosen(**options)
+    q, k, v = (torch.randn(1, heads, 75, 8, dtype=torch.float64) for heads in (2, 1, 1))
+    wanted, rows = literally_chosen(q, k, v, options)
+    assert_within(mech(q, k, v), wanted, terms=75)
+    assert mech.rows_read(75) == pytest.approx(rows)
+    assert mech.rows_read(76) is None
+    with pytest.raises(ValueError, match="detail must divide block"):
+        load("chosen").Chosen(block=8, detail=3)

@@ -29,22 +29,23 @@ class DenseFMA(FMA):
         heads = q.shape[1]
         kv_heads = tokens.k.shape[1]
         stack = heads // kv_heads
-        far_bias = torch.zeros(len(far)) if far.bias is None else far.bias.reshape(-1)
+        far_bias = torch.zeros(len(far), device=q.device) if far.bias is None else far.bias.reshape(-1)
         k, far_k, v, far_v = (x[0][:, None].expand(-1, stack, -1, -1) for x in (tokens.k, far.k, tokens.v, far.v))
         out = q.new_empty(1, heads, q.shape[2], v.shape[3])
         for start in range(0, q.shape[2], STEP):
             stop = min(start + STEP, q.shape[2])
-            at = torch.arange(start, stop)
+            at = torch.arange(start, stop, device=q.device)
             x = asked[0, :, start:stop].unflatten(0, (kv_heads, stack))
             kept = self._kept(x, rows[0], bias.reshape(-1), at // self.block, sizes, radius)
 
             blocks = -(-stop // self.block)
             opens = kept[0][..., :blocks]
             opens = pad(opens, (0, blocks - opens.shape[-1]))
-            near = (at // self.block)[:, None] - torch.arange(blocks) <= radius[0]
+            each = torch.arange(stop, device=q.device)
+            near = (at // self.block)[:, None] - each[:blocks] <= radius[0]
             seen = (opens | near).repeat_interleave(self.block, -1)[..., :stop]
-            seen = (seen | (torch.arange(stop) < self.sinks)) & (torch.arange(stop) <= at[:, None])
-            summaries = torch.zeros(kv_heads, stop - start, len(far), dtype=torch.bool)
+            seen = (seen | (each < self.sinks)) & (each <= at[:, None])
+            summaries = torch.zeros(kv_heads, stop - start, len(far), dtype=torch.bool, device=q.device)
             holds = kept[0]
             for height, size in enumerate(sizes):
                 above = pad(holds, (0, holds.shape[-1] % 2)).unflatten(-1, (-1, 2)).any(-1)
@@ -53,7 +54,7 @@ class DenseFMA(FMA):
                 summaries[..., begin : begin + size * self.rank] = read.repeat_interleave(self.rank, -1)
                 holds = above[..., : sizes[height + 1]] if height + 1 < len(sizes) else above
 
-            hidden = torch.zeros(kv_heads, 1, stop - start, stop + len(far))
+            hidden = torch.zeros(kv_heads, 1, stop - start, stop + len(far), device=q.device)
             hidden[..., stop:] = far_bias
             hidden.masked_fill_(~torch.cat([seen, summaries], -1)[:, None], float("-inf"))
             rows_k, rows_v = (torch.cat([x[:, :, :stop], y], 2) for x, y in ((k, far_k), (v, far_v)))
@@ -81,7 +82,7 @@ class DenseFMA(FMA):
 
 def _listed(n, height, groups, radius, above):
     """Groups of a level that are no neighbours of block n's, and whose parents are, or are kept: [(G,) t, groups]."""
-    own, j = (n >> height)[:, None], torch.arange(groups)
+    own, j = (n >> height)[:, None], torch.arange(groups, device=n.device)
     inside = (own // 2 - j // 2) <= radius[height + 1]
     if above is not None:
         # a group's parent may be incomplete, and missing
