@@ -16,15 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import attend_listed_backward_hopper as hopper
 from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
 from farfield.kernels.attend_listed import FEWEST, PARTS, _unit, piece_size
 from farfield.kernels.transpose import piece_of, transpose
 from farfield.ops.attend import Call
 
 
-@triton.jit(do_not_specialize=["total"])
-def prepare(out, d_out, lse, d_lse, delta, shift, total, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr):
-    """delta, and lse in units of log 2: inf where nothing was read, so that weights are exp(s - inf) = 0."""
+@triton.jit(do_not_specialize=["tokens", "total"])
+def prepare(
+    out, d_out, lse, d_lse, delta, shift, tokens, total,
+    STACK: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """delta, and lse in units of log 2: inf where nothing was read, so that weights are exp(s - inf) = 0.
+
+    They are kept query by query, the heads of a unit side by side, as they are read.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < total
     values = tl.arange(0, E_TILE)
@@ -36,8 +43,10 @@ def prepare(out, d_out, lse, d_lse, delta, shift, total, E: tl.constexpr, E_TILE
         found -= tl.load(d_lse + row, mask=there, other=0.0)
     mass = tl.load(lse + row, mask=there, other=0.0)
     empty = mass == float("-inf")
-    tl.store(delta + row, tl.where(empty, 0.0, found), mask=there)
-    tl.store(shift + row, tl.where(empty, float("inf"), mass * LOG2E), mask=there)
+    head = row // tokens
+    to = (head // STACK * tokens + row % tokens) * STACK + head % STACK
+    tl.store(delta + to, tl.where(empty, 0.0, found), mask=there)
+    tl.store(shift + to, tl.where(empty, float("inf"), mass * LOG2E), mask=there)
 
 
 VARIES = ["base", "seg_b", "seg_u", "most", "pieces", "units", "tokens", "first", "all_tokens", "rows", "row_blocks"]
@@ -89,7 +98,7 @@ def read_blocks_backward(
         q_tile = tl.load(q_at, mask=asked[:, None] & (dims < D), other=0.0)
         d_at = d_out + (head * d_h + token * d_t)[:, None] * E_UNIT + values
         d_tile = tl.load(d_at, mask=asked[:, None] & (values < E), other=0.0)
-        line = (unit * STACK + head) * all_tokens + token
+        line = (unit * all_tokens + token) * STACK + head
         lowered = tl.load(shift + line, mask=asked, other=float("inf"))
         less = tl.load(delta + line, mask=asked, other=0.0)
         place = (unit * tokens * picks + entry) * STACK + head
@@ -126,6 +135,7 @@ def read_blocks_backward(
             part_at = parts + place[:, None] * D + dims
             tl.store(part_at, share.to(parts.dtype.element_ty), mask=asked[:, None] & (dims < D))
     if ROWS_GRAD and low <= high:
+        dk *= scale
         if piece >= 0:
             to = ((unit * pieces + piece) * K_BLOCK + cut * BK + inside)[:, None]
             tl.store(piece_k + to * D + dims, dk, mask=dims < D)
@@ -135,8 +145,10 @@ def read_blocks_backward(
             if ADD:
                 dk += tl.load(d_k + to * D + dims, mask=there[:, None] & (dims < D), other=0.0)
                 dv += tl.load(d_v + to * E + values, mask=there[:, None] & (values < E), other=0.0)
-            tl.store(d_k + to * D + dims, dk, mask=there[:, None] & (dims < D))
-            tl.store(d_v + to * E + values, dv, mask=there[:, None] & (values < E))
+            kept_k = there[:, None] & (dims < D)
+            tl.store(d_k + to * D + dims, dk.to(d_k.dtype.element_ty), mask=kept_k)
+            kept_v = there[:, None] & (values < E)
+            tl.store(d_v + to * E + values, dv.to(d_v.dtype.element_ty), mask=kept_v)
 
 
 @triton.jit(do_not_specialize=["seg_b", "seg_u", "most", "pieces", "units", "rows", "row_blocks"])
@@ -168,8 +180,8 @@ def join_pieces(
             of = ((unit * pieces + piece) * K_BLOCK + cut * BK + inside)[:, None]
             dk += tl.load(piece_k + of * D + dims, mask=dims < D, other=0.0)
             dv += tl.load(piece_v + of * E + values, mask=values < E, other=0.0)
-        tl.store(d_k + to * D + dims, dk, mask=mask_k)
-        tl.store(d_v + to * E + values, dv, mask=mask_v)
+        tl.store(d_k + to * D + dims, dk.to(d_k.dtype.element_ty), mask=mask_k)
+        tl.store(d_v + to * E + values, dv.to(d_v.dtype.element_ty), mask=mask_v)
 
 
 @triton.jit(do_not_specialize=["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "total"])
@@ -214,45 +226,74 @@ def attend_listed_backward(
     total, some = batch * heads * tokens, max(1, 2048 // e_tile)
     d_lse = None if d_lse is None else d_lse.contiguous()
     prepare[(-(-total // some),)](
-        out.contiguous(), d_out.contiguous(), lse, d_lse, delta, shift, total, value_width, e_tile, some
+        out.contiguous(), d_out.contiguous(), lse, d_lse, delta, shift, tokens, total, stack, value_width, e_tile, some
     )  # fmt: skip
 
-    chunk = min(tokens, max(FEWEST, PARTS // max(1, batch * heads * picks * width * q.element_size())))
-    parts = q.new_empty(batch * heads * chunk * picks, width)
-    d_k = torch.empty(batch, units, rows, width, dtype=torch.float32, device=q.device)
-    d_v = torch.empty(batch, units, rows, value_width, dtype=torch.float32, device=q.device)
-    step = min(plan.k_block, 64)
+    on_hopper = hopper.wants(q, k, v, d_out, plan.k_block, stack)
+    tiles = hopper.tiles_of(width, plan.k_block) if on_hopper else None
+    step = min(plan.k_block, 64) if tiles is None else tiles.rows
+    # shares of dq that an entry leaves
+    cuts = 1 if tiles is None else plan.k_block // step
+    each = batch * heads * picks * cuts * width * q.element_size()
+    chunk = min(tokens, max(FEWEST, PARTS // max(1, each)))
+    part_rows = batch * heads * chunk * picks
+    parts = q.new_empty(cuts * part_rows, width)
+    # float32 where something is still to be added
+    dtype = q.dtype if chunk == tokens and units == kv_heads else torch.float32
+    d_k = torch.empty(batch, units, rows, width, dtype=dtype, device=q.device)
+    d_v = torch.empty(batch, units, rows, value_width, dtype=dtype, device=q.device)
     whole = step == plan.k_block
-    tile = max(1, (64 if max(d_tile, e_tile) <= 64 else 32) // stack_tile)
     for first in range(0, tokens, chunk):
         many = min(chunk, tokens - first)
         listed, filled = index[:, :, first : first + many].contiguous(), count[:, :, first : first + many].contiguous()
         (found,) = transpose([listed], [filled], [row_blocks], [True], [piece_size(many, picks, row_blocks)])
         seg_b, seg_u = found.strides
         held = batch * units * found.pieces * plan.k_block
-        piece_k, piece_v = d_k.new_empty(max(held, 1), width), d_v.new_empty(max(held, 1), value_width)
-        for of_rows, of_queries in ((True, True),) if whole else ((True, False), (False, True)):
-            cuts = plan.k_block // step if of_rows else 1
-            read_blocks_backward[(cuts * batch * units * (row_blocks + found.pieces),)](
-                q, k, v, d_out, delta, shift, parts, d_k, d_v, piece_k, piece_v,
-                found.start, found.reader, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
-                many, first, tokens, rows, row_blocks, picks, *[n // d_unit for n in q_at],
-                *[n // e_unit for n in d_at], *[n // d_unit for n in k_at], *[n // e_unit for n in v_at], scale,
-                stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal), width, value_width, d_tile,
-                e_tile, d_unit, e_unit, BQ=tile, BK=step, ROWS_GRAD=of_rows, QUERY_GRAD=of_queries, ADD=first > 0,
-                num_warps=8, num_stages=2,
+        piece_k, piece_v = (delta.new_empty(max(held, 1), n) for n in (width, value_width))
+        place = found.reader
+        if tiles is not None:
+            token, place = torch.empty_like(found.reader), torch.empty_like(found.reader)
+            hopper.places[(-(-token.numel() // 1024),)](
+                found.reader, token, place, first, many * picks, picks, token.numel(), 1024
             )  # fmt: skip
+            hopper.read_blocks_backward_hopper[(cuts * batch * units * (row_blocks + found.pieces),)](
+                q, k, v, d_out, shift, delta, token, parts, hopper.box(parts), d_k, d_v, piece_k, piece_v,
+                found.start, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
+                many * picks, tokens, rows, row_blocks, part_rows,
+                *[n // 8 for n in (*q_at, *d_at, *k_at, *v_at)], scale,
+                STACK=stack, REPEAT=heads // kv_heads, K_BLOCK=plan.k_block, ROWS=step, CAUSAL=bool(plan.causal),
+                D=width, STAGES=tiles.stages, ADD=first > 0, WARPS=tiles.warps, num_warps=tiles.warps,
+                maxnreg=tiles.registers,
+            )  # fmt: skip
+        else:
+            tile = max(1, (64 if max(d_tile, e_tile) <= 64 else 32) // stack_tile)
+            for of_rows, of_queries in ((True, True),) if whole else ((True, False), (False, True)):
+                programs = batch * units * (row_blocks + found.pieces) * (plan.k_block // step if of_rows else 1)
+                read_blocks_backward[(programs,)](
+                    q, k, v, d_out, delta, shift, parts, d_k, d_v, piece_k, piece_v,
+                    found.start, found.reader, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
+                    many, first, tokens, rows, row_blocks, picks, *[n // d_unit for n in q_at],
+                    *[n // e_unit for n in d_at], *[n // d_unit for n in k_at], *[n // e_unit for n in v_at], scale,
+                    stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal), width, value_width, d_tile,
+                    e_tile, d_unit, e_unit, BQ=tile, BK=step, ROWS_GRAD=of_rows, QUERY_GRAD=of_queries, ADD=first > 0,
+                    num_warps=8, num_stages=2,
+                )  # fmt: skip
         if found.pieces:
             join_pieces[(plan.k_block // step * batch * units * row_blocks,)](
                 d_k, d_v, piece_k, piece_v, found.start, seg_b, seg_u, found.most, found.pieces, units, rows,
                 row_blocks, plan.k_block, width, value_width, d_tile, e_tile, step, ADD=first > 0, num_warps=8,
             )  # fmt: skip
         total, some = batch * heads * many, max(1, 2048 // d_tile)
-        join_queries[(-(-total // some),)](
-            parts, filled, d_q, units, many, first, tokens, picks, seg_b * many, seg_u * many, total, scale,
-            stack, width, d_tile, some, num_warps=4,
-        )  # fmt: skip
-    d_k *= scale
+        if tiles is not None:
+            hopper.join_places[(-(-total // some),)](
+                parts, place, filled, d_q, units, many, first, tokens, picks, seg_b * many, seg_u * many, part_rows,
+                total, scale, stack, cuts, width, some, num_warps=4,
+            )  # fmt: skip
+        else:
+            join_queries[(-(-total // some),)](
+                parts, filled, d_q, units, many, first, tokens, picks, seg_b * many, seg_u * many, total, scale,
+                stack, width, d_tile, some, num_warps=4,
+            )  # fmt: skip
     if units != kv_heads:
         d_k, d_v = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (d_k, d_v))
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)

@@ -1,0 +1,358 @@
+"""attend for lists of a query's own on Hopper GPUs, backward: a program stays with 64 or 128 rows, in Gluon.
+
+K and V of the rows stay in shared memory, dk and dv in registers. The queries that chose the rows come by in tiles of
+64, gathered by asynchronous copies a tile or two ahead. S and dP are made once, rows down: P and dS go from registers
+into the sums of dv and dk, and dS passes through shared memory into the tile's dq, which leaves by the accelerator
+through the place where the queries were. What readers get is kept in the order of the sort, so that a tile's is one
+piece of memory; `join_places` finds the places of each query's entries.
+
+Readers ascend, so that only the first tiles of a causal block need a mask.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from farfield.kernels.attend_hopper import _aligned, _hopper
+
+LOG2E = gl.constexpr(1.4426950408889634)
+UNIT = gl.constexpr(8)  # elements of 16 bytes: strides are given in them, so that it is known that rows are aligned
+BQ = gl.constexpr(64)  # queries of a tile, the heads of a unit counted apart
+ALWAYS = gl.constexpr(1 << 30)
+
+# Triton 3.7 has renamed it
+_sync = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@triton.jit(do_not_specialize=["first", "per", "picks", "total"])
+def places(reader, token, place, first, per, picks, total, SIZE: tl.constexpr):
+    """Of each reader in the order of the sort its token; of each entry its place in that order, within its segment."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = at < total
+    entry = tl.load(reader + at, mask=there, other=0)
+    tl.store(token + at, first + entry // picks, mask=there)
+    tl.store(place + at // per * per + entry, (at % per).to(tl.int32), mask=there)
+
+
+@gluon.jit
+def _name(token_ring, slot, token, at, last, STACK: gl.constexpr, WARPS: gl.constexpr):
+    """Copy the tokens of a tile's rows."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    spot = at + gl.arange(0, BQ, flat) // STACK
+    async_copy.async_copy_global_to_shared(token_ring.index(slot), token + spot, mask=spot < last)
+
+
+@gluon.jit
+def _gather(
+    q_tile, d_tile, shift_place, delta_place, named, q, d_out, shift, delta, q_h, q_t, d_h, d_t, at, last,
+    STACK: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Copy the rows of a tile whose tokens are known; those past the last reader come as 0."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    down: gl.constexpr = gl.SliceLayout(1, across)
+    columns = gl.arange(0, D, gl.SliceLayout(0, across))[None, :]
+    row = gl.arange(0, BQ, down)
+    token = named.load(down)
+    there = (at + row // STACK < last)[:, None]
+    head = row % STACK
+    # in units, that 32 bits are enough
+    q_at, d_at = head * q_h + token * q_t, head * d_h + token * d_t
+    async_copy.async_copy_global_to_shared(
+        q_tile, q + (q_at.to(gl.int64) * UNIT)[:, None] + columns, mask=there
+    )  # fmt: skip
+    async_copy.async_copy_global_to_shared(
+        d_tile, d_out + (d_at.to(gl.int64) * UNIT)[:, None] + columns, mask=there
+    )  # fmt: skip
+    row = gl.arange(0, BQ, flat)
+    there = at + row // STACK < last
+    line = named.load(flat) * STACK + row % STACK
+    async_copy.async_copy_global_to_shared(shift_place, shift + line, mask=there)
+    async_copy.async_copy_global_to_shared(delta_place, delta + line, mask=there)
+
+
+VARIES = ["base", "seg_b", "seg_u", "most", "pieces", "units", "per", "all_tokens", "rows", "row_blocks", "part_rows"]
+VARIES += ["q_b", "q_h", "q_t", "d_b", "d_h", "d_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r"]
+
+
+@gluon.jit(do_not_specialize=VARIES)
+def read_blocks_backward_hopper(
+    q, k, v, d_out, shift, delta, token, parts, parts_box, d_k, d_v, piece_k, piece_v, start, key,
+    base, seg_b, seg_u, most, pieces, units, per, all_tokens, rows, row_blocks, part_rows,
+    q_b, q_h, q_t, d_b, d_h, d_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
+    STACK: gl.constexpr, REPEAT: gl.constexpr, K_BLOCK: gl.constexpr, ROWS: gl.constexpr, CAUSAL: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of ROWS rows of a block, or of what a piece of its readers adds to them, and each reader's dq."""
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BQ, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    own: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, D // (WARPS // 4), 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    of_query: gl.constexpr = gl.SliceLayout(0, score)
+    across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    dtype: gl.constexpr = q.dtype.element_ty
+    CUTS: gl.constexpr = K_BLOCK // ROWS
+    EACH: gl.constexpr = BQ // STACK  # readers of a tile
+    NAMES: gl.constexpr = 2 * STAGES - 1
+    pid = gl.program_id(0)
+    cut, pid = pid % CUTS, pid // CUTS
+    unit, x = pid // (row_blocks + pieces), pid % (row_blocks + pieces)
+    b, u = unit // units, unit % units
+    segment = b * seg_b + u * seg_u
+    start_at = start + segment * (row_blocks + 1)
+    zero = gl.load(start_at)
+    # as transpose.piece_of
+    piece = x - row_blocks
+    at = zero + (piece + 1) * (most // 2) - 1
+    found = (piece >= 0) & (at < gl.load(start_at + row_blocks))
+    owner = (gl.load(key + at, mask=found, other=0) - base).to(gl.int32) - segment * (row_blocks + 1)
+    m = gl.where(piece >= 0, gl.where(found, owner, row_blocks), x)
+    there = m < row_blocks
+    first = gl.load(start_at + m, mask=there, other=0)
+    last = gl.load(start_at + m + 1, mask=there, other=0)
+    divided = last - first > most
+    begin = gl.where(piece >= 0, first + (piece - (2 * (first - zero)) // most) * most, first)
+    part = gl.where(divided & (begin < last), gl.minimum(last, begin + most), -1)
+    last = gl.where(piece >= 0, part, gl.where(divided, -1, last))
+    first = gl.where(divided | (piece < 0), begin, 0)
+    if first <= last:
+        rows_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        k_tile = gl.allocate_shared_memory(dtype, [ROWS, D], rows_shared)
+        v_tile = gl.allocate_shared_memory(dtype, [ROWS, D], rows_shared)
+        q_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], rows_shared)
+        d_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], rows_shared)
+        ds_tile = gl.allocate_shared_memory(dtype, [ROWS, BQ], gl.NVMMASharedLayout(128, 16, 2))
+        shift_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
+        delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
+        token_ring = gl.allocate_shared_memory(gl.int32, [NAMES, BQ], plain)
+
+        g = u
+        if STACK == 1:
+            g = u // REPEAT
+        row0 = m * K_BLOCK + cut * ROWS
+        q += (b.to(gl.int64) * q_b + (u * STACK).to(gl.int64) * q_h) * UNIT
+        d_out += (b.to(gl.int64) * d_b + (u * STACK).to(gl.int64) * d_h) * UNIT
+        shift += unit.to(gl.int64) * all_tokens * STACK
+        delta += unit.to(gl.int64) * all_tokens * STACK
+        count = last - first
+        tiles = (count + EACH - 1) // EACH
+
+        for t in gl.static_range(STAGES - 1):
+            _name(token_ring, t, token, first + t * EACH, last, STACK, WARPS)
+        columns = gl.arange(0, D, gl.SliceLayout(0, across))[None, :]
+        line = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, across))
+        inside = (line < rows)[:, None]
+        k += (b.to(gl.int64) * k_b + g.to(gl.int64) * k_h) * UNIT
+        v += (b.to(gl.int64) * v_b + g.to(gl.int64) * v_h) * UNIT
+        async_copy.async_copy_global_to_shared(
+            k_tile, k + ((line.to(gl.int64) * k_r) * UNIT)[:, None] + columns, mask=inside
+        )  # fmt: skip
+        async_copy.async_copy_global_to_shared(
+            v_tile, v + ((line.to(gl.int64) * v_r) * UNIT)[:, None] + columns, mask=inside
+        )  # fmt: skip
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        _sync()
+        for t in gl.static_range(STAGES - 1):
+            _gather(
+                q_ring.index(t), d_ring.index(t), shift_ring.index(t), delta_ring.index(t), token_ring.index(t),
+                q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last, STACK, D, WARPS,
+            )  # fmt: skip
+            _name(token_ring, t + STAGES - 1, token, first + (t + STAGES - 1) * EACH, last, STACK, WARPS)
+            async_copy.commit_group()
+
+        acc_k = gl.zeros([ROWS, D], gl.float32, wide)
+        acc_v = gl.zeros([ROWS, D], gl.float32, wide)
+        factor = scale * LOG2E
+        # the first row that a query may stand before; readers ascend
+        edge = gl.where(row0 + ROWS > rows, ALWAYS, row0 + ROWS - 1)
+        masking = row0 + ROWS > rows
+        if CAUSAL:
+            masking = edge >= 0
+        for t in range(tiles):
+            s = t % STAGES
+            async_copy.wait_group(STAGES - 2)
+            # these copies were ordinary writes to shared memory; the tensor cores read it another way
+            fence_async_shared()
+            _sync()
+            q_tile = q_ring.index(s)
+            d_tile = d_ring.index(s)
+            scores = gl.zeros([ROWS, BQ], gl.float32, score)
+            d_weights = gl.zeros([ROWS, BQ], gl.float32, score)
+            product = warpgroup_mma(k_tile, q_tile.permute((1, 0)), scores, use_acc=False, is_async=True)
+            d_product = warpgroup_mma(v_tile, d_tile.permute((1, 0)), d_weights, use_acc=False, is_async=True)
+            lowered = shift_ring.index(s).load(of_query)
+            scores = warpgroup_mma_wait(1, deps=[product])
+            weights = gl.exp2(scores * factor - lowered[None, :])
+            if masking:
+                asking = token_ring.index(t % NAMES).load(of_query)
+                each = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, score))
+                seen = (each < rows)[:, None]
+                if CAUSAL:
+                    seen = seen & (each[:, None] <= asking[None, :])
+                weights = gl.where(seen, weights, 0.0)
+                masking = gl.min(asking, 0) < edge
+            operand = gl.convert_layout(weights.to(dtype), left)
+            sum_of_v = warpgroup_mma(operand, d_tile, acc_v, is_async=True)
+            d_weights = warpgroup_mma_wait(1, deps=[d_product])
+            less = delta_ring.index(s).load(of_query)
+            d_scores = (weights * (d_weights - less[None, :])).to(dtype)
+            d_operand = gl.convert_layout(d_scores, left)
+            sum_of_k = warpgroup_mma(d_operand, q_tile, acc_k, is_async=True)
+            ds_tile.store(d_scores)
+            # what left from the place of the next queries has been read
+            tma.store_wait(0)
+            fence_async_shared()
+            _sync()
+            ahead = t + STAGES - 1
+            if ahead < tiles:
+                to = ahead % STAGES
+                _gather(
+                    q_ring.index(to), d_ring.index(to), shift_ring.index(to), delta_ring.index(to),
+                    token_ring.index(ahead % NAMES), q, d_out, shift, delta, q_h, q_t, d_h, d_t,
+                    first + ahead * EACH, last, STACK, D, WARPS,
+                )  # fmt: skip
+                _name(
+                    token_ring, (ahead + STAGES - 1) % NAMES, token, first + (ahead + STAGES - 1) * EACH, last, STACK,
+                    WARPS,
+                )  # fmt: skip
+            async_copy.commit_group()
+            acc_v, operand = warpgroup_mma_wait(1, deps=[sum_of_v, operand])
+            acc_k, d_operand = warpgroup_mma_wait(0, deps=[sum_of_k, d_operand])
+            d_queries = gl.zeros([BQ, D], gl.float32, own)
+            d_queries = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, d_queries, use_acc=False)
+            # the queries are done with: their place in shared memory is where dq leaves from
+            _sync()
+            q_tile.store(d_queries.to(dtype))
+            to_row = cut.to(gl.int64) * part_rows + (unit.to(gl.int64) * per + first - zero + t * EACH) * STACK
+            if t * EACH + EACH <= count:
+                fence_async_shared()
+                _sync()
+                tma.async_copy_shared_to_global(parts_box, [to_row.to(gl.int32), 0], q_tile)
+            else:
+                _sync()
+                spot = gl.arange(0, BQ, gl.SliceLayout(1, across))
+                here = (t * EACH + spot // STACK < count)[:, None]
+                gl.store(parts + ((to_row + spot) * D)[:, None] + columns, q_tile.load(across), mask=here)
+        tma.store_wait(0)
+
+        below = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
+        of_row = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
+        acc_k = acc_k * scale
+        if piece >= 0:
+            to = ((unit * pieces + piece).to(gl.int64) * K_BLOCK - m * K_BLOCK + below)[:, None] * D + of_row
+            gl.store(piece_k + to, acc_k)
+            gl.store(piece_v + to, acc_v)
+        else:
+            to = (unit.to(gl.int64) * rows + below)[:, None] * D + of_row
+            kept = (below < rows)[:, None]
+            if ADD:
+                acc_k += gl.load(d_k + to, mask=kept, other=0.0)
+                acc_v += gl.load(d_v + to, mask=kept, other=0.0)
+            gl.store(d_k + to, acc_k.to(d_k.dtype.element_ty), mask=kept)
+            gl.store(d_v + to, acc_v.to(d_v.dtype.element_ty), mask=kept)
+
+
+JOIN_VARIES = ["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "part_rows", "total"]
+
+
+@triton.jit(do_not_specialize=JOIN_VARIES)
+def join_places(
+    parts, place, count, d_q, units, tokens, first, all_tokens, picks, list_b, list_u, part_rows, total, scale,
+    STACK: tl.constexpr, CUTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dq: what each query got from its entries, added up in their order."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < total
+    r, query = row % STACK, row // STACK
+    n, unit = query % tokens, query // tokens
+    dims = tl.arange(0, D)
+    nth = unit // units * list_b + unit % units * list_u + n
+    filled = tl.load(count + nth, mask=there, other=0)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for p in range(tl.max(filled, 0)):
+        used = p < filled
+        at = tl.load(place + nth * picks + p, mask=used, other=0)
+        line = (unit * tokens * picks + at) * STACK + r
+        for cut in tl.static_range(CUTS):
+            part_at = parts + (cut * part_rows + line)[:, None] * D + dims
+            acc += tl.load(part_at, mask=used[:, None], other=0.0).to(tl.float32)
+    at = ((unit * STACK + r) * all_tokens + first + n)[:, None] * D + dims
+    tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=there[:, None])
+
+
+class Tiles(NamedTuple):
+    """How a launch is cut.
+
+    Args:
+        rows: of a program, of which blocks may be several times as large.
+        stages: tiles of queries in flight.
+        warps: four for each 64 rows.
+        registers: of a thread; None: all there are.
+    """
+
+    rows: int
+    stages: int
+    warps: int
+    registers: int | None = None
+
+
+# width, whether a block has more than 64 rows -> tiles
+TILES = {
+    (64, False): Tiles(64, 3, 4, 168),
+    (128, False): Tiles(64, 2, 4),
+    (64, True): Tiles(128, 3, 8),
+    (128, True): Tiles(128, 3, 8),
+}
+
+
+def wants(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, k_block: int, stack: int) -> bool:
+    """Whether shapes and strides suit what attend_listed takes."""
+    width = q.shape[3]
+    return (
+        (width, k_block > 64) in TILES
+        and width == v.shape[3]
+        and k_block >= 64
+        and stack in (1, 2, 4, 8, 16, 32, 64)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and _hopper(q.device)
+        and all(sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) < 1 << 33 for x in (q, d_out))
+        and all(_aligned(x) for x in (q, k, v, d_out))
+    )
+
+
+def tiles_of(width: int, k_block: int) -> Tiles:
+    return TILES[width, k_block > 64]
+
+
+def box(parts: Tensor) -> TensorDescriptor:
+    """A descriptor of tiles of `parts` [N, D]."""
+    made: Any = object.__new__(TensorDescriptor)
+    made.__dict__.update(_template(parts.shape[1], parts.dtype), base=parts, shape=list(parts.shape))
+    made.strides = list(parts.stride())
+    return made
+
+
+@cache
+def _template(width: int, dtype: torch.dtype) -> dict:
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    like = torch.empty(BQ.value, width, dtype=dtype, device="meta")
+    layout = gl.NVMMASharedLayout.get_default_for([BQ.value, width], kind)
+    return vars(TensorDescriptor.from_tensor(like, [BQ.value, width], layout))
