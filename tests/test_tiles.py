@@ -57,7 +57,10 @@ SPILLS: dict[str, int] = {
     "walk": 80,
     "walk-fp16": 80,
     "walk-long": 256,
-    **dict.fromkeys(("listed-backward-128", "choose-fp32-128"), _ONCE),
+    **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128"), _ONCE),
+    # two or three programs a multiprocessor; strides and addresses of the whole kernel, read once a tile
+    "listed-backward-64": 120,
+    "listed-backward-128": 192,
     # a third stage of loads, which was faster
     "scan-128": 40,
     "scan-80": 64,
@@ -346,6 +349,9 @@ LAUNCHES = {
     **{f"listed-{d}": (lambda d=d: listed(64, d)) for d in (64, 128)},
     **{f"listed-backward-{d}": (lambda d=d: listed(64, d, backward=True)) for d in (64, 128)},
     "listed-16-64": lambda: listed(16, 64),
+    # what the kernel for Hopper does not take
+    "listed-backward-16-64": lambda: listed(16, 64, backward=True),
+    "listed-backward-512-40": lambda: listed(512, 40, lists=16, heads=16, backward=True),
     **{f"listed-512-{d}": (lambda d=d: listed(512, d, lists=16, heads=16)) for d in (64, 128)},
     **{f"listed-backward-512-{d}": (lambda d=d: listed(512, d, lists=16, heads=16, backward=True)) for d in (64, 128)},
     **{f"choose-{d}": (lambda d=d: choosing(NSA, d)) for d in (64, 128)},

@@ -239,9 +239,11 @@ def attend_listed_backward(
     part_rows = batch * heads * chunk * picks
     parts = q.new_empty(cuts * part_rows, width)
     # float32 where something is still to be added
-    dtype = q.dtype if chunk == tokens and units == kv_heads else torch.float32
-    d_k = torch.empty(batch, units, rows, width, dtype=dtype, device=q.device)
-    d_v = torch.empty(batch, units, rows, value_width, dtype=dtype, device=q.device)
+    add = chunk < tokens
+    made = torch.zeros if add else torch.empty
+    dtype = torch.float32 if add or units != kv_heads else q.dtype
+    d_k = made(batch, units, rows, width, dtype=dtype, device=q.device)
+    d_v = made(batch, units, rows, value_width, dtype=dtype, device=q.device)
     whole = step == plan.k_block
     for first in range(0, tokens, chunk):
         many = min(chunk, tokens - first)
@@ -262,7 +264,7 @@ def attend_listed_backward(
                 many * picks, tokens, rows, row_blocks, part_rows,
                 *[n // 8 for n in (*q_at, *d_at, *k_at, *v_at)], scale,
                 STACK=stack, REPEAT=heads // kv_heads, K_BLOCK=plan.k_block, ROWS=step, CAUSAL=bool(plan.causal),
-                D=width, STAGES=tiles.stages, ADD=first > 0, WARPS=tiles.warps, num_warps=tiles.warps,
+                D=width, STAGES=tiles.stages, ADD=add, WARPS=tiles.warps, num_warps=tiles.warps,
                 maxnreg=tiles.registers,
             )  # fmt: skip
         else:
@@ -275,13 +277,13 @@ def attend_listed_backward(
                     many, first, tokens, rows, row_blocks, picks, *[n // d_unit for n in q_at],
                     *[n // e_unit for n in d_at], *[n // d_unit for n in k_at], *[n // e_unit for n in v_at], scale,
                     stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal), width, value_width, d_tile,
-                    e_tile, d_unit, e_unit, BQ=tile, BK=step, ROWS_GRAD=of_rows, QUERY_GRAD=of_queries, ADD=first > 0,
+                    e_tile, d_unit, e_unit, BQ=tile, BK=step, ROWS_GRAD=of_rows, QUERY_GRAD=of_queries, ADD=add,
                     num_warps=8, num_stages=2,
                 )  # fmt: skip
         if found.pieces:
             join_pieces[(plan.k_block // step * batch * units * row_blocks,)](
                 d_k, d_v, piece_k, piece_v, found.start, seg_b, seg_u, found.most, found.pieces, units, rows,
-                row_blocks, plan.k_block, width, value_width, d_tile, e_tile, step, ADD=first > 0, num_warps=8,
+                row_blocks, plan.k_block, width, value_width, d_tile, e_tile, step, ADD=add, num_warps=8,
             )  # fmt: skip
         total, some = batch * heads * many, max(1, 2048 // d_tile)
         if tiles is not None:

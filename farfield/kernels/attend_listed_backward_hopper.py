@@ -117,8 +117,9 @@ def read_blocks_backward_hopper(
     segment = b * seg_b + u * seg_u
     start_at = start + segment * (row_blocks + 1)
     zero = gl.load(start_at)
-    # as transpose.piece_of
-    piece = x - row_blocks
+    # as transpose.piece_of, but the pieces, which are the longest, go first
+    piece = gl.where(x < pieces, x, -1)
+    x -= pieces
     at = zero + (piece + 1) * (most // 2) - 1
     found = (piece >= 0) & (at < gl.load(start_at + row_blocks))
     owner = (gl.load(key + at, mask=found, other=0) - base).to(gl.int32) - segment * (row_blocks + 1)
