@@ -3,8 +3,12 @@
 import json
 import re
 import shutil
+import time
+from contextlib import ExitStack
 from dataclasses import replace
 from io import StringIO
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,7 +105,8 @@ def test_the_report_has_table_figures_and_settings(made):
         assert part in html
     assert "<script" not in html
     rows = [line for line in markdown.splitlines() if line.startswith(("| full", "| fma", "| window"))]
-    assert len(rows) == 3
+    # the results, and by repeat distance
+    assert len(rows) == 6
     assert f"| {merged(found)['full']['overall']:.3f} |" in rows[0]
     assert all((folder / f"{name}.svg").read_text().startswith("<?xml") for name in ("loss", "position"))
     html_again = report.render_comparison(folder).read_text()
@@ -159,7 +164,7 @@ def test_minutes_are_those_of_the_slowest(text, tmp_path, monkeypatch):
             raise NotImplementedError("no kernel")
         yield took[model.attention]
 
-    def learned(model, config, scored, root):
+    def learned(model, config, *rest):
         raise RuntimeError(f"{config.steps} steps")
         yield
 
@@ -266,3 +271,87 @@ def test_the_command(text, tmp_path):
     assert (found["model"]["conv"], found["train"]["lr"]) == (0, 0.02)
     result = CliRunner().invoke(app, [*given, "--seeds-of", "fma", "--resume"])
     assert result.exit_code == 2
+
+
+# several at a time, and a deadline
+
+
+def several(text, out, entries, workers=2, **settings):
+    said = StringIO()
+    entries = [Entry(*each) for each in entries]
+    compared = comparing.Comparison(
+        out, entries, replace(TINY, **settings), torch.device("cpu"), Console(file=said, width=200)
+    )
+    compared.open([text], None, resume=False)
+    with ExitStack() as stack:
+        each = [stack.enter_context(worker.Worker(own=True)) for _ in range(workers)]
+        compared.plan(each[0])
+        compared.train(each)
+    return json.loads((out / comparing.NAME).read_text()), said.getvalue()
+
+
+def test_runs_in_processes_of_their_own_find_the_same(made, text, tmp_path):
+    _, found, _ = made
+    entries = [("fma", {"block": 8, "near": 8, "rank": 3}), *CHOSEN]
+    again, said = several(text, tmp_path / "run", entries)
+    (failed,) = again["failed"].values()
+    assert "rank" in failed["reason"]
+    assert set(again["runs"]) == {key for key in found["runs"] if key.endswith("seed 0")}
+    for key, about in again["runs"].items():
+        assert about["overall"] == found["runs"][key]["overall"]
+        assert f"{about['label']}, seed 0: {about['overall']:.4f} bits per byte" in said
+
+
+def test_at_the_deadline_runs_are_scored_with_what_they_had(text, tmp_path, monkeypatch):
+    def tick():
+        """A clock that every look at it moves on by a second."""
+        seconds = count()
+        clock = SimpleNamespace(time=lambda: next(seconds), monotonic=time.monotonic, perf_counter=time.perf_counter)
+        monkeypatch.setattr(comparing, "time", clock)
+
+    endless = replace(TINY, steps=10**6)
+    entries = [("full", {}), ("window", {"width": 16})]
+    tick()
+    found, _ = run(text, tmp_path / "run", endless, entries, deadline=9)
+    (about,) = found["runs"].values()
+    # one look when it begins, one after each step
+    assert about["cut"] == 8 * 64
+    assert 0 < about["overall"] < 9
+    (failed,) = found["failed"].values()
+    assert failed == {"label": "window:width=16", "seed": 0, "reason": "not begun before the deadline"}
+    assert f"full, cut at {about['cut']:,} tokens" in (tmp_path / "run" / "compare.md").read_text()
+    # a further call goes on where it was cut
+    tick()
+    more, _ = run(text, tmp_path / "run", endless, entries[:1], deadline=9, resume=True)
+    assert more["runs"]["full seed 0"]["cut"] == 16 * 64
+
+
+def test_the_gap_is_that_between_near_field_and_full():
+    def about(label, overall, **options):
+        name = label.partition(":")[0]
+        return {
+            "attention": name, "options": options, "label": label, "seed": 0, "overall": overall, "early": 1.0,
+            "late": 1.0, "speed": 1.0, "memory": 1, "by_position": [], "by_repeat": [],
+        }  # fmt: skip
+
+    runs = [
+        about("full", 0.5), about("near-field:near=64", 1.5, near=64), about("near-field:near=128", 1.0, near=128),
+        about("fma:near=64", 1.0, near=64), about("fma:near=128", 0.75, near=128), about("window", 1.25),
+    ]  # fmt: skip
+    models = merged({"runs": {x["label"]: x for x in runs}})
+    assert [m["gap"] for m in models.values()] == [1.0, 0.0, 0.0, 0.5, 0.5, 0.25]
+
+
+def test_a_model_of_two_mechanisms(text, tmp_path):
+    entries = [("window", {"width": 8}, ("full", {}))]
+    found, _ = run(text, tmp_path / "run", replace(TINY, layers=4, lengths=(32, 128)), entries)
+    (about,) = found["runs"].values()
+    assert about["label"] == "window:width=8/full"
+    made = mechanisms.make("window", width=8), mechanisms.make("full")
+    assert about["rows"] == pytest.approx((3 * made[0].rows_read(64) + made[1].rows_read(64)) / 4)
+    assert [x["length"] for x in about["lengths"]] == [32, 128]
+    for x in about["lengths"]:
+        assert 0 < x["overall"] < 9
+        assert x["state"] > 0
+    assert about["lengths"][0]["tokens"] >= about["lengths"][1]["tokens"] > 0
+    assert "32 | 128" in (tmp_path / "run" / "compare.md").read_text()

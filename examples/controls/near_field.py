@@ -45,7 +45,7 @@ class NearField(Mechanism):
         if not q.shape[2]:
             return no_tokens(q, v)
         far = Rows(k[:, :, : self.sinks], v[:, :, : self.sinks])
-        near, sinks = (x.to(q.device) for x in self.layouts(q.shape[2]).values())
+        near, sinks = self._layouts(q.shape[2], q.device)
         return attend(q, [(Rows(k, v), near), (far, sinks)] if len(far) else [(Rows(k, v), near)], scale=self.scale).out
 
     def reference(self, q, k, v):
@@ -57,13 +57,13 @@ class NearField(Mechanism):
 
     def layouts(self, tokens: int) -> dict[str, Layout]:
         """The layouts of the tokens and of the sinks."""
-        n, radius = torch.arange(-(-tokens // self.block)), self.near // self.block
+        return dict(zip(("near", "sinks"), self._layouts(tokens, torch.device("cpu")), strict=True))
+
+    def _layouts(self, tokens: int, device: torch.device) -> tuple[Layout, Layout]:
+        n, radius = torch.arange(-(-tokens // self.block), device=device), self.near // self.block
         index, count = pack_lists(*near_lists(n[None], radius, True, torch.full_like(n, len(n))[None]))
         near = Layout(index[:, None], count[:, None], self.block, self.block, tokens, tokens, True)
         rows = min(self.sinks, tokens)
         # blocks that see token 0 among the near ones read no sink twice
         used = ((n > radius) & (rows > 0)).int()[None, None]
-        return {
-            "near": near,
-            "sinks": Layout(torch.zeros_like(used)[..., None], used, self.block, max(rows, 1), tokens, rows),
-        }
+        return near, Layout(torch.zeros_like(used)[..., None], used, self.block, max(rows, 1), tokens, rows)

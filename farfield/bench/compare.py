@@ -2,7 +2,8 @@
 
 Equal tokens is the rule: every run takes the same steps over the same windows in the same order, from the same seed.
 A budget of minutes is turned into tokens by the slowest of them. What a run found is kept as soon as it is there; a
-comparison that was cut goes on, from the checkpoint of the run that it was in.
+comparison that was cut goes on, from the checkpoint of the run that it was in. With several GPUs each has a process and
+takes the next run when it is free.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +23,7 @@ import torch
 
 from farfield.bench import learning, records, report
 from farfield.bench.records import slug
-from farfield.bench.worker import Worker, WorkError
+from farfield.bench.worker import PATIENCE, Worker, WorkError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,8 +33,11 @@ if TYPE_CHECKING:
     from farfield.train.data import Source
 
 NAME = "compare.json"
-FREE = ("scored", "seeds", "again")
+FREE = ("scored", "seeds", "again", "lengths")
 """Settings that may differ when a comparison goes on; so may the list of mechanisms."""
+
+SAMPLE = 1 << 20  # tokens of held-out text that every length is scored on
+TOLD = 20.0  # seconds between two lines on the runs under way
 
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"length": 2048, "batch": 1, "width": 128, "layers": 3, "heads": 2, "scored": 16},
@@ -54,7 +60,9 @@ class Settings:
         scored: held-out windows.
         seeds: 0, 1, ...: how many runs of each mechanism.
         again: the mechanisms that get more than seed 0, by their name, with or without options; empty: all.
-        dtype, compile: see TrainConfig.
+        lengths: further lengths at which the trained model is scored, all on the same first tokens of the held-out text,
+            a million of them.
+        dtype, compile, graph: see TrainConfig.
         model, train: further fields of ModelConfig and TrainConfig.
     """
 
@@ -72,6 +80,8 @@ class Settings:
     again: tuple[str, ...] = ()
     dtype: str = "float32"
     compile: bool = False
+    graph: bool = False
+    lengths: tuple[int, ...] = ()
     model: Mapping[str, Any] | None = None
     train: Mapping[str, Any] | None = None
 
@@ -93,40 +103,48 @@ class Settings:
 
 @dataclass(frozen=True)
 class Entry:
-    """A mechanism of the comparison, with its options."""
+    """A mechanism of the comparison, with its options; `other`, if any, is that of every fourth layer."""
 
     name: str
     options: Mapping[str, Any]
+    other: tuple[str, Mapping[str, Any]] | None = None
 
     @property
     def label(self) -> str:
-        """As it is given: "fma", "nsa:block=32,top=8"."""
+        """As it is given: "fma", "nsa:block=32,top=8", "fma/full"."""
         given = ",".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{self.name}:{given}" if given else self.name
+        own = f"{self.name}:{given}" if given else self.name
+        return own if self.other is None else f"{own}/{Entry(*self.other).label}"
 
 
 def compare(
-    chosen: Sequence[tuple[str, Mapping[str, Any]]],
+    chosen: Sequence[tuple[Any, ...]],
     text: Sequence[str],
     settings: Settings,
     *,
     valid: Sequence[str] | None = None,
     out: Path | str = "runs/compare",
     device: torch.device | str = "cpu",
+    gpus: int = 1,
     resume: bool = False,
     own_process: bool | None = None,
     limit: float = math.inf,
+    deadline: float = math.inf,
     console: Console | None = None,
 ) -> Path:
     """Train, score and report; returns the page. A mechanism that fails is shown with its reason.
 
     Args:
-        chosen: (registry name, options) of each mechanism.
+        chosen: (registry name, options) of each mechanism, and (name, options) of that of every fourth layer if it is
+            another one. Runs start in this order.
         text, valid: files, folders or globs; without held-out text its last 5 % are.
         out: folder of checkpoints, compare.json, report.html, compare.md and the figures.
         resume: go on with what `out` holds: finished runs are kept, failed ones are tried again.
+        gpus: how many of them; above 1 each has a process of its own.
         own_process: train in another process, which a fault may take down; by default on the GPU.
         limit: seconds a run may take in a process of its own.
+        deadline: seconds from now at which training ends: runs under way are scored with the tokens that they have had,
+            and shown as cut; the others are not begun. `resume` goes on with both.
 
     Raises:
         ValueError: settings that do not fit, a folder that holds a comparison, or one that is another comparison.
@@ -136,10 +154,11 @@ def compare(
     from rich.console import Console
 
     device = torch.device(device)
-    entries = [Entry(name, options) for name, options in chosen]
+    until = time.time() + deadline
+    entries = [Entry(*each) for each in chosen]
     run = Comparison(Path(out), entries, settings, device, console or Console(highlight=False))
     run.open(text, valid, resume=resume)
-    return run.carry_out(own_process=own_process, limit=limit)
+    return run.carry_out(own_process=own_process, limit=limit, gpus=gpus, until=until)
 
 
 class Comparison:
@@ -158,14 +177,22 @@ class Comparison:
         self.text: tuple[str, ...] = ()
         self.valid: tuple[str, ...] | None = None
         self.found: dict[str, Any] = {}
+        self.until = math.inf
+        self.under_way: dict[str, str | Path] = {}
+        self.lock = threading.Lock()
 
-    def carry_out(self, *, own_process: bool | None, limit: float) -> Path:
-        """Every stage after `open`; the report is written whatever happens."""
+    def carry_out(self, *, own_process: bool | None, limit: float, gpus: int = 1, until: float = math.inf) -> Path:
+        """Every stage after `open`; the report is written whatever happens. `until`: see compare, as time.time()."""
         isolated = self.device.type == "cuda" if own_process is None else own_process
+        if gpus > 1 and not (isolated and self.device.type == "cuda"):
+            raise ValueError(f"compare: {gpus} GPUs need processes of their own on CUDA, got device {self.device}")
+        self.until = until
         try:
-            with Worker(own=isolated, limit=limit) as worker:
-                self.plan(worker)
-                self.train(worker)
+            with ExitStack() as stack:
+                numbers: list[int | None] = [None] if gpus == 1 else [*range(gpus)]
+                workers = [stack.enter_context(Worker(own=isolated, limit=limit, gpu=n)) for n in numbers]
+                self.plan(workers[0])
+                self.train(workers)
         except BaseException:
             self.console.print(
                 f"\nStopped early. What there is: {self.finish()}\nTo go on: the same command with --resume.",
@@ -237,8 +264,10 @@ class Comparison:
             "steps": steps, "tokens": steps * s.size, "batch": s.batch, "length": s.length,
         }  # fmt: skip
         model, config = self._configs(self.entries[0], 0, steps)
-        self.found["model"] = learning.plain(model.to_dict(), drop=("attention", "attention_options", "kind"))
-        self.found["train"] = learning.recipe(config) | {"compile": config.compile}
+        self.found["model"] = learning.plain(
+            model.to_dict(), drop=("attention", "attention_options", "other", "other_options", "kind")
+        )
+        self.found["train"] = learning.recipe(config) | {"compile": config.compile, "graph": config.graph}
         self._save()
         self.console.print(
             f"{len(self.runs)} runs of {steps * s.size:,} tokens each: {steps:,} steps of {s.batch} x {s.length:,}"
@@ -262,29 +291,107 @@ class Comparison:
             raise ValueError("compare: no mechanism can be trained; see the reasons in the report")
         return max(1, int(seconds / slowest))
 
-    def train(self, worker: Worker) -> None:
-        """Every run that is not there yet."""
-        for number, (entry, seed) in enumerate(self.runs, 1):
-            key = _key(entry, seed)
-            said = f"{number}/{len(self.runs)} {entry.label}, seed {seed}"
-            if self._complete(self.found["runs"].get(key, {})):
-                self.console.print(f"{said}: there already", style="dim", markup=False)
-                continue
-            if key in self.found["failed"]:
-                continue
-            self.console.print(said, markup=False)
-            model, config = self._configs(entry, seed, self.found["trained"]["steps"])
-            began = time.perf_counter()
-            try:
-                for about in worker.run(*self._work(model, config)):
-                    who = {"attention": entry.name, "options": dict(entry.options), "label": entry.label, "seed": seed}
-                    self._keep(key, who | about)
+    def train(self, workers: Sequence[Worker]) -> None:
+        """Every run that is not there yet, one at a time on each worker, in the order of `runs`."""
+        waiting = list(enumerate(self.runs, 1))
+        if len(workers) == 1:
+            while waiting:
+                self._run(workers[0], *waiting.pop(0), alone=True)
+            return
+        broken: list[BaseException] = []
+
+        def serve(worker: Worker) -> None:
+            while not broken:
+                with self.lock:
+                    if not waiting:
+                        return
+                    number, (entry, seed) = waiting.pop(0)
+                try:
+                    self._run(worker, number, (entry, seed), alone=False)
+                except BaseException as error:
+                    broken.append(error)
+
+        threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
+        for thread in threads:
+            thread.start()
+        said = time.monotonic()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                threads[0].join(1.0) if threads[0].is_alive() else time.sleep(0.2)
+                if time.monotonic() - said > TOLD:
+                    said = time.monotonic()
+                    self._tell()
+        except KeyboardInterrupt:
+            # the terminal has told the processes too: they save
+            broken.append(KeyboardInterrupt())
+            for thread in threads:
+                thread.join(PATIENCE)
+            raise
+        if broken:
+            raise broken[0]
+
+    def _run(self, worker: Worker, number: int, run: tuple[Entry, int], *, alone: bool) -> None:
+        """One run, unless it is there already or there is no time."""
+        entry, seed = run
+        key, who = _key(entry, seed), f"{entry.label}, seed {seed}"
+        said = f"{number}/{len(self.runs)} {who}"
+        if self._complete(self.found["runs"].get(key, {})):
+            self._say(f"{said}: there already", style="dim")
+            return
+        if key in self.found["failed"]:
+            return
+        if time.time() >= self.until:
+            self._fail(entry, seed, "not begun before the deadline")
+            return
+        self._say(said if alone else f"{said}: begins" + ("" if worker.gpu is None else f" on GPU {worker.gpu}"))
+        model, config = self._configs(entry, seed, self.found["trained"]["steps"])
+        if worker.gpu is not None:
+            # the only one that its process sees
+            config = replace(config, device="cuda")
+        began = time.perf_counter()
+        about: dict[str, Any] = {
+            "attention": entry.name, "options": dict(entry.options), "label": entry.label, "seed": seed,
+        }  # fmt: skip
+        if entry.other is not None:
+            about["other"] = [entry.other[0], dict(entry.other[1])]
+        try:
+            with self.lock:
+                self.under_way[who] = config.out
+            for found in worker.run(*self._work(model, config), alone):
+                with self.lock:
+                    self._keep(key, about | found)
+                    self.found["seconds"][key] = round(time.perf_counter() - began, 2)
                     self._save()
-            except WorkError as error:
-                self._fail(entry, seed, str(error))
-                continue
-            self.found["seconds"][key] = round(time.perf_counter() - began, 2)
-            self._save()
+        except WorkError as error:
+            self._fail(entry, seed, str(error))
+        finally:
+            with self.lock:
+                self.under_way.pop(who, None)
+        if not alone:
+            self._say(f"{said}: {self._told(key)} after {time.perf_counter() - began:.0f} s")
+
+    def _told(self, key: str) -> str:
+        """A few words on what a run found."""
+        bits = self.found["runs"].get(key, {}).get("overall")
+        return "ends" if bits is None else f"{bits:.4f} bits per byte"
+
+    def _tell(self) -> None:
+        """A line on each run under way."""
+        from farfield.train.report import read_log
+
+        with self.lock:
+            under_way = dict(self.under_way)
+        for who, out in under_way.items():
+            if log := read_log(Path(out) / "log.jsonl"):
+                last = log[-1]
+                speed = last.get("tokens_per_second")
+                of = self.found["trained"]["steps"]
+                loss = f", loss {last['loss']:.3f}" if "loss" in last else ""
+                rate = f", {speed:,.0f} tokens/s" if speed else ""
+                self._say(f"  {who}: step {last['step']:,} of {of:,}{loss}{rate}", style="dim")
+
+    def _say(self, text: str, **options: Any) -> None:
+        self.console.print(text, markup=False, soft_wrap=True, **options)
 
     def _trial(self, model: ModelConfig, config: TrainConfig, folder: Path) -> tuple[Any, ...]:
         """What measures a step, and its arguments."""
@@ -292,21 +399,24 @@ class Comparison:
 
     def _work(self, model: ModelConfig, config: TrainConfig) -> tuple[Any, ...]:
         """What makes a run, and its arguments."""
-        return learn, model, config, self.settings.scored, self.folder
+        return learn, model, config, self.settings.scored, self.settings.lengths, self.folder, self.until
 
     def _keep(self, key: str, about: dict[str, Any]) -> None:
         self.found["held_out"] = about.pop("held_out", self.found.get("held_out"))
         self.found["runs"][key] = about
 
     def _complete(self, about: Mapping[str, Any]) -> bool:
-        return about.get("overall") is not None
+        return about.get("overall") is not None and "cut" not in about
 
     def _fail(self, entry: Entry, seed: int, why: str) -> None:
+        """What was scored before it failed is kept."""
         key = _key(entry, seed)
-        self.found["failed"][key] = {"label": entry.label, "seed": seed, "reason": why}
-        self.found["runs"].pop(key, None)
-        self.console.print(f"  {entry.label} failed: {why}", style="yellow", markup=False, soft_wrap=True)
-        self._save()
+        with self.lock:
+            self.found["failed"][key] = {"label": entry.label, "seed": seed, "reason": why}
+            if self.found["runs"].get(key, {}).get("overall") is None:
+                self.found["runs"].pop(key, None)
+            self._save()
+        self._say(f"  {entry.label} failed: {why}", style="yellow")
 
     def finish(self) -> Path:
         """Write the page, the table and the figures from what there is."""
@@ -317,7 +427,7 @@ class Comparison:
         if models := merged(self.found):
             title = f"\nHeld-out bits per byte after {self.found['trained']['tokens']:,} tokens"
             # the parameters are in the report: 80 columns hold the rest
-            learning.print_scores(self.console, title, models, self.found["held_out"], COLUMNS[:-1])
+            learning.print_scores(self.console, title, models, self.found["held_out"], columns(models)[:-1])
         if noise := spread(self.found):
             self.console.print(noise, style="dim")
         for one in self.found["failed"].values():
@@ -340,12 +450,14 @@ class Comparison:
 
         s = self.settings
         shape = {"width": s.width, "layers": s.layers, "heads": s.heads, "kv_heads": s.kv_heads}
+        if entry.other is not None:
+            shape |= {"other": entry.other[0], "other_options": entry.other[1]}
         model = ModelConfig(
             **(shape | dict(known(ModelConfig, s.model or {}))), attention=entry.name, attention_options=entry.options
         )
         config = TrainConfig(
             text=self.text, valid=self.valid, tokens=s.length, batch=s.batch, steps=steps, dtype=s.dtype,
-            compile=s.compile, warmup=max(1, min(100, steps // 10)), eval_every=0, eval_windows=1, keep=1,
+            compile=s.compile, graph=s.graph, warmup=max(1, min(100, steps // 10)), eval_every=0, eval_windows=1, keep=1,
             log_every=max(1, steps // 100), save_every=max(1, steps // 4), device=str(self.device), seed=seed,
             out=str(self.folder / slug(f"{entry.label} seed {seed}")),
         )  # fmt: skip
@@ -353,6 +465,7 @@ class Comparison:
 
 
 COLUMNS = (
+    ("gap closed", "gap", ".0%"),
     ("rows read", "rows", ",.0f"),
     ("tokens/s", "speed", ",.0f"),
     ("memory", "memory_shown", ""),
@@ -360,24 +473,41 @@ COLUMNS = (
 )
 
 
-def learn(model: ModelConfig, config: TrainConfig, scored: int, root: Path) -> Iterator[dict[str, Any]]:
+def columns(models: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, str, str], ...]:
+    """Those of COLUMNS that some model has."""
+    return tuple(c for c in COLUMNS if any(m.get(c[1]) is not None for m in models.values()))
+
+
+def learn(
+    model: ModelConfig, config: TrainConfig, scored: int, lengths: Sequence[int], root: Path, until: float, shown: bool
+) -> Iterator[dict[str, Any]]:
     """Train a model, from its checkpoint where there is one, and score it: what is told of it, before and after."""
-    from farfield.train import checkpoint, evaluate, train
+    from farfield.train import checkpoint, copy_probe, evaluate, train
 
     # the code compiled for the model before is of no use to this one, and the number of codes is limited
     torch.compiler.reset()
-    result = train(model, config, resume=bool(checkpoint.steps(config.out)), progress=True)
+    result = train(
+        model, config, resume=bool(checkpoint.steps(config.out)), progress=shown,
+        on_step=lambda _: time.time() >= until,
+    )  # fmt: skip
     about = learning.trained(result, config.batch * config.tokens, root)
-    if result.interrupted:
+    if result.interrupted and time.time() < until:
         raise KeyboardInterrupt
-    attention: Any = result.model.blocks[0].attention
+    if result.interrupted:
+        about["cut"] = result.step * config.batch * config.tokens
     about |= {
         "speed": learning.steady_speed(result),
-        "rows": attention.mechanism.rows_read(config.tokens),
+        "rows": result.model.rows_read(config.tokens),
         "memory": learning.step_memory(result, config),
     }
     held = evaluate(result.model, result.data.valid, windows=scored, dtype=config.dtype)
     yield about | learning.scores(held) | {"held_out": learning.held_out(held)}
+    decoder: Any = result.model
+    about |= learning.scores(held) | {"copies": copy_probe(decoder, result.data.valid, dtype=config.dtype)}
+    yield about
+    for length in lengths:
+        about.setdefault("lengths", []).append(learning.at_length(decoder, result.data.valid, length, config.dtype))
+        yield about
 
 
 def measure_step(model: ModelConfig, config: TrainConfig, trial: Path, data: Source | None = None) -> Iterator[float]:
@@ -394,7 +524,9 @@ def merged(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     by_label: dict[str, list[Mapping[str, Any]]] = {}
     for about in found["runs"].values():
         if about.get("overall") is not None:
-            by_label.setdefault(about["label"], []).append(about)
+            # what had fewer tokens is no seed of what had them all
+            cut = f", cut at {about['cut']:,} tokens" if "cut" in about else ""
+            by_label.setdefault(about["label"] + cut, []).append(about)
     made = {}
     for label, several in by_label.items():
         one: dict[str, Any] = dict(several[0])
@@ -404,10 +536,26 @@ def merged(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for key in ("by_position", "by_repeat"):
             rows = zip(*(about[key] for about in several), strict=True)
             one[key] = [(row[0][0], _mean([bits for _, bits, _ in row]), row[0][2]) for row in rows]
+        probes = zip(*(about.get("copies", ()) for about in several), strict=False)
+        one["copies"] = [
+            same[0] | {key: statistics.fmean(x[key] for x in same) for key in ("first", "second")} for same in probes
+        ]
         one["seeds"] = {about["seed"]: about["overall"] for about in several}
         one["memory_shown"] = size(one["memory"])
         made[label] = one
+    _add_gaps(made)
     return made
+
+
+def _add_gaps(models: dict[str, dict[str, Any]]) -> None:
+    """The share of the way from the near field alone, of the same width where there is one, to full attention."""
+    full = models.get("full", {}).get("overall")
+    floors = [m for m in models.values() if m["attention"] == "near-field"]
+    for m in models.values():
+        near = m["options"].get("near")
+        floor = next((f for f in floors if f["options"].get("near") == near), floors[0] if floors else None)
+        if full is not None and floor is not None and floor["overall"] != full:
+            m["gap"] = (floor["overall"] - m["overall"]) / (floor["overall"] - full)
 
 
 def spread(found: Mapping[str, Any]) -> str:

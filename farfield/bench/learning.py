@@ -17,8 +17,8 @@ from farfield.bench import memory
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from farfield.nn import ModelConfig
-    from farfield.train import Evaluation, TrainConfig, TrainResult
+    from farfield.nn import Decoder, ModelConfig
+    from farfield.train import Evaluation, Split, TrainConfig, TrainResult
     from farfield.train.data import Source
 
 RECIPE = ("optimizer", "lr", "warmup", "schedule", "clip", "dtype", "seed")
@@ -118,6 +118,7 @@ def scores(held: Evaluation) -> dict[str, Any]:
 def step_memory(result: TrainResult, config: TrainConfig) -> int:
     """Peak bytes that the forward and the backward of one step allocate, gradients included, weights not."""
     from farfield.train.config import autocast
+    from farfield.train.fast import compiled
 
     model, data = result.model, result.data
     device = model.embed.weight.device
@@ -128,14 +129,46 @@ def step_memory(result: TrainResult, config: TrainConfig) -> int:
             loss = model.loss(batch[0], batch[1])
         return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
-    if config.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    call()
-    found = memory.measure(call, device).peak
-    for block in model.blocks:
-        block._compiled_call_impl = None
-    return found
+    with compiled(model, on=config.compile):
+        call()
+        return memory.measure(call, device).peak
+
+
+def at_length(model: Decoder, split: Split, length: int, dtype: str, sample: int = 1 << 20) -> dict[str, Any]:
+    """What the model makes of windows of another length; or why it cannot.
+
+    Args:
+        sample: so many tokens, the first of the split, are read at every length that they hold, so that lengths can be
+            compared.
+
+    Returns:
+        bits per byte overall, late and by position, tokens a second of the forwards, rows read; `state`: bytes that
+        decoding after so many tokens keeps, None where the mechanism cannot decode.
+    """
+    from farfield.bench.runner import reason
+    from farfield.train import Split, evaluate
+    from farfield.train.config import autocast
+
+    said: dict[str, Any] = {"length": length}
+    device = model.embed.weight.device
+    try:
+        tokens = max(length, min(sample, len(split.ids) - 1) // length * length)
+        sizes = None if split.sizes is None else split.sizes[: tokens + 1]
+        part = Split(split.ids[: tokens + 1], sizes, length)
+        held = evaluate(model, part, windows=1, dtype=dtype)  # kernels are compiled for the length
+        began = time.perf_counter()
+        held = evaluate(model, part, dtype=dtype)
+        said |= {
+            "overall": held.bits_per_byte, "late": held.late, "tokens": held.tokens,
+            "by_position": [(b.name, b.bits_per_byte, b.share) for b in held.by_position],
+            "speed": held.tokens / (time.perf_counter() - began), "rows": model.rows_read(length), "state": None,
+        }  # fmt: skip
+        with torch.no_grad(), autocast(device, dtype):
+            ids = part.window(0)[0][None, :length].to(device)
+            said["state"] = model.eval().extend(ids, last=True)[1].nbytes
+    except Exception as error:
+        said["failed"] = reason(error)
+    return said
 
 
 def recipe(config: TrainConfig) -> dict[str, Any]:

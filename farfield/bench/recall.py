@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -78,9 +79,11 @@ def recall(
     *,
     out: Path | str = "runs/recall",
     device: torch.device | str = "cpu",
+    gpus: int = 1,
     resume: bool = False,
     own_process: bool | None = None,
     limit: float = math.inf,
+    deadline: float = math.inf,
     console: Console | None = None,
 ) -> Path:
     """Train, score and report; returns the page. A mechanism or a length that fails is shown with its reason.
@@ -88,7 +91,7 @@ def recall(
     Args:
         chosen: (registry name, options) of each mechanism.
         out: folder of checkpoints, recall.json, recall.md and the figure.
-        resume, own_process, limit: see compare. Test lengths may be added on resuming.
+        gpus, resume, own_process, limit, deadline: see compare. Test lengths may be added on resuming.
 
     Raises:
         ValueError: settings that do not fit, a folder that holds a run, or one that is another run.
@@ -96,10 +99,11 @@ def recall(
     """
     from rich.console import Console
 
-    entries = [Entry(name, options) for name, options in chosen]
+    until = time.time() + deadline
+    entries = [Entry(*each) for each in chosen]
     run = Recall(Path(out), entries, settings, torch.device(device), console or Console(highlight=False))
     run.take_up(resume=resume)
-    return run.carry_out(own_process=own_process, limit=limit)
+    return run.carry_out(own_process=own_process, limit=limit, gpus=gpus, until=until)
 
 
 class Recall(Comparison):
@@ -130,16 +134,22 @@ class Recall(Comparison):
 
     def _work(self, model: ModelConfig, config: TrainConfig) -> tuple[Any, ...]:
         s = self.settings
-        return learn, model, config, s.drawn, s.lengths, s.scored, self.folder
+        return learn, model, config, s.drawn, s.lengths, s.scored, self.folder, self.until
 
     def _keep(self, key: str, about: dict[str, Any]) -> None:
         self.found["runs"][key] = about
         if about["lengths"]:
             last = about["lengths"][-1]
             said = last["failed"] if "failed" in last else f"{last['accuracy']:.1%} of {last['answers']:,} answers"
-            self.console.print(f"  {last['length']:,} tokens: {said}", style="dim", markup=False)
+            self._say(f"  {last['length']:,} tokens: {said}", style="dim")
+
+    def _told(self, key: str) -> str:
+        found = self.found["runs"].get(key, {}).get("lengths", ())
+        return ", ".join(f"{x['length']:,}: {x['accuracy']:.1%}" for x in found if "failed" not in x) or "ends"
 
     def _complete(self, about: Mapping[str, Any]) -> bool:
+        if "cut" in about:
+            return False
         there = {x["length"] for x in about.get("lengths", ()) if "failed" not in x}
         return there.issuperset(self.settings.lengths)
 
@@ -171,7 +181,14 @@ class Recall(Comparison):
 
 
 def learn(
-    model: ModelConfig, config: TrainConfig, task: Task, lengths: Sequence[int], scored: int, root: Path
+    model: ModelConfig,
+    config: TrainConfig,
+    task: Task,
+    lengths: Sequence[int],
+    scored: int,
+    root: Path,
+    until: float,
+    shown: bool,
 ) -> Iterator[dict[str, Any]]:
     """Train a model, from its checkpoint where there is one, and score it: what is known after each length.
 
@@ -184,10 +201,13 @@ def learn(
     # the code compiled for the model before is of no use to this one, and the number of codes is limited
     torch.compiler.reset()
     data = Drawn(Examples(task, config.tokens))
-    result = fit(model, config, data, resume=bool(checkpoint.steps(config.out)), progress=True)
+    result = fit(model, config, data, resume=bool(checkpoint.steps(config.out)), progress=shown,
+                 on_step=lambda _: time.time() >= until)  # fmt: skip
     about = learning.trained(result, config.batch * config.tokens, root)
-    if result.interrupted:
+    if result.interrupted and time.time() < until:
         raise KeyboardInterrupt
+    if result.interrupted:
+        about["cut"] = result.step * config.batch * config.tokens
     about |= {"speed": learning.steady_speed(result), "memory": learning.step_memory(result, config), "lengths": []}
     for length in lengths:
         try:
@@ -197,8 +217,7 @@ def learn(
         except Exception as error:
             about["lengths"].append({"length": length, "failed": reason(error)})
         else:
-            attention: Any = result.model.blocks[0].attention
-            about["lengths"].append(found.to_dict() | {"rows": attention.mechanism.rows_read(length)})
+            about["lengths"].append(found.to_dict() | {"rows": result.model.rows_read(length)})
         yield about
 
 

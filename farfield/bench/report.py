@@ -140,7 +140,9 @@ def comparison_page(run: Mapping[str, Any]) -> str:
     for name, figure in figures.items():
         label, caption = what[name]
         parts.append(f"<figure>{plots.svg(figure, label)}<figcaption>{caption}</figcaption></figure>")
-    parts.append(_repeats({name: m["by_repeat"] for name, m in models.items() if m.get("by_repeat")}))
+    for caption, headings, rows in _comparison_tables(run):
+        cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+        parts.append(_table(caption, headings, [f"<tr>{row}</tr>" for row in cells]))
     parts.append(_repeat(run, run.get("env", {})))
     return _document([part for part in parts if part])
 
@@ -155,7 +157,55 @@ def comparison_markdown(run: Mapping[str, Any]) -> str:
         lines.append("")
     for line in _comparison_notes(run):
         lines += [line, ""]
+    for caption, headings, rows in _comparison_tables(run):
+        lines += [f"{caption}:", "", f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
+        lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
     return "\n".join(lines + provenance(run))
+
+
+def _comparison_tables(run: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Caption, headings and rows: by repeat distance, the copy probe, other lengths. Only those that there are."""
+    from farfield.bench.compare import merged
+
+    models, found = merged(run), []
+
+    def cell(x: float | None, form: str = ".3f") -> str:
+        return "" if x is None else format(x, form)
+
+    if models:
+        buckets = [(name, share) for name, _, share in next(iter(models.values()))["by_repeat"] if share]
+        body = []
+        for label, m in models.items():
+            values = {name: bits for name, bits, _ in m["by_repeat"]}
+            body.append([label, *(cell(values.get(name)) for name, _ in buckets)])
+        headings = ["attention", *(f"{name} ({share:.0%})" for name, share in buckets)]
+        if buckets:
+            found.append((
+                "Bits per byte by how many bytes back the last 12 bytes stood before, with each bucket's share of the text",
+                headings, body,
+            ))  # fmt: skip
+    probed = {label: m["copies"] for label, m in models.items() if m["copies"]}
+    if probed:
+        kinds = next(iter(probed.values()))
+        headings = ["attention", *(f"{p['kind']} {p['length']} at {p['distance']:,}" for p in kinds)]
+        body = [[label, *(f"{p['first']:.2f} > {p['second']:.2f}" for p in probes)] for label, probes in probed.items()]
+        found.append((
+            "Bits per byte of the first > the second copy of a string put twice into held-out text, by the distance "
+            "between the two", headings, body,
+        ))  # fmt: skip
+    at = {label: {x["length"]: x for x in m["lengths"]} for label, m in models.items() if m.get("lengths")}
+    lengths = sorted({n for x in at.values() for n in x})
+    for caption, key, form in (
+        ("Bits per byte of the same held-out text in windows of other lengths", "overall", ".3f"),
+        ("The same, second half of each window", "late", ".3f"),
+        ("Tokens a second of these forwards", "speed", ",.0f"),
+        ("Rows read at these lengths", "rows", ",.0f"),
+        ("Bytes that decoding keeps after so many tokens", "state", ",.0f"),
+    ):
+        if lengths:
+            body = [[label, *(cell(x.get(n, {}).get(key), form) for n in lengths)] for label, x in at.items()]
+            found.append((caption, ["attention", *(f"{n:,}" for n in lengths)], body))
+    return found
 
 
 def provenance(run: Mapping[str, Any]) -> list[str]:
@@ -179,12 +229,10 @@ def comparison_figures(run: Mapping[str, Any]) -> dict[str, Any]:
     models = merged(run)
     if not models:
         return {}
-    curves = {name: m["curve"] for name, m in models.items()}
-    ends = {name: (m["curve"][-1][0], m["overall"]) for name, m in models.items()}
-    return {
-        "loss": plots.loss_figure(curves, points=ends),
-        "position": plots.position_figure({name: m["by_position"] for name, m in models.items()}),
-    }
+    curves = {name: m["curve"] for name, m in models.items() if m["curve"]}
+    ends = {name: (curve[-1][0], models[name]["overall"]) for name, curve in curves.items()}
+    figures = {"loss": plots.loss_figure(curves, points=ends)} if curves else {}
+    return figures | {"position": plots.position_figure({name: m["by_position"] for name, m in models.items()})}
 
 
 def _told(run: Mapping[str, Any]) -> str:
@@ -206,17 +254,18 @@ def _told(run: Mapping[str, Any]) -> str:
 
 
 def _comparison_rows(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    from farfield.bench.compare import COLUMNS, merged
+    from farfield.bench.compare import columns, merged
 
     held = run.get("held_out") or {"early": (0, 0), "late": (0, 0)}
     headings = ["attention", "held out, all", f"first {held['early'][1]:,}", f"from {held['late'][0]:,}"]
-    headings += [heading for heading, _, _ in COLUMNS]
     models = merged(run)
+    shown = columns(models)
+    headings += [heading for heading, _, _ in shown]
     several = any(len(m["seeds"]) > 1 for m in models.values())
     rows = []
     for name, m in models.items():
         cells = [name, *(f"{m[key]:.3f}" for key in ("overall", "early", "late"))]
-        for _, key, form in COLUMNS:
+        for _, key, form in shown:
             value = m.get(key)
             cells.append("" if value is None else value if isinstance(value, str) else format(value, form))
         rows.append(cells + [" ".join(f"{x:.3f}" for x in m["seeds"].values())] * several)
@@ -225,16 +274,27 @@ def _comparison_rows(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 def _comparison_notes(run: Mapping[str, Any]) -> list[str]:
     """Noise, what the columns mean, what failed."""
-    from farfield.bench.compare import spread
+    from farfield.bench.compare import merged, spread
 
+    models = merged(run)
     notes = [x for x in [spread(run)] if x]
     if run.get("runs"):
         notes.append(
             "Rows read: rows that enter a query's softmax, on average; none for a scan. Tokens/s: of training steps. "
             "Memory: what the forward and the backward of one step allocate at their peak, gradients included."
         )
-    failed = run.get("failed", {}).values()
-    return notes + [f"{x['label']}, seed {x['seed']}, failed: {x['reason']}" for x in failed]
+    if any("gap" in m for m in models.values()):
+        notes.append(
+            "Gap closed: the share of the way from the near field alone (that of the same width, where there is one) to "
+            "full attention."
+        )
+    notes += [f"{x['label']}, seed {x['seed']}, failed: {x['reason']}" for x in run.get("failed", {}).values()]
+    return notes + [
+        f"{label} at {x['length']:,} tokens failed: {x['failed']}"
+        for label, m in models.items()
+        for x in m.get("lengths", ())
+        if "failed" in x
+    ]
 
 
 def _head(run: Mapping[str, Any], speed: Sequence[Record]) -> str:

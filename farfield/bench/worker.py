@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing as mp
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,10 +29,11 @@ class Worker:
 
     Args:
         limit: seconds without a word after which the work is ended; needs `own`.
+        gpu: the only GPU that the process sees, by its number here; None: all of them. Needs `own`.
     """
 
-    def __init__(self, *, own: bool, limit: float = math.inf):
-        self.own, self.limit = own, limit
+    def __init__(self, *, own: bool, limit: float = math.inf, gpu: int | None = None):
+        self.own, self.limit, self.gpu = own, limit, gpu
         self.process: Any = None
         self.pipe: Any = None
 
@@ -84,7 +86,7 @@ class Worker:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         # no daemon: those may not have processes of their own, as compilers do
-        self.process = context.Process(target=_serve, args=(theirs,))
+        self.process = context.Process(target=_serve, args=(theirs, self.gpu))
         self.process.start()
         theirs.close()
         # loading PyTorch is not part of anybody's limit
@@ -118,8 +120,12 @@ class Worker:
         return kind, value
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Any, gpu: int | None) -> None:
     """The process: one generator after another, until the pipe closes."""
+    if gpu is not None:
+        # before CUDA starts in this process
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
     pipe.send(("ready", None, False))
     while True:
         try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farfield.cli.options import chosen, examples, number, parse, unset
+from farfield.cli.options import examples, mixed, number, numbers, parse, unset
 
 EXAMPLES = examples(
     "farfield compare --attention full,window,fma --text book.txt --minutes 2",
@@ -28,7 +28,7 @@ def compare(
             "--attention",
             "-a",
             metavar="NAME,NAME:OPTION=VALUE,...",
-            help="Mechanisms, by names that may be cut short.",
+            help="Mechanisms, by names that may be cut short; NAME/NAME: the second in every fourth layer.",
         ),
     ],
     text: Annotated[
@@ -43,6 +43,9 @@ def compare(
     ] = None,
     minutes: Annotated[float | None, unset(2, "or minutes of the slowest run; the others get as many tokens.")] = None,
     length: Annotated[str | None, unset("2048; 8192 on a GPU", "Sequence length n.", "--length", "-n")] = None,
+    lengths: Annotated[
+        str | None, unset("none", "Other lengths that the trained models are scored at.", metavar="N,...")
+    ] = None,
     batch: Annotated[int | None, unset("1; 4 on a GPU", "Sequences a step.")] = None,
     width: Annotated[int | None, unset("128; 512 on a GPU", "Width of the residual stream.")] = None,
     layers: Annotated[int | None, unset("3; 8 on a GPU", "Blocks.")] = None,
@@ -60,16 +63,21 @@ def compare(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other field of TrainConfig: lr=0.02.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs: each takes the next run when it is free.")] = 1,
     dtype: Annotated[str | None, unset("float32; bfloat16 on a GPU", "float32, or bfloat16 for autocast.")] = None,
     compile: Annotated[
         bool | None,
-        unset("no-compile", "torch.compile the blocks: takes a while for each mechanism.", "--compile/--no-compile"),
+        unset("no-compile", "torch.compile the blocks around the mechanisms.", "--compile/--no-compile"),
     ] = None,
+    graph: Annotated[bool | None, unset("no-graph", "Take a step as one CUDA graph.", "--graph/--no-graph")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of everything made.")] = Path("runs/compare"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what --out holds: finished runs are kept.")
     ] = False,
     limit: Annotated[float | None, unset("none", "End a run that takes longer, on a GPU.", metavar="SECONDS")] = None,
+    deadline: Annotated[
+        float | None, unset("none", "End training then; what was trained is scored, marked as cut.", metavar="SECONDS")
+    ] = None,
 ) -> None:
     """Train the same model with each mechanism for equal tokens: bits per byte, speed, memory, rows read."""
     import math
@@ -83,16 +91,18 @@ def compare(
         minutes = 2.0
     given = {
         "steps": steps, "minutes": minutes, "batch": batch, "width": width, "layers": layers, "heads": heads,
-        "kv_heads": kv_heads, "scored": scored, "dtype": dtype, "compile": compile,
+        "kv_heads": kv_heads, "scored": scored, "dtype": dtype, "compile": compile, "graph": graph,
         "tokens": None if tokens is None else number(tokens, "--tokens"),
         "length": None if length is None else number(length, "--length"),
+        "lengths": None if lengths is None else tuple(numbers(lengths, "--lengths")),
     }  # fmt: skip
-    again = tuple(Entry(*each).label for each in chosen(seeds_of, "--seeds-of")) if seeds_of else ()
+    again = tuple(Entry(*each).label for each in mixed(seeds_of, "--seeds-of")) if seeds_of else ()
     settings = Settings(
         **SHAPES["cuda" if where.type == "cuda" else "cpu"] | {k: x for k, x in given.items() if x is not None},
         seeds=seeds, again=again, model=parse(model, "--model"), train=parse(recipe, "--recipe"),
     )  # fmt: skip
     run(
-        chosen(attention, "--attention"), text, settings, valid=valid, out=out, device=where, resume=resume,
+        mixed(attention, "--attention"), text, settings, valid=valid, out=out, device=where, resume=resume,
         limit=math.inf if limit is None else limit,
+        gpus=gpus, deadline=math.inf if deadline is None else deadline,
     )  # fmt: skip

@@ -68,6 +68,33 @@ def chosen(text: str, flag: str) -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
+def mixed(text: str, flag: str) -> list[tuple[Any, ...]]:
+    """As `chosen`, where an entry may name a second mechanism for every fourth layer: "fma:open=4/full" is
+    ("fma", {"open": 4}, ("full", {})).
+
+    Raises:
+        ValueError: as `chosen`; a third mechanism.
+    """
+    entries: list[list[str]] = []
+    for piece in text.split(","):
+        name = piece.partition("=")[0]
+        if entries and "=" in piece and ":" not in name:
+            entries[-1].append(piece)
+        else:
+            entries.append([piece])
+    found: list[tuple[Any, ...]] = []
+    for entry in entries:
+        parts = ",".join(entry).split("/")
+        if len(parts) > 2:
+            raise ValueError(f"{flag}: at most two mechanisms in a model, NAME/NAME; got {'/'.join(parts)!r}")
+        both = [chosen(part, flag)[0] for part in parts]
+        made = both[0] if len(both) == 1 else (*both[0], both[1])
+        if made in found:
+            raise ValueError(f"{flag}: {both[0][0]} is given twice")
+        found.append(made)
+    return found
+
+
 def number(text: str, flag: str) -> int:
     """ "4k" as 4096.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farfield.cli.options import chosen, examples, number, numbers, parse, unset
+from farfield.cli.options import examples, mixed, number, numbers, parse, unset
 
 EXAMPLES = examples(
     "farfield recall --attention full,window:width=32 --steps 300",
@@ -70,16 +70,21 @@ def recall(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other field of TrainConfig: lr=0.02.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs: each takes the next run when it is free.")] = 1,
     dtype: Annotated[str | None, unset("float32; bfloat16 on a GPU", "float32, or bfloat16 for autocast.")] = None,
     compile: Annotated[
         bool | None,
-        unset("no-compile", "torch.compile the blocks: takes a while for each mechanism.", "--compile/--no-compile"),
+        unset("no-compile", "torch.compile the blocks around the mechanisms.", "--compile/--no-compile"),
     ] = None,
+    graph: Annotated[bool | None, unset("no-graph", "Take a step as one CUDA graph.", "--graph/--no-graph")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of everything made.")] = Path("runs/recall"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what --out holds: finished runs are kept.")
     ] = False,
     limit: Annotated[float | None, unset("none", "End a run that takes longer, on a GPU.", metavar="SECONDS")] = None,
+    deadline: Annotated[
+        float | None, unset("none", "End training then; what was trained is scored, marked as cut.", metavar="SECONDS")
+    ] = None,
 ) -> None:
     """Train the same model with each mechanism to recall: right answers by length and distance, speed, memory, rows."""
     import math
@@ -98,17 +103,18 @@ def recall(
     lengths = () if test_lengths is None else tuple(numbers(test_lengths, "--test-lengths"))
     given = {
         "steps": steps, "minutes": minutes, "batch": batch, "width": width, "layers": layers, "heads": heads,
-        "kv_heads": kv_heads, "scored": scored, "dtype": dtype, "compile": compile, "length": length,
+        "kv_heads": kv_heads, "scored": scored, "dtype": dtype, "compile": compile, "graph": graph, "length": length,
         "tokens": None if tokens is None else number(tokens, "--tokens"),
         "lengths": None if test_lengths is None and length is None else lengths,
     }  # fmt: skip
-    again = tuple(Entry(*each).label for each in chosen(seeds_of, "--seeds-of")) if seeds_of else ()
+    again = tuple(Entry(*each).label for each in mixed(seeds_of, "--seeds-of")) if seeds_of else ()
     settings = RecallSettings(
         **SHAPES[kind] | {k: x for k, x in given.items() if x is not None},
         task=task, options=OPTIONS[kind].get(task, {}) | parse(option), seeds=seeds, again=again,
         model=parse(model, "--model"), train=parse(recipe, "--recipe"),
     )  # fmt: skip
     run(
-        chosen(attention, "--attention"), settings, out=out, device=where, resume=resume,
+        mixed(attention, "--attention"), settings, out=out, device=where, resume=resume,
         limit=math.inf if limit is None else limit,
+        gpus=gpus, deadline=math.inf if deadline is None else deadline,
     )  # fmt: skip

@@ -24,6 +24,7 @@ class ModelConfig:
         kv_heads: key/value heads, a divisor of heads; None: as many.
         attention: a mechanism's registry name.
         attention_options: that mechanism's options.
+        other, other_options, every: every `every`-th block attends through `other` instead; None: no block does.
         rope_share, rope_base: rotary positions, see nn.Rope. Half of the width by default: with all of it rotated
             models learned to copy from afar late or never.
         rotate: "mechanism" or "layer", see nn.Attention.
@@ -43,6 +44,9 @@ class ModelConfig:
     kv_heads: int | None = None
     attention: str = "fma"
     attention_options: Mapping[str, Any] = field(default_factory=dict)
+    other: str | None = None
+    other_options: Mapping[str, Any] = field(default_factory=dict)
+    every: int = 4
     rope_share: float = 0.5
     rope_base: float = 10_000.0
     rotate: str = "mechanism"
@@ -55,7 +59,7 @@ class ModelConfig:
     kind: str = "decoder"
 
     def __post_init__(self):
-        least = {"vocab": 2, "width": 1, "layers": 1, "heads": 1, "conv": 0}
+        least = {"vocab": 2, "width": 1, "layers": 1, "heads": 1, "conv": 0, "every": 1}
         for name, low in least.items():
             if (value := getattr(self, name)) < low or value != int(value):
                 raise ValueError(f"ModelConfig: {name} must be a whole number of at least {low}, got {value}")
@@ -77,7 +81,8 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: mlp_ratio must be positive, got {self.mlp_ratio}")
         if self.kind not in KINDS:
             raise ValueError(f"ModelConfig: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        mechanisms.get(self.attention)  # an unknown name is refused here, with suggestions
+        for name in filter(None, (self.attention, self.other)):
+            mechanisms.get(name)  # an unknown name is refused here, with suggestions
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -104,9 +104,12 @@ class Attention(nn.Module):
         """Attention of every token. `group` as in Mechanism.forward: the convolution keeps documents apart too."""
         mixed = x if self.conv is None else self.conv(x, group)
         q, k, v, rotary = self._project(mixed, 0)
-        with _plain(x):
-            out = self.mechanism(q, k, v, group=group, rotary=rotary)
-        return self._join(out)
+        return self._join(self.attended(q, k, v, group, rotary))
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, group: Tensor | None, rotary: Rotary | None) -> Tensor:
+        """The mechanism's own part of `forward`."""
+        with _plain(q):
+            return self.mechanism(q, k, v, group=group, rotary=rotary)
 
     def extend(self, x: Float[Tensor, "B T W"], state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """Attention of T further tokens after those in `state`: the outputs of one forward over everything."""

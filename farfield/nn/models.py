@@ -39,20 +39,22 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(self._attention(), mlp_ratio=config.mlp_ratio, dropout=config.dropout)
-                                    for _ in range(config.layers))  # fmt: skip
+        self.blocks = nn.ModuleList(
+            Block(self._attention(n), mlp_ratio=config.mlp_ratio, dropout=config.dropout) for n in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = None if config.tie else nn.Linear(config.width, config.vocab, bias=False)
         self.reset_parameters()
 
-    def _attention(self) -> Attention:
+    def _attention(self, number: int) -> Attention:
         c = self.config
+        other = c.other is not None and (number + 1) % c.every == 0
         return Attention(
             c.width,
             c.heads,
             kv_heads=c.kv_heads,
-            mechanism=c.attention,
-            options=c.attention_options,
+            mechanism=c.other if other and c.other else c.attention,
+            options=c.other_options if other else c.attention_options,
             causal=self.causal,
             conv=c.conv,
             rope_share=c.rope_share,
@@ -76,6 +78,11 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
+
+    def rows_read(self, tokens: int) -> float | None:
+        """Rows that enter a query's softmax, on average over the queries and the blocks; None where one is a scan."""
+        rows = [cast(Block, block).attention.mechanism.rows_read(tokens) for block in self.blocks]
+        return None if None in rows else sum(rows) / len(rows)
 
     @property
     def output_weight(self) -> Float[Tensor, "V W"]:

@@ -15,7 +15,19 @@ from farfield.nn.config import known
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FREE = ("out", "cache", "device", "compile", "log_every", "eval_every", "eval_windows", "save_every", "keep", "steps")
+FREE = (
+    "out",
+    "cache",
+    "device",
+    "compile",
+    "graph",
+    "log_every",
+    "eval_every",
+    "eval_windows",
+    "save_every",
+    "keep",
+    "steps",
+)
 """Fields that may differ between a run and its continuation; with other `steps` the schedule follows the new number."""
 
 
@@ -43,7 +55,9 @@ class TrainConfig:
         clip: largest gradient norm; 0 for none.
         mask_share: share of the tokens hidden from an encoder.
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
-        compile: torch.compile the blocks.
+        compile: torch.compile the blocks, all of them but the mechanisms.
+        graph: on an NVIDIA GPU, take a step as one CUDA graph: without it a step of many small kernels waits for the
+            host.
         seed: of weights, order of data and dropout.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         out: run folder: checkpoints and log.jsonl.
@@ -72,6 +86,7 @@ class TrainConfig:
     mask_share: float = 0.15
     dtype: str = "float32"
     compile: bool = False
+    graph: bool = False
     seed: int = 0
     device: str = "auto"
     out: str | Path = "runs/farfield"

@@ -20,6 +20,7 @@ from farfield.train import checkpoint
 from farfield.train.config import FREE, TrainConfig, autocast, pick_device
 from farfield.train.data import Data, Source, open_data
 from farfield.train.evaluate import Evaluation, evaluate
+from farfield.train.fast import Captured, compiled
 from farfield.train.optim import Optimizers, rate
 from farfield.train.report import Bar, Log
 
@@ -55,7 +56,7 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> TrainResult[Data]:
     """Train a model on text; log, evaluate and save as it goes.
 
@@ -65,7 +66,7 @@ def train(
     Args:
         resume: go on from the newest checkpoint in `config.out`.
         progress: show a progress bar.
-        on_step: called with the number of steps taken, after each.
+        on_step: called with the number of steps taken, after each; if it returns True the run stops as by Ctrl-C.
 
     Raises:
         FileNotFoundError, ValueError: no such text, too little of it, configs that do not fit together or do not fit
@@ -97,7 +98,7 @@ def fit(
     *,
     resume: bool = False,
     progress: bool = True,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> TrainResult[S]:
     """`train` on any source of batches; the fields of `config` that name text are not read.
 
@@ -110,21 +111,43 @@ def fit(
     model = build(model_config).to(device)
     optimizers = Optimizers(model, config)
     step = _resume(run, model, optimizers, config, data) if resume else _start(run)
-    if config.compile:
-        for block in model.blocks:
-            # one block's code serves all of them
-            block.compile(dynamic=False)
+    graph = config.graph and device.type == "cuda"
+    if graph:
+        optimizers.capturable()
     per_step = config.batch * config.accumulate
     losses: list[torch.Tensor] = []
     saved: Path | None = None
 
-    def loss_on(sample: int) -> torch.Tensor:
+    def batch(sample: int) -> list[torch.Tensor]:
         inputs, targets = data.train.batch(config.seed, sample, config.batch)
         if isinstance(model, Encoder):
             draw = torch.Generator().manual_seed((config.seed << 32) + sample)
             inputs, targets = model.corrupt(inputs, share=config.mask_share, generator=draw)
-        with autocast(device, config.dtype):
-            return model.loss(_to(device, inputs), _to(device, targets))
+        return [_to(device, inputs), _to(device, targets)]
+
+    def take_step(*batches: torch.Tensor) -> torch.Tensor:
+        """The mean loss of inputs and targets in turn."""
+        found = []
+        for inputs, targets in zip(batches[::2], batches[1::2], strict=True):
+            with autocast(device, config.dtype):
+                loss = model.loss(inputs, targets) / config.accumulate
+            loss.backward()
+            found.append(loss.detach())
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizers.step()
+        return torch.stack(found).sum()
+
+    replayed: Captured | None = None
+
+    def next_step(batches: list[torch.Tensor]) -> torch.Tensor:
+        nonlocal replayed
+        if not graph:
+            return take_step(*batches)
+        if replayed is None:
+            own = [x.clone() for x in batches]
+            replayed = Captured(lambda: take_step(*own), own)
+        return replayed(*batches)
 
     def due(every: int) -> bool:
         return step == config.steps or (every > 0 and step % every == 0)
@@ -134,23 +157,18 @@ def fit(
 
     log = Log(run, step)
     shown = Bar(config.steps, step, per_step * config.tokens, show=progress, held=measure is not None)
-    with shown as bar, Interrupt() as interrupt:
+    with shown as bar, Interrupt() as interrupt, compiled(model, on=config.compile):
         while step < config.steps and not interrupt.asked:
             started, factor = time.perf_counter(), rate(step, config)
             optimizers.scale(factor)
-            for i in range(config.accumulate):
-                loss = loss_on(step * per_step + i * config.batch) / config.accumulate
-                loss.backward()
-                losses.append(loss.detach())
-            if config.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizers.step()
+            samples = range(step * per_step, (step + 1) * per_step, config.batch)
+            losses.append(next_step([x for sample in samples for x in batch(sample)]))
             step += 1
 
             saving = interrupt.asked or due(config.save_every)
             logging = saving or due(config.log_every)
             # waits for the device, so it counts as training time
-            mean = float(torch.stack(losses).sum()) * config.accumulate / len(losses) if logging else 0.0
+            mean = float(torch.stack(losses).mean()) if logging else 0.0
             bar.busy += time.perf_counter() - started
             if logging:
                 _check_finite(mean, step, run)
@@ -166,16 +184,13 @@ def fit(
             if saving:
                 saved = save()
             bar.update(step)
-            if on_step is not None:
-                on_step(step)
+            if on_step is not None and on_step(step) is True:
+                interrupt.asked = True
         if step < config.steps:
             saved = save()
             bar.say(
                 f"Stopped at step {step} of {config.steps}, saved in {saved}. To go on: the same command with --resume."
             )
-    if config.compile:
-        for block in model.blocks:
-            block._compiled_call_impl = None
     saved = saved or checkpoint.read(run).path
     return TrainResult(model, data, log.history, saved, step, config.steps, step < config.steps)
 

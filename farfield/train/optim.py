@@ -95,7 +95,8 @@ class StackedMuon(torch.optim.Muon):
                 turned = _orthogonal(torch.stack(wide).bfloat16(), group)
                 for at, x in zip(members, turned, strict=True):
                     p = owners[at]
-                    p.add_(x if p.shape == sizes else x.T, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                    factor = -group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
+                    p.add_((x if p.shape == sizes else x.T).to(p.dtype) * factor)
         return loss
 
 
@@ -145,7 +146,16 @@ class Optimizers:
     def scale(self, factor: float) -> None:
         """Set every learning rate to `factor` of its full value."""
         for group in self._groups():
-            group["lr"] = factor * group["full_lr"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(factor * group["full_lr"])
+            else:
+                group["lr"] = factor * group["full_lr"]
+
+    def capturable(self) -> None:
+        """From now on nothing that a step reads is held by the host: a CUDA graph of it follows the learning rate."""
+        for group in self._groups():
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+            group["capturable"] = True
 
     def step(self) -> None:
         for optimizer in self.inner:
