@@ -36,7 +36,9 @@ NAME = "compare.json"
 FREE = ("scored", "seeds", "again", "lengths")
 """Settings that may differ when a comparison goes on; so may the list of mechanisms."""
 
-SAMPLE = 1 << 20  # tokens of held-out text that every length is scored on
+PER_RUN = ("attention", "attention_options", "other", "other_options", "kind")
+"""Fields of ModelConfig that tell the runs apart, or say nothing."""
+
 TOLD = 20.0  # seconds between two lines on the runs under way
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -60,8 +62,8 @@ class Settings:
         scored: held-out windows.
         seeds: 0, 1, ...: how many runs of each mechanism.
         again: the mechanisms that get more than seed 0, by their name, with or without options; empty: all.
-        lengths: further lengths at which the trained model is scored, all on the same first tokens of the held-out text,
-            a million of them.
+        lengths: further lengths at which the trained model is scored, all on the same first million tokens of the
+            held-out text.
         dtype, compile, graph: see TrainConfig.
         model, train: further fields of ModelConfig and TrainConfig.
     """
@@ -264,9 +266,7 @@ class Comparison:
             "steps": steps, "tokens": steps * s.size, "batch": s.batch, "length": s.length,
         }  # fmt: skip
         model, config = self._configs(self.entries[0], 0, steps)
-        self.found["model"] = learning.plain(
-            model.to_dict(), drop=("attention", "attention_options", "other", "other_options", "kind")
-        )
+        self.found["model"] = learning.plain(model.to_dict(), drop=PER_RUN)
         self.found["train"] = learning.recipe(config) | {"compile": config.compile, "graph": config.graph}
         self._save()
         self.console.print(
@@ -457,8 +457,8 @@ class Comparison:
         )
         config = TrainConfig(
             text=self.text, valid=self.valid, tokens=s.length, batch=s.batch, steps=steps, dtype=s.dtype,
-            compile=s.compile, graph=s.graph, warmup=max(1, min(100, steps // 10)), eval_every=0, eval_windows=1, keep=1,
-            log_every=max(1, steps // 100), save_every=max(1, steps // 4), device=str(self.device), seed=seed,
+            compile=s.compile, graph=s.graph, warmup=max(1, min(100, steps // 10)), eval_every=0, eval_windows=1,
+            keep=1, log_every=max(1, steps // 100), save_every=max(1, steps // 4), device=str(self.device), seed=seed,
             out=str(self.folder / slug(f"{entry.label} seed {seed}")),
         )  # fmt: skip
         return model, replace(config, **known(TrainConfig, s.train or {}))

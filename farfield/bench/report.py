@@ -181,7 +181,7 @@ def _comparison_tables(run: Mapping[str, Any]) -> list[tuple[str, list[str], lis
         headings = ["attention", *(f"{name} ({share:.0%})" for name, share in buckets)]
         if buckets:
             found.append((
-                "Bits per byte by how many bytes back the last 12 bytes stood before, with each bucket's share of the text",
+                "Bits per byte by how many bytes back the last 12 bytes stood before, with the buckets' shares",
                 headings, body,
             ))  # fmt: skip
     probed = {label: m["copies"] for label, m in models.items() if m["copies"]}
@@ -285,8 +285,8 @@ def _comparison_notes(run: Mapping[str, Any]) -> list[str]:
         )
     if any("gap" in m for m in models.values()):
         notes.append(
-            "Gap closed: the share of the way from the near field alone (that of the same width, where there is one) to "
-            "full attention."
+            "Gap closed: the share of the way from the near field alone (of the same width, where there is) to full "
+            "attention."
         )
     notes += [f"{x['label']}, seed {x['seed']}, failed: {x['reason']}" for x in run.get("failed", {}).values()]
     return notes + [

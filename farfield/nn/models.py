@@ -81,8 +81,9 @@ class Transformer(nn.Module):
 
     def rows_read(self, tokens: int) -> float | None:
         """Rows that enter a query's softmax, on average over the queries and the blocks; None where one is a scan."""
-        rows = [cast(Block, block).attention.mechanism.rows_read(tokens) for block in self.blocks]
-        return None if None in rows else sum(rows) / len(rows)
+        found = [cast(Block, block).attention.mechanism.rows_read(tokens) for block in self.blocks]
+        rows = [x for x in found if x is not None]
+        return sum(rows) / len(rows) if len(rows) == len(found) else None
 
     @property
     def output_weight(self) -> Float[Tensor, "V W"]:

@@ -16,18 +16,9 @@ OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FREE = (
-    "out",
-    "cache",
-    "device",
-    "compile",
-    "graph",
-    "log_every",
-    "eval_every",
-    "eval_windows",
-    "save_every",
-    "keep",
+    "out", "cache", "device", "compile", "graph", "log_every", "eval_every", "eval_windows", "save_every", "keep",
     "steps",
-)
+)  # fmt: skip
 """Fields that may differ between a run and its continuation; with other `steps` the schedule follows the new number."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,15 @@ def compiled(model: Decoder | Encoder, *, on: bool = True) -> Iterator[None]:
     if not on:
         yield
         return
-    for block in model.blocks:
-        attention = block.attention
-        attention.attended = torch.compiler.disable(attention.attended)
+    blocks: list[Any] = [*model.blocks]
+    for block in blocks:
+        block.attention.attended = torch.compiler.disable(block.attention.attended)
         # one block's code serves all of them
         block.compile(dynamic=False)
     try:
         yield
     finally:
-        for block in model.blocks:
+        for block in blocks:
             del block.attention.attended
             block._compiled_call_impl = None
 
