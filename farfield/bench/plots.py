@@ -7,7 +7,7 @@ series colours keep a contrast of at least 3 to 1 on both, and differ in marker 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -229,8 +229,9 @@ def loss_figure(
     with styled():
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         ax = figure.subplots()
-        for at, (name, curve) in enumerate(curves.items()):
-            style = look(name.partition(":")[0], at)
+        styles = looks(curves)
+        for name, curve in curves.items():
+            style = styles[name]
             smooth = running_mean([y for _, y in curve])
             ax.plot([x for x, _ in curve], smooth, label=name, color=style["color"], linestyle=style["linestyle"])
             if points and name in points:
@@ -259,14 +260,14 @@ def position_figure(curves: Mapping[str, Sequence[tuple[str, float | None, float
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         ax = figure.subplots()
         ends: list[int] = []
-        for at, (name, rows) in enumerate(curves.items()):
+        styles = looks(curves)
+        for name, rows in curves.items():
             spans = [tuple(map(int, bucket.split("-"))) for bucket, _, _ in rows]
             ends = [last + 1 for _, last in spans]
             # a bucket from 0 has no middle on a log axis
             middles = [((first or last / 2) * last) ** 0.5 for first, last in spans]
             bits = [float("nan") if y is None else y for _, y, _ in rows]
-            style = look(name.partition(":")[0], at)
-            ax.plot(middles, bits, label=name, **style)
+            ax.plot(middles, bits, label=name, **styles[name])
         ax.set(xscale="log", xlabel="position in the window", ylabel="bits per byte")
         ax.xaxis.set_major_locator(FixedLocator(ends))
         ax.xaxis.set_minor_locator(NullLocator())
@@ -274,6 +275,63 @@ def position_figure(curves: Mapping[str, Sequence[tuple[str, float | None, float
         ax.grid(True)
         _legend(figure, ax)
     return figure
+
+
+def repeat_figure(curves: Mapping[str, Sequence[tuple[str, float | None, float]]]) -> Figure:
+    """Bits per byte by the distance to the last repeat.
+
+    Args:
+        curves: (bucket such as "1-128", bits per byte, share) of each model.
+    """
+    from matplotlib.figure import Figure
+
+    buckets = list(dict.fromkeys(bucket for rows in curves.values() for bucket, _, share in rows if share))
+    with styled():
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        ax = figure.subplots()
+        for name, style in looks(curves).items():
+            values = {bucket: bits for bucket, bits, _ in curves[name]}
+            bits = [float("nan") if (y := values.get(bucket)) is None else y for bucket in buckets]
+            ax.plot(range(len(buckets)), bits, label=name, **style)
+        ax.set_xticks(range(len(buckets)), buckets)
+        ax.set(xlabel="bytes back to where the last 12 bytes stood before", ylabel="bits per byte")
+        ax.grid(True)
+        _legend(figure, ax)
+    return figure
+
+
+def rows_figure(points: Mapping[str, tuple[float, float]]) -> Figure:
+    """Bits per byte against rows read, one point for each model.
+
+    Args:
+        points: rows and bits per byte.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    with styled():
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        ax = figure.subplots()
+        for name, style in looks(points).items():
+            ax.plot(*points[name], label=name, **style | {"linestyle": "none"})
+        ax.set(xscale="log", xlabel="rows that a query reads", ylabel="bits per byte")
+        ax.xaxis.set_major_locator(LogLocator(2, numticks=16))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens_tick(n)))
+        ax.grid(True)
+        _legend(figure, ax)
+    return figure
+
+
+def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`look` of each label; the first variant of a mechanism looks like it, every further one has a look of its own."""
+    seen: set[str] = set()
+    found = {}
+    for at, name in enumerate(names):
+        kind = name.partition(":")[0]
+        found[name] = look(name if kind in seen else kind, at)
+        seen.add(kind)
+    return found
 
 
 def recall_figure(
@@ -295,17 +353,12 @@ def recall_figure(
     panels = 1 + len(parts)
     columns = min(2, panels)
     lines = -(-panels // columns)
-    # a second variant of a mechanism has a look of its own
-    kinds = [name.partition(":")[0] for name in lengths]
-    looks = {
-        name: look(kind if kind not in kinds[:at] else name, at)
-        for at, (name, kind) in enumerate(zip(lengths, kinds, strict=True))
-    }
+    styles = looks(lengths)
     with styled():
         figure = Figure(figsize=(4.1 * columns + 1.6, 2.9 * lines), layout="constrained")
         first, *others = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
         for name, found in lengths.items():
-            first.plot(list(found), list(found.values()), label=name, **looks[name])
+            first.plot(list(found), list(found.values()), label=name, **styles[name])
         first.axvline(trained, color=INK, linewidth=0.8, alpha=0.5)
         first.set(xscale="log", xlabel="n, tokens; the line is that of training", title="by length")
         first.xaxis.set_major_locator(FixedLocator(sorted({n for found in lengths.values() for n in found})))
@@ -316,7 +369,7 @@ def recall_figure(
                 spans = [tuple(map(int, bucket.rstrip(" %").split("-"))) for bucket in rows]
                 ends |= {low for low, _ in spans}
                 middles = [(low * high) ** 0.5 if by == "distance" else (low + high) / 2 for low, high in spans]
-                ax.plot(middles, list(rows.values()), **looks[name])
+                ax.plot(middles, list(rows.values()), **styles[name])
             ax.set(title=f"n = {n:,}, by {by}", xlabel="tokens back to the key" if by == "distance" else "depth, %")
             if by == "distance":
                 ax.set(xscale="log")

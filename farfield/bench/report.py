@@ -98,7 +98,7 @@ def _document(sections: Sequence[str]) -> str:
 
 
 def render_comparison(folder: Path | str) -> Path:
-    """Write report.html, compare.md, loss.svg and position.svg from compare.json, without running anything.
+    """Write report.html, compare.md and the figures from compare.json, without running anything.
 
     Raises:
         FileNotFoundError: the folder has no compare.json.
@@ -123,7 +123,9 @@ def comparison_page(run: Mapping[str, Any]) -> str:
     models, trained = merged(run), run.get("trained", {})
     figures = comparison_figures(run)
     what = {"loss": ("Loss curves", "Training text, running mean; the single points are the held-out results."),
-            "position": ("Bits by position", "Held-out text, by position in the window.")}  # fmt: skip
+            "position": ("Bits by position", "Held-out text, by position in the window."),
+            "repeat": ("Bits by repeat", "Held-out text, by how many bytes back the last 12 bytes stood before."),
+            "rows": ("Bits by rows read", "Held-out text, against the rows that a query reads.")}  # fmt: skip
     parts = ["<h1>One model, several mechanisms</h1>", f"<p>{escape(_told(run))}</p>"]
     headings, rows = _comparison_rows(run)
     if models:
@@ -232,7 +234,12 @@ def comparison_figures(run: Mapping[str, Any]) -> dict[str, Any]:
     curves = {name: m["curve"] for name, m in models.items() if m["curve"]}
     ends = {name: (curve[-1][0], models[name]["overall"]) for name, curve in curves.items()}
     figures = {"loss": plots.loss_figure(curves, points=ends)} if curves else {}
-    return figures | {"position": plots.position_figure({name: m["by_position"] for name, m in models.items()})}
+    figures["position"] = plots.position_figure({name: m["by_position"] for name, m in models.items()})
+    if any(m["by_repeat"] for m in models.values()):
+        figures["repeat"] = plots.repeat_figure({name: m["by_repeat"] for name, m in models.items()})
+    if rows := {name: (m["rows"], m["overall"]) for name, m in models.items() if m["rows"] is not None}:
+        figures["rows"] = plots.rows_figure(rows)
+    return figures
 
 
 def _told(run: Mapping[str, Any]) -> str:
