@@ -20,7 +20,7 @@ from farfield.bench import compare as comparing
 from farfield.bench import learning, report, worker
 from farfield.bench.compare import Entry, Settings, compare, merged
 from farfield.cli import app
-from farfield.cli.options import chosen
+from farfield.cli.options import chosen, mixed
 
 FMA = {"block": 8, "near": 8, "rank": 4}
 TINY = Settings(steps=4, length=64, width=16, layers=1, heads=2, scored=3)
@@ -212,6 +212,18 @@ def test_names_may_be_cut_short_and_take_options():
         ("full", {}), ("fma", {"block": 32, "rank": 4}), ("window", {}),
     ]  # fmt: skip
     assert chosen("window:width=8,window:width=9", "-a") == [("window", {"width": 8}), ("window", {"width": 9})]
+
+
+def test_a_model_may_have_two():
+    assert mixed("fma:near=128,rank=16/full,fu,fma/fma:open=2,near=64", "-a") == [
+        ("fma", {"near": 128, "rank": 16}, ("full", {})), ("full", {}), ("fma", {}, ("fma", {"open": 2, "near": 64})),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="at most two mechanisms in a model, NAME/NAME; got 'fma/full/fma'"):
+        mixed("fma/full/fma", "-a")
+    with pytest.raises(ValueError, match="fma is given twice"):
+        mixed("fma/full,fma/full", "-a")
+    with pytest.raises(ValueError, match="'rank=3' follows no mechanism's options"):
+        mixed("rank=3", "-a")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from farfield.train import checkpoint, loop
 from farfield.train.config import TrainConfig, pick_device
 from farfield.train.data import Split, open_data
 from farfield.train.evaluate import REPEATS, copy_probe, evaluate, last_repeat, token_bits
+from farfield.train.fast import compiled
 from farfield.train.loop import train
 from farfield.train.optim import Optimizers, PlainMuon, StackedMuon, rate, split_parameters
 from farfield.train.report import read_log
@@ -421,6 +422,27 @@ def test_stacked_muon_is_muon():
         assert (stacked - single).norm() < 0.02 * (single - start).norm()
         assert (single - start).norm() > 0.1
     assert torch.equal(ends[0][-1], torch.ones(3, 3))
+
+
+def test_compiled_blocks_leave_their_mechanisms_as_written(monkeypatch):
+    model, seen = Decoder(model_config(layers=2)), []
+    ids = torch.randint(256, (2, 9))
+    own = model.loss(ids[:, :-1], ids[:, 1:])
+    for block in model.blocks:
+        mechanism = block.attention.mechanism
+
+        def forward(*inputs, plain=mechanism.forward, **options):
+            seen.append((torch.compiler.is_compiling(), type(inputs[0])))
+            return plain(*inputs, **options)
+
+        monkeypatch.setattr(mechanism, "forward", forward)
+    with compiled(model, backend="aot_eager"):
+        assert all(block._compiled_call_impl is not None for block in model.blocks)
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        assert torch.allclose(loss, own)
+        assert seen == [(False, torch.Tensor)] * 2
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+    model.loss(ids[:, :-1], ids[:, 1:])
 
 
 @pytest.mark.parametrize("name", mechanisms.names())

@@ -15,7 +15,7 @@ WARM = 3  # steps before a capture: kernels are compiled and optimizer states ma
 
 
 @contextmanager
-def compiled(model: Decoder | Encoder, *, on: bool = True) -> Iterator[None]:
+def compiled(model: Decoder | Encoder, *, on: bool = True, backend: str = "inductor") -> Iterator[None]:
     """Within it the blocks are compiled, except their mechanisms: those have kernels of their own, and to trace them
     would take far longer than it could save."""
     if not on:
@@ -25,7 +25,7 @@ def compiled(model: Decoder | Encoder, *, on: bool = True) -> Iterator[None]:
     for block in blocks:
         block.attention.attended = torch.compiler.disable(block.attention.attended)
         # one block's code serves all of them
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend=backend)
     try:
         yield
     finally:
