@@ -62,8 +62,8 @@ class Settings:
         scored: held-out windows.
         seeds: 0, 1, ...: how many runs of each mechanism.
         again: the mechanisms that get more than seed 0, by their name, with or without options; empty: all.
-        lengths: further lengths at which the trained model is scored, all on the same first million tokens of the
-            held-out text.
+        lengths: further lengths at which the trained models of seed 0 are scored, all on the same first million tokens
+            of the held-out text.
         dtype, compile, graph: see TrainConfig.
         model, train: further fields of ModelConfig and TrainConfig.
     """
@@ -505,8 +505,12 @@ def learn(
     decoder: Any = result.model
     about |= learning.scores(held) | {"copies": copy_probe(decoder, result.data.valid, dtype=config.dtype)}
     yield about
-    for length in lengths:
-        about.setdefault("lengths", []).append(learning.at_length(decoder, result.data.valid, length, config.dtype))
+    for length in lengths if config.seed == 0 else ():
+        if time.time() >= until:
+            found = {"length": length, "failed": "not begun before the deadline"}
+        else:
+            found = learning.at_length(decoder, result.data.valid, length, config.dtype)
+        about.setdefault("lengths", []).append(found)
         yield about
 
 
