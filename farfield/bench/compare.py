@@ -39,6 +39,7 @@ FREE = ("scored", "seeds", "again", "lengths")
 PER_RUN = ("attention", "attention_options", "other", "other_options", "kind")
 """Fields of ModelConfig that tell the runs apart, or say nothing."""
 
+SAMPLE = 1 << 20  # tokens of held-out text at most that all other lengths are scored on
 TOLD = 20.0  # seconds between two lines on the runs under way
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -62,8 +63,8 @@ class Settings:
         scored: held-out windows.
         seeds: 0, 1, ...: how many runs of each mechanism.
         again: the mechanisms that get more than seed 0, by their name, with or without options; empty: all.
-        lengths: further lengths at which the trained models of seed 0 are scored, all on the same first million tokens
-            of the held-out text.
+        lengths: further lengths at which the trained models of seed 0 are scored, all on the same first tokens of
+            the held-out text: as many as `scored`, a million at most.
         dtype, compile, graph: see TrainConfig.
         model, train: further fields of ModelConfig and TrainConfig.
     """
@@ -509,7 +510,9 @@ def learn(
         if time.time() >= until:
             found = {"length": length, "failed": "not begun before the deadline"}
         else:
-            found = learning.at_length(decoder, result.data.valid, length, config.dtype)
+            found = learning.at_length(
+                decoder, result.data.valid, length, config.dtype, sample=min(SAMPLE, scored * config.tokens)
+            )
         about.setdefault("lengths", []).append(found)
         yield about
 

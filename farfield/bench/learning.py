@@ -134,16 +134,19 @@ def step_memory(result: TrainResult, config: TrainConfig) -> int:
         return memory.measure(call, device).peak
 
 
-def at_length(model: Decoder, split: Split, length: int, dtype: str, sample: int = 1 << 20) -> dict[str, Any]:
+def at_length(
+    model: Decoder, split: Split, length: int, dtype: str, *, sample: int, longest: int = 1 << 17
+) -> dict[str, Any]:
     """What the model makes of windows of another length; or why it cannot.
 
     Args:
         sample: so many tokens, the first of the split, are read at every length that they hold, so that lengths can be
             compared.
+        longest: length up to which the state is measured.
 
     Returns:
         bits per byte overall, late and by position, tokens a second of the forwards, rows read; `state`: bytes that
-        decoding after so many tokens keeps, None where the mechanism cannot decode.
+        decoding after so many tokens keeps, None where it was not measured.
     """
     from farfield.bench.runner import reason
     from farfield.train import Split, evaluate
@@ -164,9 +167,10 @@ def at_length(model: Decoder, split: Split, length: int, dtype: str, sample: int
             "by_position": [(b.name, b.bits_per_byte, b.share) for b in held.by_position],
             "speed": held.tokens / (time.perf_counter() - began), "rows": model.rows_read(length), "state": None,
         }  # fmt: skip
-        with torch.no_grad(), autocast(device, dtype):
-            ids = part.window(0)[0][None, :length].to(device)
-            said["state"] = model.eval().extend(ids, last=True)[1].nbytes
+        if length <= longest:
+            with torch.no_grad(), autocast(device, dtype):
+                ids = part.window(0)[0][None, :length].to(device)
+                said["state"] = model.eval().extend(ids, last=True)[1].nbytes
     except Exception as error:
         said["failed"] = reason(error)
     return said
