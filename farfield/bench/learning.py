@@ -116,9 +116,9 @@ def scores(held: Evaluation) -> dict[str, Any]:
 
 
 def step_memory(result: TrainResult, config: TrainConfig) -> int:
-    """Peak bytes that the forward and the backward of one step allocate, gradients included, weights not."""
+    """Peak bytes that the forward and the backward of one step allocate as they are written, gradients included, weights
+    not."""
     from farfield.train.config import autocast
-    from farfield.train.fast import compiled
 
     model, data = result.model, result.data
     device = model.embed.weight.device
@@ -129,9 +129,8 @@ def step_memory(result: TrainResult, config: TrainConfig) -> int:
             loss = model.loss(batch[0], batch[1])
         return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
-    with compiled(model, on=config.compile):
-        call()
-        return memory.measure(call, device).peak
+    call()
+    return memory.measure(call, device).peak
 
 
 def at_length(
