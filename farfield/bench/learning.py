@@ -116,8 +116,7 @@ def scores(held: Evaluation) -> dict[str, Any]:
 
 
 def step_memory(result: TrainResult, config: TrainConfig) -> int:
-    """Peak bytes that the forward and the backward of one step allocate as they are written, gradients included, weights
-    not."""
+    """Peak bytes that forward and backward of one step allocate as written, gradients included, weights not."""
     from farfield.train.config import autocast
 
     model, data = result.model, result.data
