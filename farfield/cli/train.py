@@ -77,7 +77,10 @@ def train(
     decay: Annotated[float | None, in_recipe(0.6, "Share of the steps that linear decays over.")] = None,
     clip: Annotated[float | None, in_recipe(1.0, "Largest gradient norm; 0 for none.")] = None,
     dtype: Annotated[str | None, in_recipe("float32", "float32, or bfloat16 for autocast.")] = None,
-    compile: Annotated[bool | None, in_recipe("no-compile", "torch.compile.", "--compile/--no-compile")] = None,
+    compile: Annotated[
+        bool | None, in_recipe("no-compile", "torch.compile around the mechanisms.", "--compile/--no-compile")
+    ] = None,
+    graph: Annotated[bool | None, in_recipe("no-graph", "A step as one CUDA graph.", "--graph/--no-graph")] = None,
     seed: Annotated[int | None, in_recipe(0, "Of weights, order of the text and dropout.")] = None,
     # the run
     out: Annotated[Path | None, in_run("runs/farfield", "Folder of checkpoints and log.", metavar="DIR")] = None,
