@@ -371,7 +371,7 @@ def test_defaults_in_help_are_the_configs():
     from farfield.train import TrainConfig
 
     expected = {f.name: f.default for config in (ModelConfig, TrainConfig) for f in fields(config)}
-    words = {"kv_heads", "tokenizer", "cache", "lr", "rest_lr", "compile"}  # defaults that help says in words
+    words = {"kv_heads", "tokenizer", "cache", "lr", "rest_lr", "compile", "graph"}  # defaults that help says in words
     seen = set()
     for name, hint in get_type_hints(commands_train.train, include_extras=True).items():
         help = getattr(hint, "__metadata__", (None,))[0]
