@@ -107,8 +107,8 @@ def test_chosen_blocks(score, more):
 
 @pytest.mark.parametrize("tokens", [300, 333])
 def test_means_are_those_of_the_sketches(tokens):
-    module = load("fma_mean")
-    fma = module.MeanFMA(block=8, near=16, rank=4, open=2, detail=4, score="mean")
+    module = load("fma_opened")
+    fma = module.OpenedFMA(block=8, near=16, rank=4, open=2, detail=4, score="mean")
     q, k, v = (torch.randn(1, heads, tokens, 16, dtype=torch.float64) for heads in (4, 2, 2))
     tree = fma._tree(tokens, -(-tokens // 8), fma._levels(-(-tokens // 8))[0], 2)
     wanted = torch.cat([x.rows.flatten(2, 3) for x in fma._sketches(k, tree, fma._present(tree, k.device))], 2)

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ def at_length(
             "speed": held.tokens / (time.perf_counter() - began), "rows": model.rows_read(length), "state": None,
         }  # fmt: skip
         if length <= longest:
-            with torch.no_grad(), autocast(device, dtype):
+            # not every mechanism can decode
+            with torch.no_grad(), autocast(device, dtype), suppress(NotImplementedError):
                 ids = part.window(0)[0][None, :length].to(device)
                 said["state"] = model.eval().extend(ids, last=True)[1].nbytes
     except Exception as error:
