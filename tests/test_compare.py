@@ -1,6 +1,7 @@
 """Several mechanisms on one text in miniature: equal tokens, failures, seeds, going on, and what is written."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -367,3 +368,16 @@ def test_a_model_of_two_mechanisms(text, tmp_path):
         assert x["state"] > 0
     assert about["lengths"][0]["tokens"] >= about["lengths"][1]["tokens"] > 0
     assert "32 | 128" in (tmp_path / "run" / "compare.md").read_text()
+
+
+def seen():
+    yield os.environ.get(worker.VISIBLE)
+
+
+@pytest.mark.parametrize(("given", "sees"), [(None, "1"), ("4,7", "7")])
+def test_a_process_sees_its_own_gpu_only(monkeypatch, given, sees):
+    monkeypatch.setenv(worker.VISIBLE, "")
+    monkeypatch.delenv(worker.VISIBLE) if given is None else monkeypatch.setenv(worker.VISIBLE, given)
+    with worker.Worker(own=True, gpu=1) as one:
+        assert list(one.run(seen)) == [sees]
+    assert os.environ.get(worker.VISIBLE) == given

@@ -1,8 +1,8 @@
 """FMA with open > 0 by the GPU's kernels and nothing else, the groups chosen by peaks or by means.
 
-What the score of a choice is worth in training, at one speed. The means that are searched are rounded to the keys' dtype,
-where FMA(score="mean") keeps them in float32. What the kernels do not take is refused where FMA takes a longer way, which
-a training run cannot afford. Off the GPU it is FMA. To be found by FARFIELD_MECHANISMS=examples/controls.
+What the score of a choice is worth in training, at one speed. The means that are searched are rounded to the keys'
+dtype, where FMA(score="mean") keeps them in float32. What the kernels do not take is refused where FMA takes a longer
+way, which a training run cannot afford. Off the GPU it is FMA. To be found by FARFIELD_MECHANISMS=examples/controls.
 """
 
 import torch

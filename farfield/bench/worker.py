@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 import multiprocessing as mp
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from farfield.bench.runner import reason
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_starting = threading.Lock()  # the environment is that of all threads
 PATIENCE = 120.0  # seconds that a process may take to start, and after Ctrl-C to save what it has
 
 
@@ -86,8 +90,9 @@ class Worker:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         # no daemon: those may not have processes of their own, as compilers do
-        self.process = context.Process(target=_serve, args=(theirs, self.gpu))
-        self.process.start()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        with _only(self.gpu):
+            self.process.start()
         theirs.close()
         # loading PyTorch is not part of anybody's limit
         if (found := self._wait(PATIENCE)) != ("ready", None):
@@ -120,12 +125,26 @@ class Worker:
         return kind, value
 
 
-def _serve(pipe: Any, gpu: int | None) -> None:
+@contextmanager
+def _only(gpu: int | None) -> Iterator[None]:
+    """Within it a process that starts sees this GPU alone, from its first import on."""
+    if gpu is None:
+        yield
+        return
+    with _starting:
+        seen = os.environ.get(VISIBLE)
+        os.environ[VISIBLE] = seen.split(",")[gpu] if seen else str(gpu)
+        try:
+            yield
+        finally:
+            if seen is None:
+                del os.environ[VISIBLE]
+            else:
+                os.environ[VISIBLE] = seen
+
+
+def _serve(pipe: Any) -> None:
     """The process: one generator after another, until the pipe closes."""
-    if gpu is not None:
-        # before CUDA starts in this process
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
     pipe.send(("ready", None, False))
     while True:
         try:
