@@ -49,7 +49,7 @@ def backward(
     call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> list[Tensor]:
     """kernels.attend_backward.attend_backward."""
-    if not _takes(call):
+    if not _takes(call) or attend_listed.wants(call):
         return attend_backward.attend_backward(call, d_out, d_lse, out, lse, bias_grad)
     tensors, numbers = _parts(call)
     signature = _signature(tensors, numbers)
@@ -117,9 +117,11 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def _takes(call: Call) -> bool:
-    """Whether a call is recorded: neither empty nor long, and not cut into chunks that are sorted one by one."""
+    """Whether a call is recorded: neither empty nor long, nor one whose lists go through in chunks or are sorted."""
     blocks = call.index[0].shape[2]
-    return 0 < blocks <= LONGEST and call.q.numel() > 0 and not attend_listed.wants(call)
+    if not (0 < blocks <= LONGEST and call.q.numel() > 0):
+        return False
+    return not attend_listed.wants(call) or attend_listed.at_once(call)
 
 
 def _parts(call: Call) -> tuple[list[Tensor], Numbers]:
