@@ -57,7 +57,10 @@ SPILLS: dict[str, int] = {
     "walk": 80,
     "walk-fp16": 80,
     "walk-long": 256,
-    **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128"), _ONCE),
+    **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128", "listed-64", "listed-16-64"), _ONCE),
+    # numbers of a run and of the whole kernel, kept once and read once a tile of queries
+    "listed-128": 32,
+    "listed-512-128": 96,
     # two or three programs a multiprocessor; strides and addresses of the whole kernel, read once a tile
     "listed-backward-64": 120,
     "listed-backward-128": 192,
@@ -350,6 +353,9 @@ LAUNCHES = {
     **{f"listed-backward-{d}": (lambda d=d: listed(64, d, backward=True)) for d in (64, 128)},
     "listed-16-64": lambda: listed(16, 64),
     # what the kernel for Hopper does not take
+    "listed-40": lambda: listed(64, 40),
+    "listed-512-40": lambda: listed(512, 40, lists=16, heads=16),
+    # what the kernel for Hopper does not take
     "listed-backward-16-64": lambda: listed(16, 64, backward=True),
     "listed-backward-512-40": lambda: listed(512, 40, lists=16, heads=16, backward=True),
     **{f"listed-512-{d}": (lambda d=d: listed(512, d, lists=16, heads=16)) for d in (64, 128)},
@@ -376,7 +382,7 @@ FEW = (
     "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
-    "listed-64", "listed-backward-64", "choose-64", "opened-2-64",
+    "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "opened-2-64",
     "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "prefix-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"

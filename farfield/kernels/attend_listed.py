@@ -25,7 +25,7 @@ MOST = 1024  # readers of a program, or twice the average if that is more; even
 FEWEST = 256  # queries of a unit for which lists are transposed
 WIDEST = 128
 ROWS = 128  # queries of a tile, the heads of a unit counted apart
-JOINED, AT_ONCE = 1024, 8  # elements of a tile of the second launch, and parts that are asked for together
+AT_ONCE = 8  # parts that the second launch asks for together
 
 VARIES = ["base", "seg_b", "seg_u", "rep_b", "rep_u", "most", "pieces", "units", "total", "first", "rows", "row_blocks"]
 VARIES += ["picks", "q_b", "q_h", "q_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r"]
@@ -211,7 +211,8 @@ def attend_listed(call: Call) -> tuple[Tensor, Tensor]:
                 e_tile, d_unit, e_unit, BQ=tile, BK=min(plan.k_block, 64),
                 num_warps=4 if max(d_tile, e_tile, plan.k_block) <= 64 else 8, num_stages=2,
             )  # fmt: skip
-        total, some = batch * heads * many, max(1, JOINED // e_tile)
+        # by measurement on an H200
+        total, some = batch * heads * many, max(1, (1024 if stack > 1 and e_tile > 64 else 2048) // e_tile)
         start(
             join_parts, (-(-total // some),),
             parts, masses, found.place, filled, out, lse, units, many, first, tokens, picks, seg_b * many,

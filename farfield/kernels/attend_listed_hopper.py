@@ -42,13 +42,9 @@ ROWS = 512  # of q in a run: readers, the heads of a unit counted apart
 _sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
-@triton.jit(
-    do_not_specialize=[
-        "base", "bounds", "entries", "numbers", "steps", "many", "picks", "first", "rows", "row_blocks"
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["bounds", "numbers", "steps", "picks", "first", "rows", "row_blocks"])
 def deal(
-    start, reader, runs, base, bounds, entries, numbers, steps, many, picks, first, rows, row_blocks,
+    start, reader, runs, bounds, numbers, steps, picks, first, rows, row_blocks,
     RUN: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Run -> how many readers, twice the block and 1 if something of it may be hidden, segment, first reader."""
@@ -507,8 +503,8 @@ def read(
     runs = torch.empty(items, 4, dtype=torch.int32, device=q.device)
     start(
         deal, (-(-items // size),),
-        found.start, found.reader, runs, 0, bounds, entries, items, bounds.bit_length(), many, picks, first, rows,
-        row_blocks, RUN=run, K_BLOCK=plan.k_block, CAUSAL=bool(plan.causal), SIZE=size, num_warps=4,
+        found.start, found.reader, runs, bounds, items, bounds.bit_length(), picks, first, rows, row_blocks,
+        RUN=run, K_BLOCK=plan.k_block, CAUSAL=bool(plan.causal), SIZE=size, num_warps=4,
     )  # fmt: skip
     warps = 4 * (tiles.groups + 1)
     each = REGISTERS // (32 * warps * tiles.programs) // 8 * 8
