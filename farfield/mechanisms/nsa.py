@@ -25,6 +25,7 @@ from torch.nn.functional import gelu
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, check_qkv, no_tokens
 from farfield.ops.attend import attend
+from farfield.ops.mix import mix
 from farfield.select.scored import Scoring, attend_chosen, attend_ended, check, choose, recent, tokens_read
 from farfield.types import Layout, Rows
 
@@ -276,21 +277,10 @@ class NSA(Mechanism):
         layout = recent(tokens=q.shape[2], rows=window[0].shape[2], width=self.window, device=q.device)
         position = torch.arange(first, first + q.shape[2], device=q.device) if first else None
         near = attend(q, Rows(*window), layout, scale=scale, position=position)
-        share = self._gates(q) if gates is None else gates
-        # float32 or wider until the sum is made
-        share = share.to(torch.promote_types(q.dtype, torch.float32))
-        parts = far.out * share[..., :1], selected.out * share[..., 1:2], near.out * share[..., 2:]
-        return sum(parts[1:], parts[0]).to(q.dtype)
-
-    def _gates(self, q: Tensor) -> Tensor:
-        if not self.learned:
-            return q.new_full((*q.shape[:3], 3), 0.5)
-        heads, dtype = self.gate.shape[0], torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
-            logits = q.to(dtype).unflatten(1, (heads, -1)) @ self.gate.to(dtype)[:, None]
-            logits = (logits + self.gate_bias.to(dtype)[:, None, None]).flatten(1, 2)
-            # the sigmoid, in an operation whose rounding does not depend on where in memory a number lies
-            return torch.stack([logits, torch.zeros_like(logits)], -1).softmax(-1)[..., 0]
+        weights = {"shares": gates} if gates is not None else {}
+        if self.learned and gates is None:
+            weights = {"gate": self.gate, "bias": self.gate_bias}
+        return mix((far.out, selected.out, near.out), q, **weights)
 
     def _compressed(self, k: Tensor, v: Tensor) -> Pair:
         """The compressions of the complete blocks, float32 or wider."""

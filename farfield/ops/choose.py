@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
-from farfield.ops.attend import Call, Plan, attend
+from farfield.ops.attend import attend
 from farfield.ops.eager import eager, recorded
 from farfield.types import Layout, Partial, Rows
 
@@ -256,16 +256,9 @@ def _ended_backward(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, stride: int,
     span: int, first: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels.attend_backward import attend_backward
+    from farfield.kernels.choose_backward import ended_backward
 
-    none, layout = q.new_empty(0), _ended(q, keys.shape[2], stride, span, first)
-    end = torch.arange(keys.shape[2], device=q.device)[None, None] * stride + span - 1
-    position = torch.arange(first, first + q.shape[2], device=q.device)[None, None] if first else none
-    call = Call(
-        q, [keys.to(q.dtype)], [values.to(q.dtype)], [none], [end], [none], position, none, [layout.index],
-        [layout.count], [Plan(64, 64, 1, -1, 0)], scale,
-    )  # fmt: skip
-    d_q, d_k, d_v, *_ = attend_backward(call, d_out, d_lse, out, lse, False)
+    d_q, d_k, d_v = ended_backward(q, keys, values, d_out, d_lse, out, lse, stride, span, first, scale)
     return d_q, d_k.to(keys.dtype), d_v.to(values.dtype)
 
 
