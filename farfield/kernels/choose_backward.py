@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels.attend import LOG2E, _dense, padded
-from farfield.kernels.choose import _vector, split_rows
+from farfield.kernels.choose import _vector, split
+from farfield.kernels.replay import start
 
-PLANES = 2
 PROGRAMS = 768  # so many at least, where the sequence is long enough
 SHORTEST = 256  # queries of a piece
 
@@ -173,10 +173,8 @@ def ended_backward(
     delta, shift = torch.empty_like(lse), torch.empty_like(lse)
     q, q_at = _dense(q)
     d_out, d_at = _dense(d_out)
-    keys, size = keys.contiguous(), 1024
-    planes = torch.empty(PLANES, *keys.shape, dtype=q.dtype, device=q.device)
-    split_rows[(-(-keys.numel() // size),)](keys, planes, keys.numel(), PLANES, size)
-    v = values.to(q.dtype).contiguous()
+    keys = keys.contiguous()
+    planes, v = split(keys, values, q.dtype)
     d_lse = None if d_lse is None else d_lse.contiguous()
     d_tile, e_tile = padded(width), padded(value_width)
     d_unit, e_unit = _vector(q, width, *q_at), _vector(d_out, value_width, *d_at)
@@ -185,7 +183,8 @@ def ended_backward(
 
     tile, across, warps = QUERIES
     tiles, plane = -(-tokens // tile), keys.numel()
-    ended_queries[(batch * heads * tiles,)](
+    start(
+        ended_queries, (batch * heads * tiles,),
         q, planes, v, out.contiguous(), d_out, lse, d_lse, d_q, delta, shift, heads, tokens, tiles, rows, stride,
         span, first, plane, *strides, scale, *sizes, tile, across, num_warps=warps, num_stages=2,
     )  # fmt: skip
@@ -196,13 +195,15 @@ def ended_backward(
     pieces = -(-tokens // length)
     part_k = torch.empty(pieces, *keys.shape, dtype=torch.float32, device=q.device)
     part_v = torch.empty(pieces, *values.shape, dtype=torch.float32, device=q.device)
-    ended_rows[(units * tiles * pieces,)](
+    start(
+        ended_rows, (units * tiles * pieces,),
         q, planes, v, d_out, delta, shift, part_k, part_v, heads, tokens, tiles, rows, stride, span, first, plane,
         pieces, length, *strides, scale, *sizes, across, step, num_warps=warps, num_stages=2,
     )  # fmt: skip
     d_k, d_v = torch.empty_like(keys), torch.empty(values.shape, dtype=torch.float32, device=q.device)
     some = max(1, 1024 // max(d_tile, e_tile))
-    join_rows[(-(-units * rows // some),)](
+    start(
+        join_rows, (-(-units * rows // some),),
         part_k, part_v, d_k, d_v, units, tokens, rows, stride, span, first, pieces, length, scale, width, value_width,
         d_tile, e_tile, some, step, num_warps=4,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from farfield.kernels.attend import _dense, padded
 from farfield.kernels.choose import _vector
+from farfield.kernels.replay import start
 
 BRANCHES = 3
 ROWS = 64  # queries of a program
@@ -112,10 +113,11 @@ def mix(
     out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
     q, q_at = _dense(q)
     unit, tiles = _vector(q, width, *q_at), -(-tokens // ROWS)
-    mix_forward[(batch * heads * tiles,)](
+    start(
+        mix_forward, (batch * heads * tiles,),
         *[x.contiguous() for x in parts], q, *_weights(gate, bias, shares), out, heads, tokens, tiles,
-        *[n // unit for n in q_at], heads // kv_heads, width, value_width, padded(width), padded(value_width), unit, ROWS, shares is not None,
-        gate is not None, num_warps=8,
+        *[n // unit for n in q_at], heads // kv_heads, width, value_width, padded(width), padded(value_width), unit,
+        ROWS, shares is not None, gate is not None, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -139,7 +141,8 @@ def mix_gradients(
         d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         d_gate = torch.empty(batch, kv_heads, heads // kv_heads * tiles, width, BRANCHES, device=q.device)
         d_bias = d_gate.new_empty(*d_gate.shape[:3], BRANCHES)
-    mix_backward[(batch * heads * tiles,)](
+    start(
+        mix_backward, (batch * heads * tiles,),
         *parts, q, *_weights(gate, bias, shares), d_out, *d_parts, d_q, d_gate, d_bias, d_shares, heads, tokens, tiles,
         *[n // d_unit for n in q_at], *[n // e_unit for n in d_at], heads // kv_heads, width, value_width,
         padded(width), padded(value_width), d_unit, e_unit, ROWS, shares is not None, gate is not None, num_warps=8,

@@ -95,6 +95,11 @@ def lists(build: Callable[..., Any], *options: Hashable, device: torch.device) -
     return run(_memory.of((build, device, options)), _built, (none,), build, options)
 
 
+def plainly(function: Callable[..., Any], inputs: Sequence[Tensor], *options: Hashable) -> Any:
+    """function(*inputs, *options), of which the launches follow from what the inputs are like and from the options."""
+    return run(_memory.of((function, *[form(x) for x in inputs], options)), function, inputs, *options)
+
+
 def run(known: Known, function: Callable[..., Any], inputs: Sequence[Tensor], *options: Any) -> Any:
     """function(*inputs, *options): recorded at the second call of a signature, replayed from the third on."""
     if not _on_gpu(inputs[0]):

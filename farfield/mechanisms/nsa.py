@@ -26,7 +26,7 @@ from torch.nn.functional import gelu
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, check_qkv, no_tokens
 from farfield.ops.attend import attend
 from farfield.ops.mix import mix
-from farfield.select.scored import Scoring, attend_chosen, attend_ended, check, choose, recent, tokens_read
+from farfield.select.scored import Scoring, attend_and_choose, attend_chosen, check, choose, recent, tokens_read
 from farfield.types import Layout, Rows
 
 Pair = tuple[Tensor, Tensor]
@@ -269,10 +269,7 @@ class NSA(Mechanism):
         self, q: Tensor, rows: Pair, compressed: Pair, window: Pair, gates: Tensor | None, first: int
     ) -> Tensor:
         scoring, scale = self.scoring, self.scale
-        far = attend_ended(
-            q, *compressed, stride=scoring.stride, span=scoring.span, first=first, scale=scale
-        )  # fmt: skip
-        choice = choose(q, compressed[0], scoring, first=first, scale=scale, lse=far.lse)
+        far, choice = attend_and_choose(q, *compressed, scoring, first=first, scale=scale)
         selected = attend_chosen(q, Rows(*rows), choice, scoring.block, first=first, scale=scale)
         layout = recent(tokens=q.shape[2], rows=window[0].shape[2], width=self.window, device=q.device)
         position = torch.arange(first, first + q.shape[2], device=q.device) if first else None

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from farfield.ops.choose import Choice, Scoring, attend_chosen, attend_ended, check, choose
+from farfield.ops.choose import Choice, Scoring, attend_and_choose, attend_chosen, attend_ended, check, choose
 from farfield.state import Cache
 from farfield.types import Layout
 
@@ -20,6 +20,7 @@ __all__ = [
     "BlockCache",
     "Choice",
     "Scoring",
+    "attend_and_choose",
     "attend_chosen",
     "attend_ended",
     "block_means",
