@@ -104,6 +104,13 @@ def mix_backward(
         tl.store(d_q + line[:, None] * D + dims, found.to(d_q.dtype.element_ty), mask=mask_d)
 
 
+def mixed(*given) -> Tensor:
+    """`mix` of tensors that are all there: q, the branches and what the last three, bools, say of the others."""
+    q, part0, part1, part2, *rest = given[:-3]
+    there = iter(rest)
+    return mix((part0, part1, part2), q, *[next(there) if some else None for some in given[-3:]])
+
+
 def mix(
     parts: tuple[Tensor, Tensor, Tensor], q: Tensor, gate: Tensor | None, bias: Tensor | None, shares: Tensor | None
 ) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,7 +34,7 @@ def mix(
         if max(q.shape[3], parts[0].shape[3]) <= on_gpu.WIDEST and all(x.dtype == q.dtype for x in parts):
             if recorded(q, *parts, *given):
                 return _Mix.apply(q, gate, bias, shares, *parts)
-            return on_gpu.mix(parts, q, gate, bias, shares)
+            return _mix(parts, q, gate, bias, shares)
     wide = torch.promote_types(q.dtype, torch.float32)
     if shares is not None:
         weights = shares.to(wide)
@@ -48,13 +50,20 @@ def mix(
     return sum(added[1:], added[0]).to(q.dtype)
 
 
+def _mix(parts: Sequence[Tensor], q: Tensor, gate: Tensor | None, bias: Tensor | None, shares: Tensor | None) -> Tensor:
+    from farfield.kernels import mix as on_gpu
+    from farfield.kernels import plans
+
+    given = [None if x is None else x.contiguous() for x in (gate, bias, shares)]
+    inputs = [x for x in (q, *parts, *given) if x is not None]
+    return plans.plainly(on_gpu.mixed, inputs, *[x is not None for x in given])
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, gate, bias, shares, *parts):
-        from farfield.kernels import mix as on_gpu
-
         ctx.save_for_backward(q, gate, bias, shares, *parts)
-        return on_gpu.mix(parts, q, gate, bias, shares)
+        return _mix(parts, q, gate, bias, shares)
 
     @staticmethod
     @once_differentiable
