@@ -25,6 +25,7 @@ from torch.nn.functional import gelu
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, check_qkv, no_tokens
 from farfield.ops.attend import attend
+from farfield.ops.compress import MLP, compress, takes
 from farfield.ops.mix import mix
 from farfield.select.scored import Scoring, attend_and_choose, attend_chosen, check, choose, recent, tokens_read
 from farfield.types import Layout, Rows
@@ -282,6 +283,12 @@ class NSA(Mechanism):
     def _compressed(self, k: Tensor, v: Tensor) -> Pair:
         """The compressions of the complete blocks, float32 or wider."""
         stride, span = self.scoring.stride, self.scoring.span
+        rows, mlp = _complete(k.shape[2], stride, span), None
+        if self.learned:
+            names = "inner", "position", "outer"
+            mlp = MLP(*[getattr(x, name) for name in names for x in (self.compress_k, self.compress_v)])
+        if rows and takes(k, v, mlp):
+            return compress(k, v, mlp, stride=stride, span=span, rows=rows)
         with torch.autocast(k.device.type, enabled=False):
             means = _means(k, stride, span), _means(v, stride, span)
             if not self.learned or not means[0].shape[2]:
