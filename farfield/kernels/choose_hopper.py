@@ -7,6 +7,7 @@ are two numbers of the queries' dtype, `planes` [2, B, G, C, D], and a score is 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from farfield.kernels.attend import padded
 from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _processors
@@ -267,10 +269,7 @@ def _load_scored(
                 s, phase = step % STAGES, step // STAGES & 1
                 mbarrier.wait(k_empty.index(s), phase ^ 1)
                 mbarrier.expect(k_full.index(s), 2 * BJ * D * 2)
-                tma.async_copy_global_to_shared(k, [source, o, begin, 0], k_full.index(s), k_ring.index(2 * s))
-                tma.async_copy_global_to_shared(
-                    k, [sources + source, o, begin, 0], k_full.index(s), k_ring.index(2 * s + 1)
-                )  # fmt: skip
+                tma.async_copy_global_to_shared(k, [source, o, 0, begin, 0], k_full.index(s), k_ring.index(s))
                 step += 1
 
 
@@ -297,6 +296,7 @@ def _best(
     STAGES: gl.constexpr, SHARES: gl.constexpr,
 ):  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BJ, 16])
+    both: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BJ, 16])
     per_row: gl.constexpr = gl.SliceLayout(1, score)
     # a row of a tile lies in four lanes, and so does everything that is kept for its query
     wide: gl.constexpr = gl.BlockedLayout([1, BJ // 4], [8, 4], [4, 1], [1, 0])
@@ -334,28 +334,26 @@ def _best(
         for begin in range(0, _past(tile, tokens, first, local, BLOCK), BJ):
             total = gl.zeros([64, BJ], gl.float32, score)
             after = gl.zeros([64, BJ], gl.float32, score)
-            blank = gl.zeros([64, BJ], gl.float32, score)
             for o in range(PER_BLOCK):
                 s = step % STAGES
                 mbarrier.wait(k_full.index(s), step // STAGES & 1)
+                keys = k_ring.index(s).reshape([2 * BJ, D]).permute((1, 0))
                 mine = gl.minimum(PER_ROW, PER_BLOCK - o).to(gl.float32)
-                now = _product(q_ring.index(q_slot * STACK).reshape([64, D]), k_ring, s, blank, BJ, D)
+                found = gl.zeros([64, BJ], gl.float32, score)
                 for r in gl.static_range(STACK):
-                    if r + 1 < STACK:
-                        then = _product(q_ring.index(q_slot * STACK + r + 1).reshape([64, D]), k_ring, s, blank, BJ, D)
-                        now = warpgroup_mma_wait(2, deps=[now])
-                    else:
-                        now = warpgroup_mma_wait(0, deps=[now])
+                    queries = q_ring.index(q_slot * STACK + r).reshape([64, D])
+                    pair = warpgroup_mma(queries, keys, gl.zeros([64, 2 * BJ], gl.float32, both), use_acc=False)
+                    if r + 1 == STACK:
                         _sync()
                         mbarrier.arrive(k_empty.index(s), count=1)
-                    share = now
+                    high, low = gl.split(gl.permute(gl.reshape(pair, [64, 2, BJ]), [0, 2, 1]))
+                    share = gl.convert_layout(high + low, score)
                     if SHARES:
-                        share = gl.exp2(now * factor - totals[r][:, None])
-                    total += share * mine
-                    if PER_ROW > 1:
-                        after += share * (PER_ROW - mine)
-                    if r + 1 < STACK:
-                        now = then
+                        share = gl.exp2(share * factor - totals[r][:, None])
+                    found += share
+                total += found * mine
+                if PER_ROW > 1:
+                    after += found * (PER_ROW - mine)
                 step += 1
             values = gl.convert_layout(total, wide)
             if PER_ROW > 1:
@@ -428,7 +426,7 @@ def best_hopper(
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     q_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES * 2 * STACK, 1, 1, 64, D], q.layout)
-    k_ring = gl.allocate_shared_memory(k.dtype, [STAGES * 2, 1, 1, BJ, D], k.layout)
+    k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, 2, BJ, D], k.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * 2, 1], bars)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * 2, 1], bars)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
@@ -524,11 +522,11 @@ def choose(
     index = torch.empty(batch, lists, tokens, scoring.picks, dtype=torch.int32, device=q.device)
     count = torch.empty(batch, lists, tokens, dtype=torch.int32, device=q.device)
     tiles, units, sizes = -(-tokens // 128), batch * lists, (BEST if stack > 1 else ALONE)[width]
-    # row of a block, block
-    by_row = planes.view(2 * batch * kv_heads, rows // per_block, per_block, width).transpose(1, 2)
+    # both numbers of a row lie side by side in a tile: its columns are read once for two products
+    by_row = planes.view(2, batch * kv_heads, rows // per_block, per_block, width).permute(1, 3, 0, 2, 4)
     start(
         best_hopper, (min(units * tiles, _processors(q.device)),),
-        _descriptor(q, 64), _descriptor(by_row, sizes.rows), index if lse is None else lse, index, count,
+        _descriptor(q, 64), _pairs(by_row, sizes.rows), index if lse is None else lse, index, count,
         units * tiles, tiles, units, lists, batch * kv_heads, heads, tokens, first, scoring.initial, scoring.local,
         scoring.picks, scale, STACK=stack, REPEAT=heads // kv_heads, BLOCK=scoring.block, PER_BLOCK=per_block,
         PER_ROW=scoring.span // scoring.stride, D=width, BJ=sizes.rows, BEST=padded(scoring.scored, 4),
@@ -536,3 +534,21 @@ def choose(
         num_warps=4,
     )  # fmt: skip
     return index, count
+
+
+def _pairs(x: Tensor, blocks: int) -> TensorDescriptor:
+    """A descriptor of boxes of both numbers of one row of so many blocks; x [B G, row, 2, block, D]."""
+    made = object.__new__(TensorDescriptor)
+    # a dimension of one element may have any stride; the descriptor asks for an aligned one
+    width = x.shape[-1]
+    strides = [n if size > 1 else width for size, n in zip(x.shape[:-1], x.stride(), strict=False)]
+    made.__dict__.update(_pair_template(blocks, width, x.dtype), base=x, shape=list(x.shape), strides=[*strides, 1])
+    return made
+
+
+@cache
+def _pair_template(blocks: int, width: int, dtype: torch.dtype) -> dict:
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    box = [1, 1, 2, blocks, width]
+    like = torch.empty(box, dtype=dtype, device="meta")
+    return vars(TensorDescriptor.from_tensor(like, box, gl.NVMMASharedLayout.get_default_for(box, kind)))

@@ -17,10 +17,11 @@ from farfield.kernels.choose import _vector
 from farfield.kernels.replay import start
 
 WIDEST = 128
+SPLIT = True
 LONG = 1024  # compressed rows from which on a program takes 128 of them instead of 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "spans"])
 def split_weights(
     inner_k, inner_v, place_k, place_v, planes, places, heads, spans,
     D: tl.constexpr, D_TILE: tl.constexpr,
@@ -50,7 +51,7 @@ def split_weights(
 def compress_rows(
     k, v, planes, places, outer_k, outer_v, out_k, out_v, heads, rows, tiles, k_b, k_h, k_t, v_b, v_h, v_t,
     STRIDE: tl.constexpr, SPAN: tl.constexpr, SPAN_TILE: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr,
-    UNIT: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr,
+    UNIT: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """BC compressed rows of one head of k or of v, float32."""
     pid = tl.program_id(0).to(tl.int64)
@@ -84,7 +85,16 @@ def compress_rows(
             outer = tl.load(outer_k + dims[:, None] * D + dims, mask=inside, other=0.0)
         else:
             outer = tl.load(outer_v + dims[:, None] * D + dims, mask=inside, other=0.0)
-        mean = tl.dot(hidden, outer, mean * (1.0 / SPAN), input_precision="tf32x3")
+        if SPLIT:
+            big, outer_big = hidden.to(k.dtype.element_ty), outer.to(k.dtype.element_ty)
+            small = (hidden - big.to(tl.float32)).to(k.dtype.element_ty)
+            outer_small = (outer - outer_big.to(tl.float32)).to(k.dtype.element_ty)
+            mean *= 1.0 / SPAN
+            mean = tl.dot(small, outer_big, mean)
+            mean = tl.dot(big, outer_small, mean)
+            mean = tl.dot(big, outer_big, mean)
+        else:
+            mean = tl.dot(hidden, outer, mean * (1.0 / SPAN), input_precision="tf32x3")
     else:
         for t in range(SPAN):
             mean += tl.load(x + t * token.to(tl.int64) * UNIT, mask=mask, other=0.0).to(tl.float32)
@@ -121,6 +131,6 @@ def compress(*given) -> tuple[Tensor, Tensor]:
         compress_rows, (2 * batch * heads * tiles,),
         k, v, planes, places, outer_k, outer_v, *out, heads, rows, tiles, *[n // unit for n in (*k_at, *v_at)],
         STRIDE=stride, SPAN=span, SPAN_TILE=padded(span, 1), D=width, D_TILE=d_tile, UNIT=unit, BC=step,
-        LEARNED=bool(mlp), num_warps=8 if step == 128 else 4, num_stages=2,
+        LEARNED=bool(mlp), SPLIT=SPLIT, num_warps=8 if step == 128 else 4, num_stages=2,
     )  # fmt: skip
     return out[0], out[1]
