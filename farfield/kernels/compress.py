@@ -49,11 +49,11 @@ def split_weights(
 
 @triton.jit(do_not_specialize=["heads", "rows", "tiles", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t"])
 def compress_rows(
-    k, v, planes, places, outer_k, outer_v, out_k, out_v, heads, rows, tiles, k_b, k_h, k_t, v_b, v_h, v_t,
+    k, v, planes, places, outer_k, outer_v, out_k, out_v, kept, heads, rows, tiles, k_b, k_h, k_t, v_b, v_h, v_t,
     STRIDE: tl.constexpr, SPAN: tl.constexpr, SPAN_TILE: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr,
     UNIT: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """BC compressed rows of one head of k or of v, float32."""
+    """BC compressed rows of one head of k or of v, float32; what goes into the gelu is kept where it is asked for."""
     pid = tl.program_id(0).to(tl.int64)
     which, tile, unit = pid % 2, pid // 2 % tiles, pid // 2 // tiles
     b, g = unit // heads, unit % heads
@@ -80,6 +80,9 @@ def compress_rows(
         t = tl.arange(0, SPAN_TILE)
         at = ((which * SPAN + t) * heads + g)[:, None] * D + dims
         hidden += tl.sum(tl.load(places + at, mask=(t < SPAN)[:, None] & (dims < D), other=0.0), 0)[None, :]
+        if kept is not None:
+            lines = which * (tl.num_programs(0) // (2 * tiles)) + unit
+            tl.store(kept + (lines * rows + c)[:, None] * D + dims, hidden, mask=mask)
         hidden = 0.5 * hidden * (1.0 + tl.erf(hidden * 0.7071067811865476))
         if which == 0:
             outer = tl.load(outer_k + dims[:, None] * D + dims, mask=inside, other=0.0)
@@ -102,25 +105,30 @@ def compress_rows(
     tl.store(out + (unit * rows + c)[:, None] * D + dims, mean, mask=mask)
 
 
-def compress(*given) -> tuple[Tensor, Tensor]:
+def compress(*given) -> tuple[Tensor, ...]:
     """Compressions of k and v, float32 [B, G, rows, D].
 
     Args:
         given: k, v, and with an MLP the inner weights of both [span D, D], the places [G, span, D], the outer weights
-            [D, D], float32 and dense; then stride, span and rows.
+            [D, D], float32 and dense; then stride, span, rows, and whether there will be a backward.
+
+    Returns:
+        for a backward through an MLP also what goes into its gelu, [2 (k, v), B, G, rows, D].
     """
-    *tensors, stride, span, rows = given
+    *tensors, stride, span, rows, trained = given
     k, v, *mlp = tensors
     batch, heads, _, width = k.shape
     out = [torch.empty(batch, heads, rows, width, dtype=torch.float32, device=k.device) for _ in range(2)]
     k, k_at = _dense(k)
     v, v_at = _dense(v)
     unit, d_tile = _vector(k, width, *k_at, *v_at), padded(width)
-    planes = places = outer_k = outer_v = None
+    planes = places = outer_k = outer_v = kept = None
     if mlp:
         inner_k, inner_v, place_k, place_v, outer_k, outer_v = mlp
         planes = torch.empty(2, 2, span, width, width, dtype=k.dtype, device=k.device)
         places = torch.empty(2, span, heads, width, dtype=torch.float32, device=k.device)
+        if trained:
+            kept = torch.empty(2, batch, heads, rows, width, dtype=torch.float32, device=k.device)
         start(
             split_weights, (2 * span,), inner_k, inner_v, place_k, place_v, planes, places, heads, span,
             D=width, D_TILE=d_tile, num_warps=8,
@@ -129,8 +137,8 @@ def compress(*given) -> tuple[Tensor, Tensor]:
     tiles = -(-rows // step)
     start(
         compress_rows, (2 * batch * heads * tiles,),
-        k, v, planes, places, outer_k, outer_v, *out, heads, rows, tiles, *[n // unit for n in (*k_at, *v_at)],
+        k, v, planes, places, outer_k, outer_v, *out, kept, heads, rows, tiles, *[n // unit for n in (*k_at, *v_at)],
         STRIDE=stride, SPAN=span, SPAN_TILE=padded(span, 1), D=width, D_TILE=d_tile, UNIT=unit, BC=step,
         LEARNED=bool(mlp), SPLIT=SPLIT, num_warps=8 if step == 128 else 4, num_stages=2,
     )  # fmt: skip
-    return out[0], out[1]
+    return (*out,) if kept is None else (*out, kept)

@@ -13,6 +13,7 @@ from farfield.kernels import choose as kernel
 from farfield.kernels import compress, mix
 from farfield.kernels.choose_backward import ended_backward
 from farfield.ops.choose import Scoring
+from farfield.ops.compress import gradients
 from farfield.ops.mix import mix as exact_mix
 from farfield.testing.inputs import normal
 from farfield.testing.units import assert_within
@@ -97,14 +98,24 @@ def test_compressions(stride, span, width, learned):
     mlp = [normal(span * width, width, seed=2 + n, dtype=F32) / (span * width) ** 0.5 for n in range(2)]
     mlp += [normal(2, span, width, seed=4 + n, dtype=F32) for n in range(2)]
     mlp += [normal(width, width, seed=6 + n, dtype=F32) / width**0.5 for n in range(2)]
-    found = compress.compress(k, v, *(mlp if learned else ()), stride, span, rows)
-    for n, (x, got) in enumerate(zip((k, v), found, strict=True)):
-        blocks = x.double().unfold(2, span, stride).mT
-        exact = blocks.mean(3)
+    found = compress.compress(k, v, *(mlp if learned else ()), stride, span, rows, True)
+    for n, (x, got) in enumerate(zip((k, v), found[:2], strict=True)):
+        wide = x.double().requires_grad_()
+        blocks = wide.unfold(2, span, stride).mT
+        exact, leaves, own = blocks.mean(3), [wide], None
         if learned:
-            inner, place, outer = (y.double() for y in mlp[n::2])
-            exact = exact + torch.nn.functional.gelu((blocks + place[:, None]).flatten(3) @ inner) @ outer
+            leaves += [y.double().requires_grad_() for y in mlp[n::2]]
+            inside = (blocks + leaves[2][:, None]).flatten(3) @ leaves[1]
+            exact = exact + torch.nn.functional.gelu(inside) @ leaves[3]
+            assert_within(found[2][n], inside, terms=span * width, name="hidden")
+            own = [*mlp[n::2], found[2][n]]
         assert_within(got, exact, terms=span * width)
+        d = normal(*got.shape, seed=9, dtype=F32)
+        for a, b in zip(
+            gradients(x, d, own, stride, span), torch.autograd.grad(exact, leaves, d.double()), strict=True
+        ):
+            # products of 16 bits: of the weights' gradients these are two numbers
+            assert_within(a.half(), b, terms=span * width)
 
 
 @pytest.mark.parametrize("gates", ["learned", "given", "none"])
