@@ -25,7 +25,8 @@ from farfield.kernels.replay import start
 PROGRAMS = 768  # so many at least, where the sequence is long enough
 SHORTEST = 256  # queries of a piece
 
-QUERIES = 128, 64, 8  # queries, rows and warps of a program that makes dq
+# queries, rows and warps of a program that makes dq, by width
+QUERIES = {64: (128, 64, 8), 128: (128, 32, 8)}
 ROWS = 64, 64, 8  # rows, queries and warps of one that makes dk and dv
 
 VARIES = ["heads", "tokens", "tiles", "rows", "stride", "span", "first", "plane", "q_b", "q_h", "q_t"]
@@ -181,7 +182,7 @@ def ended_backward(
     strides = *[n // d_unit for n in q_at], *[n // e_unit for n in d_at]
     sizes = heads // kv_heads, width, value_width, d_tile, e_tile, d_unit, e_unit
 
-    tile, across, warps = QUERIES
+    tile, across, warps = QUERIES[64 if max(d_tile, e_tile) <= 64 else 128]
     tiles, plane = -(-tokens // tile), keys.numel()
     start(
         ended_queries, (batch * heads * tiles,),

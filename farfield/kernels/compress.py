@@ -139,6 +139,6 @@ def compress(*given) -> tuple[Tensor, ...]:
         compress_rows, (2 * batch * heads * tiles,),
         k, v, planes, places, outer_k, outer_v, *out, kept, heads, rows, tiles, *[n // unit for n in (*k_at, *v_at)],
         STRIDE=stride, SPAN=span, SPAN_TILE=padded(span, 1), D=width, D_TILE=d_tile, UNIT=unit, BC=step,
-        LEARNED=bool(mlp), SPLIT=SPLIT, num_warps=8 if step == 128 else 4, num_stages=2,
+        LEARNED=bool(mlp), SPLIT=SPLIT, num_warps=8 if step == 128 or d_tile > 64 else 4, num_stages=2,
     )  # fmt: skip
     return (*out,) if kept is None else (*out, kept)
