@@ -52,7 +52,8 @@ def compress(
     given = mlp or ()
     if recorded(k, v, *given):
         return _Compress.apply(stride, span, rows, k, v, *given)
-    return _compress(k, v, given, stride, span, rows, False)
+    found_k, found_v, *_ = _compress(k, v, given, stride, span, rows, False)
+    return found_k, found_v
 
 
 def _compress(
@@ -98,7 +99,7 @@ def gradients(x: Tensor, d: Tensor, mlp: Sequence[Tensor] | None, stride: int, s
         """What each piece of `stride` tokens gets from each of the blocks that it lies in."""
         return [torch.nn.functional.pad(y, (0, 0, n, parts - 1 - n)) for n in range(parts)]
 
-    mean = sum(spread(d)) / span
+    mean = torch.stack(spread(d)).sum(0) / span
     found = []
     if mlp is None:
         d_x = mean.to(x.dtype)[:, :, :, None].expand(-1, -1, -1, stride, -1).flatten(2, 3)

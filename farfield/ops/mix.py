@@ -70,8 +70,9 @@ class _Mix(torch.autograd.Function):
     def backward(ctx, d_out):
         from farfield.kernels import mix as on_gpu
 
-        q, gate, bias, shares, *parts = ctx.saved_tensors
+        q, gate, bias, shares, part0, part1, part2 = ctx.saved_tensors
+        parts = part0, part1, part2
         d_parts, d_q, d_gate, d_bias, d_shares = on_gpu.mix_gradients(parts, q, gate, bias, shares, d_out)
-        if d_gate is not None:
+        if d_gate is not None and d_bias is not None:
             d_gate, d_bias = d_gate.to(gate.dtype), d_bias.to(bias.dtype)
         return d_q, d_gate, d_bias, d_shares, *d_parts
