@@ -17,7 +17,6 @@ from farfield.kernels.choose import _vector
 from farfield.kernels.replay import start
 
 WIDEST = 128
-SPLIT = True
 LONG = 1024  # compressed rows from which on a program takes 128 of them instead of 64
 
 
@@ -51,7 +50,7 @@ def split_weights(
 def compress_rows(
     k, v, planes, places, outer_k, outer_v, out_k, out_v, kept, heads, rows, tiles, k_b, k_h, k_t, v_b, v_h, v_t,
     STRIDE: tl.constexpr, SPAN: tl.constexpr, SPAN_TILE: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr,
-    UNIT: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr, SPLIT: tl.constexpr,
+    UNIT: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
     """BC compressed rows of one head of k or of v, float32; what goes into the gelu is kept where it is asked for."""
     pid = tl.program_id(0).to(tl.int64)
@@ -65,7 +64,12 @@ def compress_rows(
     dims = tl.arange(0, D_TILE)
     mask = (c < rows)[:, None] & (dims < D)
     x += (c * STRIDE * token)[:, None] * UNIT + dims
+    to = out + (unit * rows + c)[:, None] * D + dims
     mean = tl.zeros([BC, D_TILE], tl.float32)
+    for t in range(SPAN):
+        mean += tl.load(x + t * token.to(tl.int64) * UNIT, mask=mask, other=0.0).to(tl.float32)
+    # where there is more to come it waits there, not in registers
+    tl.store(to, mean * (1.0 / SPAN), mask=mask)
     if LEARNED:
         inside = (dims < D)[:, None] & (dims < D)
         weights = planes + which * 2 * SPAN * D * D + dims[:, None] * D + dims
@@ -74,9 +78,9 @@ def compress_rows(
             x_tile = tl.load(x + t * token.to(tl.int64) * UNIT, mask=mask, other=0.0)
             lo = tl.load(weights + (SPAN + t) * D * D, mask=inside, other=0.0)
             hi = tl.load(weights + t * D * D, mask=inside, other=0.0)
-            mean += x_tile.to(tl.float32)
-            hidden = tl.dot(x_tile, lo, hidden)
-            hidden = tl.dot(x_tile, hi, hidden)
+            # tensor cores truncate when they add: a token at a time there, all of them here
+            part = tl.dot(x_tile, lo)
+            hidden += tl.dot(x_tile, hi, part)
         t = tl.arange(0, SPAN_TILE)
         at = ((which * SPAN + t) * heads + g)[:, None] * D + dims
         hidden += tl.sum(tl.load(places + at, mask=(t < SPAN)[:, None] & (dims < D), other=0.0), 0)[None, :]
@@ -88,21 +92,15 @@ def compress_rows(
             outer = tl.load(outer_k + dims[:, None] * D + dims, mask=inside, other=0.0)
         else:
             outer = tl.load(outer_v + dims[:, None] * D + dims, mask=inside, other=0.0)
-        if SPLIT:
-            big, outer_big = hidden.to(k.dtype.element_ty), outer.to(k.dtype.element_ty)
-            small = (hidden - big.to(tl.float32)).to(k.dtype.element_ty)
-            outer_small = (outer - outer_big.to(tl.float32)).to(k.dtype.element_ty)
-            mean *= 1.0 / SPAN
-            mean = tl.dot(small, outer_big, mean)
-            mean = tl.dot(big, outer_small, mean)
-            mean = tl.dot(big, outer_big, mean)
-        else:
-            mean = tl.dot(hidden, outer, mean * (1.0 / SPAN), input_precision="tf32x3")
-    else:
-        for t in range(SPAN):
-            mean += tl.load(x + t * token.to(tl.int64) * UNIT, mask=mask, other=0.0).to(tl.float32)
-        mean *= 1.0 / SPAN
-    tl.store(out + (unit * rows + c)[:, None] * D + dims, mean, mask=mask)
+        # Triton 3.6 gets "tf32x3" wrong here with four warps
+        big, outer_big = hidden.to(k.dtype.element_ty), outer.to(k.dtype.element_ty)
+        small = (hidden - big.to(tl.float32)).to(k.dtype.element_ty)
+        outer_small = (outer - outer_big.to(tl.float32)).to(k.dtype.element_ty)
+        added = tl.dot(small, outer_big)
+        added = tl.dot(big, outer_small, added)
+        added = tl.dot(big, outer_big, added)
+        tl.debug_barrier()
+        tl.store(to, tl.load(to, mask=mask, other=0.0) + added, mask=mask)
 
 
 def compress(*given) -> tuple[Tensor, ...]:
@@ -139,6 +137,6 @@ def compress(*given) -> tuple[Tensor, ...]:
         compress_rows, (2 * batch * heads * tiles,),
         k, v, planes, places, outer_k, outer_v, *out, kept, heads, rows, tiles, *[n // unit for n in (*k_at, *v_at)],
         STRIDE=stride, SPAN=span, SPAN_TILE=padded(span, 1), D=width, D_TILE=d_tile, UNIT=unit, BC=step,
-        LEARNED=bool(mlp), SPLIT=SPLIT, num_warps=8 if step == 128 or d_tile > 64 else 4, num_stages=2,
+        LEARNED=bool(mlp), num_warps=8 if step == 128 else 4, num_stages=2,
     )  # fmt: skip
     return (*out,) if kept is None else (*out, kept)

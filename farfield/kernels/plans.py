@@ -19,6 +19,7 @@ from farfield.kernels import attend_backward, attend_listed, pool
 from farfield.kernels.launch import attend_forward
 from farfield.kernels.replay import Recorded, Refused
 from farfield.ops.attend import Call, Plan
+from farfield.ops.eager import thread
 from farfield.ops.known import Known, Memory, form
 from farfield.ops.pool import Tree
 
@@ -102,8 +103,8 @@ def plainly(function: Callable[..., Any], inputs: Sequence[Tensor], *options: Ha
 
 def run(known: Known, function: Callable[..., Any], inputs: Sequence[Tensor], *options: Any) -> Any:
     """function(*inputs, *options): recorded at the second call of a signature, replayed from the third on."""
-    if not _on_gpu(inputs[0]):
-        # the interpreter's
+    if not _on_gpu(inputs[0]) or thread.recording:
+        # the interpreter's, or part of what is recorded as a whole
         return function(*inputs, *options)
     if known.run is None:
         known.calls += 1

@@ -120,7 +120,8 @@ def _choose(
         if on_gpu.takes(q, keys) and plan.scored <= on_gpu.MOST:
             known = lse if lse.numel() and plan.shared else None
             if first or known is not None:
-                return on_gpu.run(q, keys, None, known, plan, plan.stride, plan.span, first, scale)
+                index, count = on_gpu.run(q, keys, None, known, plan, plan.stride, plan.span, first, scale)
+                return index, count
             return plans.plainly(on_gpu.alone, (q, keys.contiguous()), plan, first, scale)
     from farfield.cpu.choose import choose as on_cpu
 

@@ -30,12 +30,12 @@ class MLP(NamedTuple):
     outer_v: Tensor
 
 
-def takes(k: Tensor, v: Tensor, mlp: MLP | None) -> bool:
-    """Whether `compress` does: CUDA tensors of 16 bits and one width, float32 weights."""
+def takes(k: Tensor, v: Tensor, mlp: MLP | None, span: int) -> bool:
+    """Whether `compress` does: CUDA tensors of 16 bits and one width, a block at least, float32 weights."""
     if not (k.is_cuda and k.dtype in (torch.bfloat16, torch.float16) and k.shape[3] == v.shape[3]):
         return False
     given = mlp or ()
-    if not eager(k, v, *given) or any(x.dtype != torch.float32 for x in given):
+    if k.shape[2] < span or not eager(k, v, *given) or any(x.dtype != torch.float32 for x in given):
         return False
     from farfield.kernels.compress import WIDEST
 
