@@ -35,7 +35,7 @@ def takes(k: Tensor, v: Tensor, mlp: MLP | None, span: int) -> bool:
     if not (k.is_cuda and k.dtype in (torch.bfloat16, torch.float16) and k.shape[3] == v.shape[3]):
         return False
     given = mlp or ()
-    if k.shape[2] < span or not eager(k, v, *given) or any(x.dtype != torch.float32 for x in given):
+    if k.shape[2] < span or not k.numel() or not eager(k, v, *given) or any(x.dtype != torch.float32 for x in given):
         return False
     from farfield.kernels.compress import WIDEST
 
