@@ -67,6 +67,13 @@ SPILLS: dict[str, int] = {
     # two or three programs a multiprocessor; strides and addresses of the whole kernel, read once a tile
     "listed-backward-64": 120,
     "listed-backward-128": 192,
+    # what belongs to a tile of queries, outside the loop over rows (those of Triton 3.6, which keeps more)
+    **dict.fromkeys(("choose-64", "choose-128"), 96),
+    "choose-ssa-64": 120,
+    # a tile of rows is three operands, which Triton keeps in registers
+    "choose-backward-128": 176,
+    # addresses of the weights
+    "compress-128": 144,
     # a third stage of loads, which was faster
     "scan-128": 40,
     "scan-80": 64,
@@ -406,7 +413,8 @@ FEW = (
     "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
-    "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "opened-2-64",
+    "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
+    "mix-64", "opened-2-64",
     "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "prefix-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
