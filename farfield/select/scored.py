@@ -15,14 +15,16 @@ from torch import Tensor
 from farfield.ops.choose import Choice, Scoring, attend_and_choose, attend_chosen, attend_ended, check, choose
 from farfield.ops.eager import eager
 from farfield.ops.lists import recent_lists
+from farfield.ops.replayed import replayed
 from farfield.state import Cache
-from farfield.types import Layout
+from farfield.types import Layout, Rows
 
 __all__ = [
     "BlockCache",
     "Choice",
     "Scoring",
     "attend_and_choose",
+    "attend_best",
     "attend_chosen",
     "attend_ended",
     "block_means",
@@ -59,6 +61,30 @@ def remember(state: BlockCache | None, k: Tensor, v: Tensor, block: int) -> Bloc
     k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
     means = torch.cat([state.means, block_means(k[:, :, state.means.shape[2] * block :], block)], 2)
     return BlockCache(k.shape[2], k, v, means, block)
+
+
+def attend_best(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S E"],
+    means: Float[Tensor, "B G M D"],
+    scoring: Scoring,
+    *,
+    first: int = 0,
+    scale: float | None = None,
+) -> Float[Tensor, "B H T E"]:
+    """Attention of each query over the blocks that `choose` gives it by these rows; `first`: its first position."""
+    if first:
+        # decoding: no two calls are alike
+        return _attend_best(q, k, v, means, scoring, first, scale)
+    return replayed(_attend_best, (q, k, v, means), scoring, first, scale)
+
+
+def _attend_best(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor, scoring: Scoring, first: int, scale: float | None
+) -> Tensor:
+    choice = choose(q, means, scoring, first=first, scale=scale)
+    return attend_chosen(q, Rows(k, v), choice, scoring.block, first=first, scale=scale).out
 
 
 def recent(*, tokens: int, rows: int, width: int, device: torch.device | str | None = None) -> Layout:
