@@ -181,12 +181,16 @@ def test_every_launch_is_recorded(options, kernels):
     assert kernels | {"_keys", "_spans"} <= set(kept)
 
 
-def test_calls_that_sort_in_between_are_not_recorded():
-    """A query's own lists go through in chunks; nothing of an empty call is launched."""
+def test_calls_that_sort_in_between_are_not_recorded(monkeypatch):
+    """A query's own lists may go through in chunks; nothing of an empty call is launched."""
     given = call(512, two=False)
     assert plans._takes(given)
     index, count = torch.zeros(1, 2, 512, 3).int(), torch.zeros(1, 2, 512).int()
-    assert not plans._takes(given._replace(index=[index], count=[count], plans=[Plan(1, 64, 1, -1, 0)]))
+    own = given._replace(index=[index], count=[count], plans=[Plan(1, 64, 1, -1, 0)])
+    assert plans._takes(own)
+    # less memory than all parts take
+    monkeypatch.setattr(plans.attend_listed, "PARTS", 1)
+    assert not plans._takes(own)
     assert not plans._takes(given._replace(q=given.q[:0]))
     long = torch.empty(1, 1, plans.LONGEST + 1, 1, dtype=torch.int32)
     assert not plans._takes(given._replace(index=[long]))

@@ -20,9 +20,12 @@ from farfield.kernels import (
     attend_listed_backward,
     attend_opened,
     choose,
+    choose_backward,
+    compress,
     hashed,
     launch,
     lists,
+    mix,
     multipole_backward,
     opened,
     patterns,
@@ -57,10 +60,20 @@ SPILLS: dict[str, int] = {
     "walk": 80,
     "walk-fp16": 80,
     "walk-long": 256,
-    **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128"), _ONCE),
+    **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128", "listed-64", "listed-16-64"), _ONCE),
+    # numbers of a run and of the whole kernel, kept once and read once a tile of queries
+    "listed-128": 32,
+    "listed-512-128": 96,
     # two or three programs a multiprocessor; strides and addresses of the whole kernel, read once a tile
     "listed-backward-64": 120,
     "listed-backward-128": 192,
+    # what belongs to a tile of queries, outside the loop over rows (those of Triton 3.6, which keeps more)
+    **dict.fromkeys(("choose-64", "choose-128"), 96),
+    "choose-ssa-64": 120,
+    # a tile of rows is three operands, which Triton keeps in registers
+    "choose-backward-128": 176,
+    # addresses of the weights
+    "compress-128": 144,
     # a third stage of loads, which was faster
     "scan-128": 40,
     "scan-80": 64,
@@ -287,14 +300,29 @@ def listed(block, width, *, lists=1, heads=4, backward=False, tokens=5000):
         attend_listed.attend_listed(made)
 
 
-def choosing(scoring, width, dtype="bf16", tokens=5000, alone=False):
+def choosing(scoring, width, dtype="bf16", tokens=5000, values=False, backward=False):
     q, rows = empty(1, 16, tokens, width, dtype=DTYPES[dtype]), (tokens - scoring.span) // scoring.stride + 1
-    planes = choose.planes_of(empty(1, 4, rows, width, dtype=torch.float32), q.dtype)
-    values = empty(1, 4, rows, width, dtype=q.dtype)
-    _, lse = choose.attend_ended(q, planes, None if alone else values, scoring.stride, scoring.span, 0, 0.125)
-    if not alone:
-        choose.attend_ended(q, planes, None, scoring.stride, scoring.span, 0, 0.125)
-    choose.choose(q, planes, lse if scoring.shared else None, scoring, 0, 0.125)
+    keys = empty(1, 4, rows, width, dtype=torch.float32)
+    if backward:
+        lse, ends = empty(1, 16, tokens, dtype=torch.float32), (scoring.stride, scoring.span)
+        choose_backward.ended_backward(q, keys, keys, q, None, q, lse, *ends, 0, 0.125)
+    elif values:
+        choose.both(q, keys, keys, scoring, 0, 0.125)
+    else:
+        choose.alone(q, keys, scoring, 0, 0.125)
+
+
+def compressing(width, learned, tokens=5000):
+    wide, x = torch.float32, empty(1, 4, tokens, width)
+    mlp = [empty(*shape, dtype=wide) for shape in ((32 * width, width), (4, 32, width), (width, width)) for _ in "kv"]
+    compress.compress(x, x, *(mlp if learned else ()), 16, 32, tokens // 16 - 1, True)
+
+
+def mixing(width, tokens=5000):
+    q, weights = empty(1, 16, tokens, width), [empty(4, *n, dtype=torch.float32) for n in ((width, 3), (3,))]
+    mix.mix((q, q, q), q, *weights, None)
+    with torch.device("meta"):
+        mix.mix_gradients((q, q, q), q, *weights, None, q)
 
 
 NSA = Scoring(64, 16, 16, 32, 1, 2)
@@ -350,12 +378,21 @@ LAUNCHES = {
     **{f"listed-backward-{d}": (lambda d=d: listed(64, d, backward=True)) for d in (64, 128)},
     "listed-16-64": lambda: listed(16, 64),
     # what the kernel for Hopper does not take
+    "listed-40": lambda: listed(64, 40),
+    "listed-512-40": lambda: listed(512, 40, lists=16, heads=16),
+    # what the kernel for Hopper does not take
     "listed-backward-16-64": lambda: listed(16, 64, backward=True),
     "listed-backward-512-40": lambda: listed(512, 40, lists=16, heads=16, backward=True),
     **{f"listed-512-{d}": (lambda d=d: listed(512, d, lists=16, heads=16)) for d in (64, 128)},
     **{f"listed-backward-512-{d}": (lambda d=d: listed(512, d, lists=16, heads=16, backward=True)) for d in (64, 128)},
-    **{f"choose-{d}": (lambda d=d: choosing(NSA, d)) for d in (64, 128)},
-    **{f"choose-fp32-{d}": (lambda d=d: choosing(NSA, d, "fp32")) for d in (64, 128)},
+    **{f"choose-{d}": (lambda d=d: choosing(NSA, d, values=True)) for d in (64, 128)},
+    # what the kernels for Hopper do not take
+    "choose-80": lambda: choosing(NSA, 80, values=True),
+    **{f"choose-fp32-{d}": (lambda d=d: choosing(NSA, d, "fp32", values=True)) for d in (64, 128)},
+    **{f"choose-backward-{d}": (lambda d=d: choosing(NSA, d, backward=True)) for d in (64, 128)},
+    **{f"compress-{d}": (lambda d=d: compressing(d, True)) for d in (64, 128)},
+    "compress-means": lambda: compressing(64, False),
+    **{f"mix-{d}": (lambda d=d: mixing(d)) for d in (64, 128)},
     "choose-ssa-64": lambda: choosing(Scoring(16, 16, 16, 16), 64),
     "choose-moba-128": lambda: choosing(Scoring(512, 3, 512, 512, shared=False), 128),
     **{f"opened-{n}-{d}": (lambda n=n, d=d: opening(n, d)) for n in (2, 16) for d in (64, 128)},
@@ -376,7 +413,8 @@ FEW = (
     "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
-    "listed-64", "listed-backward-64", "choose-64", "opened-2-64",
+    "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
+    "mix-64", "opened-2-64",
     "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "prefix-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
@@ -439,7 +477,10 @@ AT_LENGTH = {
     "lists-patterns": patterned,
     "listed": lambda n: listed(64, 64, tokens=n),
     "listed-backward": lambda n: listed(64, 64, tokens=n, backward=True),
-    "choose": lambda n: choosing(NSA, 64, tokens=n, alone=True),
+    "choose": lambda n: choosing(NSA, 64, tokens=n),
+    "choose-and-attend": lambda n: choosing(NSA, 64, tokens=n, values=True),
+    "choose-backward": lambda n: choosing(NSA, 64, tokens=n, backward=True),
+    "mix": lambda n: mixing(64, tokens=n),
     "opened": lambda n: opening(4, 64, tokens=n),
     "scan": lambda n: scanning(SCAN["64"], n),
     "prefix": lambda n: prefixes(PREFIX["64"], False, n),

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import attend_listed_hopper
 from farfield.kernels.attend import LN2, LOG2E, _dense, lists_of, padded
-from farfield.kernels.transpose import piece_of, transpose
+from farfield.kernels.replay import start
+from farfield.kernels.transpose import counted, counts, piece_of, placed, transpose
 from farfield.ops.attend import Call
 
 PARTS = 1 << 30  # bytes
@@ -23,21 +25,22 @@ MOST = 1024  # readers of a program, or twice the average if that is more; even
 FEWEST = 256  # queries of a unit for which lists are transposed
 WIDEST = 128
 ROWS = 128  # queries of a tile, the heads of a unit counted apart
+AT_ONCE = 8  # parts that the second launch asks for together
 
-VARIES = ["base", "seg_b", "seg_u", "most", "pieces", "units", "tokens", "first", "rows", "row_blocks", "picks"]
-VARIES += ["q_b", "q_h", "q_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r"]
+VARIES = ["base", "seg_b", "seg_u", "rep_b", "rep_u", "most", "pieces", "units", "total", "first", "rows", "row_blocks"]
+VARIES += ["picks", "q_b", "q_h", "q_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r"]
 
 
 @triton.jit(do_not_specialize=VARIES)
 def read_blocks(
     q, k, v, parts, masses, start, reader, key,
-    base, seg_b, seg_u, most, pieces, units, tokens, first, rows, row_blocks, picks,
+    base, seg_b, seg_u, rep_b, rep_u, most, pieces, units, total, first, rows, row_blocks, picks,
     q_b, q_h, q_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
     D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """What each reader of a block, or of a piece of it, gets from it: parts and log2 masses of its entry and head."""
+    """What each reader of a block, or of a piece of it, gets from it: parts and log2 masses, at the reader's place."""
     pid = tl.program_id(0).to(tl.int64)
     unit, x = pid // (row_blocks + pieces), pid % (row_blocks + pieces)
     b, u = unit // units, unit % units
@@ -66,7 +69,7 @@ def read_blocks(
         token = first + entry // picks
         q_at = q + (head * q_h + token * q_t)[:, None] * D_UNIT + dims
         q_tile = tl.load(q_at, mask=asked[:, None] & (dims < D), other=0.0)
-        place = ((unit * tokens * picks) + entry) * STACK + head
+        place = ((b * rep_b + u * rep_u) * total + spot) * STACK + head
         if K_BLOCK == BK:
             scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E)
             seen = there[None, :]
@@ -107,10 +110,14 @@ def read_blocks(
         tl.store(masses + place, peak + tl.log2(mass), mask=asked)
 
 
-@triton.jit(do_not_specialize=["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "total"])
+JOINING = ["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "rep_b", "rep_u", "entries", "total"]
+
+
+@triton.jit(do_not_specialize=JOINING)
 def join_parts(
-    parts, masses, count, out, lse, units, tokens, first, all_tokens, picks, list_b, list_u, total,
-    STACK: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr,
+    parts, masses, place, count, out, lse,
+    units, tokens, first, all_tokens, picks, list_b, list_u, rep_b, rep_u, entries, total,
+    STACK: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The parts of each query as one softmax. A row is a unit, a query of it and a head of it."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -119,26 +126,35 @@ def join_parts(
     n, unit = query % tokens, query // tokens
     b, u = unit // units, unit % units
     values = tl.arange(0, E_TILE)
-    filled = tl.load(count + b * list_b + u * list_u + n, mask=there, other=0)
-    place = query * picks * STACK + r
-    longest = tl.max(filled, 0)
+    line = b * list_b + u * list_u + n
+    filled = tl.load(count + line, mask=there, other=0)
+    place += line * picks
+    from_ = (b * rep_b + u * rep_u) * entries
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    for p in range(longest):
-        peak = tl.maximum(peak, tl.load(masses + place + p * STACK, mask=p < filled, other=float("-inf")))
-    floor = tl.where(peak == float("-inf"), 0.0, peak)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, E_TILE], tl.float32)
-    for p in range(longest):
-        used = p < filled
-        weight = tl.exp2(tl.load(masses + place + p * STACK, mask=used, other=float("-inf")) - floor)
-        part_at = parts + (place + p * STACK)[:, None] * E + values
-        part = tl.load(part_at, mask=used[:, None] & (values < E), other=0.0)
-        mass += weight
-        acc += part.to(tl.float32) * weight[:, None]
+    slot = tl.arange(0, AT_ONCE)[None, :]
+    for begin in range(0, tl.max(filled, 0), AT_ONCE):
+        used = begin + slot < filled[:, None]
+        spot = from_[:, None] + tl.load(place[:, None] + begin + slot, mask=used, other=0)
+        logs = tl.load(masses + spot * STACK + r[:, None], mask=used, other=float("-inf"))
+        higher = tl.maximum(peak, tl.max(logs, 1))
+        floor = tl.where(higher == float("-inf"), 0.0, higher)
+        fade = tl.exp2(peak - floor)
+        mass = mass * fade + tl.sum(tl.exp2(logs - floor[:, None]), 1)
+        acc = acc * fade[:, None]
+        # the loads of all of them are under way together
+        for o in tl.static_range(AT_ONCE):
+            one = begin + o < filled
+            at = (from_ + tl.load(place + begin + o, mask=one, other=0)) * STACK + r
+            part = tl.load(parts + at[:, None] * E + values, mask=one[:, None] & (values < E), other=0.0)
+            weight = tl.exp2(tl.load(masses + at, mask=one, other=float("-inf")) - floor)
+            acc += part.to(tl.float32) * weight[:, None]
+        peak = higher
     acc *= (1.0 / tl.where(mass > 0, mass, 1.0))[:, None]
     at = (unit * STACK + r) * all_tokens + first + n
     tl.store(out + at[:, None] * E + values, acc.to(out.dtype.element_ty), mask=there[:, None] & (values < E))
-    tl.store(lse + at, (floor + tl.log2(mass)) * LN2, mask=there)
+    tl.store(lse + at, (peak + tl.log2(mass)) * LN2, mask=there)
 
 
 def wants(call: Call) -> bool:
@@ -165,33 +181,59 @@ def attend_listed(call: Call) -> tuple[Tensor, Tensor]:
     k, k_at = _dense(k)
     v, v_at = _dense(v)
     d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(q, value_width, *v_at)
-    wide, stack_tile = max(padded(width), padded(value_width)), padded(stack, 1)
-    most_tokens = max(FEWEST, PARTS // max(1, batch * heads * picks * value_width * q.element_size()))
-    chunk = min(tokens, most_tokens)
+    d_tile, e_tile, stack_tile = padded(width), padded(value_width), padded(stack, 1)
+    chunk = min(tokens, _chunk(call))
     parts = q.new_empty(batch * heads * chunk * picks, value_width)
     masses = lse.new_empty(batch * heads * chunk * picks)
     tile = max(1, ROWS // stack_tile)
-    join = max(1, 2048 // padded(value_width))
+    gathered = attend_listed_hopper.wants(call, units, stack)
     for first in range(0, tokens, chunk):
         many = min(chunk, tokens - first)
         listed, filled = index[:, :, first : first + many].contiguous(), count[:, :, first : first + many].contiguous()
-        (found,) = transpose([listed], [filled], [row_blocks], [True], [piece_size(many, picks, row_blocks)])
+        most = piece_size(many, picks, row_blocks)
+        if counts(listed, row_blocks):
+            found = counted(listed, filled, row_blocks, most)
+        else:
+            (found,) = transpose([listed], [filled], [row_blocks], [True], [most])
+            found = placed(found, listed.shape, row_blocks)
         seg_b, seg_u = found.strides
-        read_blocks[(batch * units * (row_blocks + found.pieces),)](
-            q, k, v, parts, masses, found.start, found.reader, found.key,
-            found.base, seg_b, seg_u, found.most, found.pieces, units, many, first, rows, row_blocks, picks,
-            *[n // d_unit for n in (*q_at, *k_at)], *[n // e_unit for n in v_at], scale,
-            stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal),
-            width, value_width, padded(width), padded(value_width), d_unit, e_unit,
-            BQ=tile, BK=min(plan.k_block, 64),
-            num_warps=4 if max(wide, plan.k_block) <= 64 else 8, num_stages=2,
-        )  # fmt: skip
-        total = batch * heads * many
-        join_parts[(-(-total // join),)](
-            parts, masses, filled, out, lse, units, many, first, tokens, picks, seg_b * many, seg_u * many, total,
-            stack, value_width, padded(value_width), join, num_warps=4,
+        # units that share lists have parts of their own, one behind the other
+        rep_b, rep_u = 0 if seg_b else 1 if seg_u else units, 0 if seg_u else 1
+        if gathered:
+            attend_listed_hopper.read(call, found, parts, masses, units, stack, first, many)
+        else:
+            start(
+                read_blocks, (batch * units * (row_blocks + found.pieces),),
+                q, k, v, parts, masses, found.start, found.reader, found.key, found.base, seg_b, seg_u, rep_b, rep_u,
+                found.most, found.pieces, units, listed.numel(), first, rows, row_blocks, picks,
+                *[n // d_unit for n in (*q_at, *k_at)], *[n // e_unit for n in v_at], scale,
+                stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal), width, value_width, d_tile,
+                e_tile, d_unit, e_unit, BQ=tile, BK=min(plan.k_block, 64),
+                num_warps=4 if max(d_tile, e_tile, plan.k_block) <= 64 else 8, num_stages=2,
+            )  # fmt: skip
+        # by measurement on an H200
+        total, some = batch * heads * many, max(1, (1024 if stack > 1 and e_tile > 64 else 2048) // e_tile)
+        start(
+            join_parts, (-(-total // some),),
+            parts, masses, found.place, filled, out, lse, units, many, first, tokens, picks, seg_b * many,
+            seg_u * many, rep_b, rep_u, listed.numel(), total, stack, value_width, e_tile, ROWS=some,
+            AT_ONCE=min(AT_ONCE, padded(picks, 1)), num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+def at_once(call: Call) -> bool:
+    """Whether a call that `wants` takes is launches alone: one chunk of queries, and no sort."""
+    index = call.index[0]
+    whole = index.shape[2] <= _chunk(call)
+    return whole and counts(index, -(-call.k[0].shape[2] // call.plans[0].k_block))
+
+
+def _chunk(call: Call) -> int:
+    """Queries whose parts take PARTS bytes."""
+    q = call.q
+    each = q.shape[0] * q.shape[1] * call.index[0].shape[3] * call.v[0].shape[3] * q.element_size()
+    return max(FEWEST, PARTS // max(1, each))
 
 
 def piece_size(tokens: int, picks: int, row_blocks: int) -> int:

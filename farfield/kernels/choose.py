@@ -1,10 +1,13 @@
 """choose on the GPU: scores tile by tile, never in memory, and the attention over the rows that they come from.
 
-Rows are float32, queries have 16 bits: a row is split into so many numbers of the queries' dtype that nothing is lost
-but the last bits of float32, and the tensor cores add up the products. The first launch goes through the rows of each
-query for the log-sum-exp of its softmax, and for its output where there are values. The second goes through them once
-more, makes shares of the logits, adds up what belongs to a block and the query heads of a key head, and keeps the best
-blocks of each query on the chip.
+Rows are float32, queries have 16 bits: a row is split into two numbers of the queries' dtype, and the tensor cores add
+up the products. What is lost of each element of a row is at most 2^-16 of it (bfloat16; 2^-22 in float16), so that a
+logit is off by at most 2^-16 * scale * sum_d |q_d row_d|. The first launch goes through the rows of each query for the
+log-sum-exp of its softmax, and for its output where there are values. The second goes through them once more, makes
+shares of the logits, adds up what belongs to a block and the query heads of a key head, and keeps the best blocks of
+each query on the chip.
+
+The kernels here take all widths and dtypes; on Hopper GPUs those of `choose_hopper` take the usual ones.
 """
 
 from __future__ import annotations
@@ -14,29 +17,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import choose_hopper
 from farfield.kernels.attend import LN2, LOG2E, _dense, padded
+from farfield.kernels.replay import start
 from farfield.ops.choose import Scoring
 
-# numbers that a float32 row is split into: 3 * 8 bits of bfloat16, 2 * 11 bits of float16
-PLANES = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
+# numbers that a float32 row is split into: 2 * 8 bits of bfloat16, 2 * 11 bits of float16
+PLANES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 1}
 WIDEST = 128
 MOST = 64  # blocks by score
 SCORED = 128, 64, 8  # rows of queries and blocks of a tile of scores, warps
 
 
-@triton.jit(do_not_specialize=["total"])
-def split_rows(x, planes, total, PLANES: tl.constexpr, SIZE: tl.constexpr):
-    """x as a sum of numbers of the dtype of planes [PLANES, total], the largest first."""
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    there = at < total
-    rest = tl.load(x + at, mask=there, other=0.0)
-    for p in tl.static_range(PLANES):
-        part = rest.to(planes.dtype.element_ty)
-        tl.store(planes + p * total.to(tl.int64) + at, part, mask=there)
-        rest -= part.to(tl.float32)
+@triton.jit(do_not_specialize=["many", "total", "rows", "room"])
+def split_rows(x, y, planes, low, many, total, rows, room, D: tl.constexpr, PLANES: tl.constexpr, SIZE: tl.constexpr):
+    """x [N, C, D] as a sum of numbers of the dtype of planes [PLANES, N, room, D], the largest first; y rounded."""
+    pid = tl.program_id(0).to(tl.int64)
+    steps = (many + SIZE - 1) // SIZE
+    if pid < steps:
+        at = pid * SIZE + tl.arange(0, SIZE)
+        there = at < many
+        rest = tl.load(x + at, mask=there, other=0.0)
+        to = at + at // (rows * D) * ((room - rows) * D)
+        plane = many // rows * room
+        for p in tl.static_range(PLANES):
+            part = rest.to(planes.dtype.element_ty)
+            tl.store(planes + p * plane.to(tl.int64) + to, part, mask=there)
+            rest -= part.to(tl.float32)
+    elif y is not None:
+        at = (pid - steps) * SIZE + tl.arange(0, SIZE)
+        there = at < total
+        tl.store(low + at, tl.load(y + at, mask=there, other=0.0).to(low.dtype.element_ty), mask=there)
 
 
-VARIES = ["heads", "tokens", "tiles", "rows", "stride", "span", "first", "plane", "q_b", "q_h", "q_t"]
+VARIES = ["heads", "tokens", "tiles", "rows", "room", "stride", "span", "first", "plane", "q_b", "q_h", "q_t"]
 
 
 @triton.jit
@@ -52,7 +66,7 @@ def _logits(q_tile, k, at, there, plane, dims, D: tl.constexpr, PLANES: tl.const
 
 @triton.jit(do_not_specialize=VARIES)
 def ended_forward(
-    q, k, v, out, lse, heads, tokens, tiles, rows, stride, span, first, plane, q_b, q_h, q_t, scale,
+    q, k, v, out, lse, heads, tokens, tiles, rows, stride, span, first, plane, q_b, q_h, q_t, scale, room,
     REPEAT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
     D_UNIT: tl.constexpr, PLANES: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +82,7 @@ def ended_forward(
     q_at = q + (b * q_b + h * q_h + i * q_t)[:, None] * D_UNIT + dims
     q_tile = tl.load(q_at, mask=asked[:, None] & (dims < D), other=0.0)
     at_head = (b * (heads // REPEAT) + h // REPEAT) * rows
-    k += at_head * D
+    k += (b * (heads // REPEAT) + h // REPEAT) * room * D
     # rows that have ended for each query, for the first and for the last
     seen = tl.maximum(first + i + 1 - span + stride, 0) // stride
     last = tl.minimum(tl.maximum(first + tl.minimum(tile * BQ + BQ, tokens) - span + stride, 0) // stride, rows)
@@ -109,7 +123,7 @@ def ended_forward(
 @triton.jit(do_not_specialize=[*VARIES, "picks", "initial", "local"])
 def best_blocks(
     q, k, lse, index, count, heads, tokens, tiles, rows, stride, span, first, plane, q_b, q_h, q_t,
-    picks, initial, local, scale,
+    picks, initial, local, scale, room,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr,
     PER_BLOCK: tl.constexpr, PER_ROW: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr,
     PLANES: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BEST: tl.constexpr, PICKS: tl.constexpr,
@@ -128,7 +142,7 @@ def best_blocks(
     q_at = q + (b * q_b + h * q_h + i * q_t)[:, None] * D_UNIT + dims
     q_tile = tl.load(q_at, mask=asked[:, None] & (dims < D), other=0.0)
     g = u if STACK > 1 else u // REPEAT
-    k += (b * (heads // REPEAT) + g) * rows * D
+    k += (b * (heads // REPEAT) + g) * room * D
     seen = tl.where(asked, tl.maximum(first + i + 1 - span + stride, 0) // stride, 0)
     if lse is not None:
         total = tl.load(lse + (b * heads + h) * tokens + i, mask=asked, other=0.0) * LOG2E
@@ -198,23 +212,79 @@ def takes(q: Tensor, keys: Tensor) -> bool:
     return q.dtype in PLANES and keys.dtype == torch.float32 and q.shape[3] <= WIDEST and q.numel() > 0
 
 
-def planes_of(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 rows [B, G, C, D] as [PLANES, B, G, C, D] of the queries' dtype."""
+def split(keys: Tensor, values: Tensor | None, dtype: torch.dtype, whole: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Rows for queries of a dtype, with room for a multiple of `whole`.
+
+    Args:
+        keys, values: float32 [B, G, C, D] and [B, G, C, E].
+
+    Returns:
+        planes [PLANES, B, G, C', D] and values of the dtype. What no row is in is not set.
+    """
     if dtype == torch.float32:
-        return keys.contiguous()[None]
-    keys, size = keys.contiguous(), 1024
-    planes = torch.empty(PLANES[dtype], *keys.shape, dtype=dtype, device=keys.device)
-    if keys.numel():
-        split_rows[(-(-keys.numel() // size),)](keys, planes, keys.numel(), PLANES[dtype], size)
-    return planes
+        return keys.contiguous()[None], None if values is None else values.contiguous()
+    batch, heads, rows, width = keys.shape
+    room, size = -(-rows // whole) * whole, 1024
+    planes = torch.empty(PLANES[dtype], batch, heads, room, width, dtype=dtype, device=keys.device)
+    low = None if values is None else torch.empty(values.shape, dtype=dtype, device=keys.device)
+    many, total = keys.numel(), 0 if values is None else values.numel()
+    if many:
+        start(
+            split_rows, (-(-many // size) + -(-total // size),),
+            keys.contiguous(), None if values is None else values.contiguous(), planes, low, many, total, rows, room,
+            width, PLANES[dtype], size,
+        )  # fmt: skip
+    return planes, low
+
+
+def run(
+    q: Tensor, keys: Tensor, values: Tensor | None, lse: Tensor | None, scoring: Scoring | None, stride: int,
+    span: int, first: int, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The attention over the rows if there are values, the choice if there is a scoring, or both of the same rows.
+
+    Returns:
+        out and lse, if there are values; index and count, if there is a scoring.
+    """
+    stack = 1 if scoring is None or not scoring.shared else q.shape[1] // keys.shape[1]
+    fast = scoring is not None and keys.shape[2] > 0 and choose_hopper.wants_best(q, stack, scoring)
+    whole = scoring.block // scoring.stride if scoring is not None and fast else 1
+    planes, low = split(keys, values, q.dtype, whole)
+    rows, out, found = keys.shape[2], None, ()
+    if values is not None or (scoring is not None and scoring.shared and lse is None):
+        if rows and choose_hopper.wants_ended(q, low, scale):
+            out, lse = choose_hopper.attend_ended(q, planes, rows, low, stride, span, first, scale)
+        else:
+            out, lse = attend_ended(q, planes, rows, low, stride, span, first, scale)
+        found = () if out is None else (out, lse)
+    if scoring is None:
+        return found
+    known = lse if scoring.shared else None
+    if fast:
+        return *found, *choose_hopper.choose(q, planes, known, scoring, first, scale)
+    return *found, *choose(q, planes, rows, known, scoring, first, scale)
+
+
+def alone(q: Tensor, keys: Tensor, scoring: Scoring, first: int, scale: float) -> tuple[Tensor, Tensor]:
+    """index and count."""
+    index, count = run(q, keys, None, None, scoring, scoring.stride, scoring.span, first, scale)
+    return index, count
+
+
+def both(
+    q: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, first: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, index and count."""
+    out, lse, index, count = run(q, keys, values, None, scoring, scoring.stride, scoring.span, first, scale)
+    return out, lse, index, count
 
 
 def attend_ended(
-    q: Tensor, planes: Tensor, values: Tensor | None, stride: int, span: int, first: int, scale: float
+    q: Tensor, planes: Tensor, rows: int, values: Tensor | None, stride: int, span: int, first: int, scale: float
 ) -> tuple[Tensor | None, Tensor]:
     """out in q's dtype, None without values, and lse: over the rows that have ended at each query."""
     batch, heads, tokens, width = q.shape
-    rows, value_width = planes.shape[3], 16 if values is None else values.shape[3]
+    value_width = 16 if values is None else values.shape[3]
     out = None if values is None else q.new_empty(batch, heads, tokens, value_width)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     q, q_at = _dense(q)
@@ -223,21 +293,22 @@ def attend_ended(
     # IEEE products keep their operands in registers
     queries, step = (16 if wide > 64 else 32, 32) if exact else (128, 64)
     tiles = -(-tokens // queries)
-    ended_forward[(tiles * batch * heads,)](
+    start(
+        ended_forward, (tiles * batch * heads,),
         q, planes, values, out, lse, heads, tokens, tiles, rows, stride, span, first, planes[0].numel(),
-        *[n // unit for n in q_at], scale, heads // planes.shape[2], width, value_width, padded(width),
-        padded(value_width), unit, planes.shape[0], queries, step,
+        *[n // unit for n in q_at], scale, planes.shape[3], heads // planes.shape[2], width, value_width,
+        padded(width), padded(value_width), unit, planes.shape[0], queries, step,
         num_warps=4 if values is None and wide <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return out, lse
 
 
 def choose(
-    q: Tensor, planes: Tensor, lse: Tensor | None, scoring: Scoring, first: int, scale: float
+    q: Tensor, planes: Tensor, rows: int, lse: Tensor | None, scoring: Scoring, first: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """index [B, lists, T, picks] and count [B, lists, T]; lse as of `attend_ended`, with `shared` only."""
     batch, heads, tokens, width = q.shape
-    kv_heads, rows = planes.shape[2:4]
+    kv_heads = planes.shape[2]
     lists = kv_heads if scoring.shared else heads
     stack = heads // lists
     index = torch.empty(batch, lists, tokens, scoring.picks, dtype=torch.int32, device=q.device)
@@ -247,10 +318,11 @@ def choose(
     size, step, warps = (16 if padded(width) > 64 else 32, 32, 8) if q.dtype == torch.float32 else SCORED
     queries = max(1, size // stack_tile)
     tiles, best = -(-tokens // queries), padded(scoring.scored, 2)
-    best_blocks[(tiles * batch * lists,)](
+    start(
+        best_blocks, (tiles * batch * lists,),
         q, planes, lse, index, count, heads, tokens, tiles, rows, scoring.stride, scoring.span, first,
         planes[0].numel(), *[n // unit for n in q_at], scoring.picks, scoring.initial, scoring.local, scale,
-        stack, stack_tile, heads // kv_heads, scoring.block, scoring.block // scoring.stride,
+        planes.shape[3], stack, stack_tile, heads // kv_heads, scoring.block, scoring.block // scoring.stride,
         scoring.span // scoring.stride, width, padded(width), unit, planes.shape[0], queries,
         step, best, padded(scoring.picks, 1), num_warps=warps, num_stages=2,
     )  # fmt: skip

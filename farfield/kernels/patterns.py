@@ -1,4 +1,4 @@
-"""The lists of select.sharded and select.powers on the GPU: one launch, one lane an entry.
+"""The lists of select.sharded, select.powers and scored.recent on the GPU: one launch, one lane an entry.
 
 Every entry of these lists follows from its place alone, so nothing is sorted and nothing read back.
 """
@@ -77,6 +77,18 @@ def power_lists(
     _put(index, count, at, number, place, block, low + far + near, n, picks, total, SPLIT)
 
 
+@triton.jit(do_not_specialize=["tokens", "rows", "width", "picks", "total"])
+def recent_lists(index, count, tokens, rows, width, picks, total, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    number = (at // picks).to(tl.int32)
+    place = (at - number.to(tl.int64) * picks).to(tl.int32)
+    row = number * BLOCK + rows - tokens
+    first = tl.maximum(row - width + 1, 0) // BLOCK
+    last = tl.minimum((row + BLOCK - 1) // BLOCK, (rows + BLOCK - 1) // BLOCK - 1)
+    tl.store(index + at, tl.minimum(first + place, last), mask=at < total)
+    tl.store(count + number, last - first + 1, mask=(at < total) & (place == 0))
+
+
 def shards(
     start: int, blocks: int, picks: int, first: int, heads: int, repeat: int, sparse: int, stride: int, step: int,
     offset: int, local: int, split: int, device: torch.device,
@@ -103,5 +115,18 @@ def powers(
     launch(
         power_lists, (-(-total // SIZE),),
         index, count, start, blocks, picks, total, window, sinks, SPLIT=split, SIZE=SIZE, num_warps=4,
+    )  # fmt: skip
+    return index, count
+
+
+def recent(tokens: int, rows: int, width: int, block: int, picks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """index [1, 1, blocks, picks] and count, int32; the contract is select.scored.recent's."""
+    blocks = -(-tokens // block)
+    index = torch.empty(1, 1, blocks, picks, dtype=torch.int32, device=device)
+    count = torch.empty(1, 1, blocks, dtype=torch.int32, device=device)
+    total = blocks * picks
+    launch(
+        recent_lists, (-(-total // SIZE),),
+        index, count, tokens, rows, width, picks, total, BLOCK=block, SIZE=SIZE, num_warps=4,
     )  # fmt: skip
     return index, count

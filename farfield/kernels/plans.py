@@ -19,6 +19,7 @@ from farfield.kernels import attend_backward, attend_listed, pool
 from farfield.kernels.launch import attend_forward
 from farfield.kernels.replay import Recorded, Refused
 from farfield.ops.attend import Call, Plan
+from farfield.ops.eager import thread
 from farfield.ops.known import Known, Memory, form
 from farfield.ops.pool import Tree
 
@@ -49,7 +50,7 @@ def backward(
     call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> list[Tensor]:
     """kernels.attend_backward.attend_backward."""
-    if not _takes(call):
+    if not _takes(call) or attend_listed.wants(call):
         return attend_backward.attend_backward(call, d_out, d_lse, out, lse, bias_grad)
     tensors, numbers = _parts(call)
     signature = _signature(tensors, numbers)
@@ -95,10 +96,15 @@ def lists(build: Callable[..., Any], *options: Hashable, device: torch.device) -
     return run(_memory.of((build, device, options)), _built, (none,), build, options)
 
 
+def plainly(function: Callable[..., Any], inputs: Sequence[Tensor], *options: Hashable) -> Any:
+    """function(*inputs, *options), of which the launches follow from what the inputs are like and from the options."""
+    return run(_memory.of((function, *[form(x) for x in inputs], options)), function, inputs, *options)
+
+
 def run(known: Known, function: Callable[..., Any], inputs: Sequence[Tensor], *options: Any) -> Any:
     """function(*inputs, *options): recorded at the second call of a signature, replayed from the third on."""
-    if not _on_gpu(inputs[0]):
-        # the interpreter's
+    if not _on_gpu(inputs[0]) or thread.recording:
+        # the interpreter's, or part of what is recorded as a whole
         return function(*inputs, *options)
     if known.run is None:
         known.calls += 1
@@ -117,9 +123,11 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def _takes(call: Call) -> bool:
-    """Whether a call is recorded: neither empty nor long, and not cut into chunks that are sorted one by one."""
+    """Whether a call is recorded: neither empty nor long, nor one whose lists go through in chunks or are sorted."""
     blocks = call.index[0].shape[2]
-    return 0 < blocks <= LONGEST and call.q.numel() > 0 and not attend_listed.wants(call)
+    if not (0 < blocks <= LONGEST and call.q.numel() > 0):
+        return False
+    return not attend_listed.wants(call) or attend_listed.at_once(call)
 
 
 def _parts(call: Call) -> tuple[list[Tensor], Numbers]:

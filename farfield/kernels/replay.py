@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from triton import knobs
 
 from farfield.kernels import entrance
+from farfield.ops.eager import thread
 
 STREAMS = 4  # that a function's recordings are kept for
 ADDRESSES = 64  # that a descriptor's encodings are kept for
@@ -256,11 +257,13 @@ def record(
     if getattr(_local, "recorder", None) is not None:
         raise RuntimeError("a recorded function must not record another one")
     _local.recorder = recorder
+    thread.recording = True
     try:
         with recorder:
             found = function(*inputs, *options)
     finally:
         _local.recorder = None
+        thread.recording = False
     return found, recorder.done(found)
 
 

@@ -37,6 +37,7 @@ class Readers(NamedTuple):
     strides: tuple[int, int]  # what batch and unit add to the number of a segment
     most: int  # entries of a piece
     pieces: int  # numbers of pieces in a segment
+    place: Tensor | None = None  # where each used entry went, of `counted` and `placed`
 
 
 @triton.jit(do_not_specialize=["base", "shift", "per_segment", "picks", "row_blocks", "total"])
@@ -135,6 +136,151 @@ def readers_of(
         base += bounds
         shift += number
     return found
+
+
+COUNTED = ["tokens", "picks", "row_blocks", "words"]
+
+
+@triton.jit
+def _entries(index, count, tokens, picks, TOKENS: tl.constexpr, PICKS: tl.constexpr):
+    """The segment, some of its queries, and the row blocks that they name, [TOKENS, PICKS], as far as `used`."""
+    segment = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    p = tl.arange(0, PICKS)
+    line = segment * tokens + n
+    used = p[None, :] < tl.load(count + line, mask=n < tokens, other=0)[:, None]
+    m = tl.load(index + line[:, None] * picks + p[None, :], mask=used, other=0)
+    return segment, n, p, m, used
+
+
+@triton.jit(do_not_specialize=["total"])
+def _clear(x, total, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    tl.store(x + at, tl.zeros([SIZE], tl.int32), mask=at < total)
+
+
+@triton.jit(do_not_specialize=COUNTED)
+def _mark(index, count, masks, tokens, picks, row_blocks, words, TOKENS: tl.constexpr, PICKS: tl.constexpr):
+    """One bit an entry: query n of a list is bit n % 32 of word n // 32 of the row block."""
+    segment, n, _, m, used = _entries(index, count, tokens, picks, TOKENS, PICKS)
+    word = (segment * words + n // 32)[:, None] * row_blocks + m
+    bit = tl.zeros([TOKENS, PICKS], tl.int32) + (1 << n % 32)[:, None]
+    tl.atomic_or(masks + word, bit, mask=used, sem="relaxed")
+
+
+@triton.jit
+def _ones(x):
+    """Bits of 32 that are set."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["row_blocks", "words"])
+def _before(masks, before, totals, row_blocks, words, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+    """Readers of each row block in the words before each, and in all."""
+    segment = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
+    carry = tl.zeros([ACROSS], tl.int32)
+    for begin in range(0, words, DOWN):
+        w = begin + tl.arange(0, DOWN)
+        at = (segment * words + w)[:, None] * row_blocks + m[None, :]
+        there = (w < words)[:, None] & (m < row_blocks)[None, :]
+        ones = _ones(tl.load(masks + at, mask=there, other=0))
+        tl.store(before + at, tl.cumsum(ones, 0) - ones + carry[None, :], mask=there)
+        carry += tl.sum(ones, 0)
+    # the number behind the row blocks is that of what is not used: nothing
+    tl.store(totals + segment * (row_blocks + 1) + m, tl.where(m < row_blocks, carry, 0), mask=m <= row_blocks)
+
+
+@triton.jit(do_not_specialize=["bounds"])
+def _starts(totals, start, bounds, SIZE: tl.constexpr):
+    carry = 0
+    for begin in range(0, bounds, SIZE):
+        at = begin + tl.arange(0, SIZE)
+        many = tl.load(totals + at, mask=at < bounds, other=0)
+        tl.store(start + at, tl.cumsum(many, 0) - many + carry, mask=at < bounds)
+        carry += tl.sum(many, 0)
+
+
+@triton.jit(do_not_specialize=COUNTED)
+def _place(
+    index, count, masks, before, start, reader, key, place, tokens, picks, row_blocks, words,
+    TOKENS: tl.constexpr, PICKS: tl.constexpr,
+):  # fmt: skip
+    """Entries at their places."""
+    segment, n, p, m, used = _entries(index, count, tokens, picks, TOKENS, PICKS)
+    word = (segment * words + n // 32)[:, None] * row_blocks + m
+    earlier = tl.load(masks + word, mask=used, other=0) & ((1 << n % 32) - 1)[:, None]
+    number = segment * (row_blocks + 1) + m
+    to = tl.load(start + number, mask=used, other=0) + tl.load(before + word, mask=used, other=0) + _ones(earlier)
+    entry = n[:, None] * picks + p[None, :]
+    tl.store(place + segment * tokens * picks + entry, to, mask=used)
+    tl.store(reader + to, entry, mask=used)
+    tl.store(key + to, number.to(tl.int32), mask=used)
+
+
+@triton.jit(do_not_specialize=["base", "per_segment", "row_blocks", "total"])
+def _places(reader, key, place, base, per_segment, row_blocks, total, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = at < total
+    number = tl.load(key + at, mask=there, other=0).to(tl.int64) - base
+    entry = number // (row_blocks + 1) * per_segment + tl.load(reader + at, mask=there, other=0)
+    tl.store(place + entry, at.to(tl.int32), mask=there)
+
+
+def placed(found: Readers, shape: Sequence[int], row_blocks: int) -> Readers:
+    """The readers of one source's lists of this shape, by entry, with `place`."""
+    place = torch.empty_like(found.reader)
+    if place.numel():
+        launch(
+            _places, (-(-place.numel() // 1024),), found.reader, found.key, place, found.base,
+            shape[2] * shape[3], row_blocks, place.numel(), SIZE=1024,
+        )  # fmt: skip
+    return found._replace(place=place)
+
+
+MASKS = 1 << 28  # bytes of masks; what would take more is sorted
+
+
+def counts(index: Tensor, row_blocks: int) -> bool:
+    """Whether `counted` has the memory for these lists."""
+    batches, heads, tokens, _ = index.shape
+    return batches * heads * -(-tokens // 32) * row_blocks * 4 <= MASKS
+
+
+def counted(index: Tensor, count: Tensor, row_blocks: int, most: int) -> Readers:
+    """`transpose` of one source's lists of single queries, by entry, without a sort.
+
+    A list names a row block once, so that an entry's place follows from how many earlier queries name its row block:
+    one bit a query, counted.
+    """
+    batches, heads, tokens, picks = index.shape
+    index, count, device = index.contiguous(), count.contiguous(), index.device
+    segments, words, bounds = batches * heads, -(-tokens // 32), batches * heads * (row_blocks + 1)
+    masks = torch.empty(segments * words * row_blocks, dtype=torch.int32, device=device)
+    launch(_clear, (-(-masks.numel() // 4096),), masks, masks.numel(), SIZE=4096)
+    before, totals = torch.empty_like(masks), torch.empty(bounds, dtype=torch.int32, device=device)
+    start, (reader, key, place) = torch.empty_like(totals), [totals.new_empty(index.numel()) for _ in range(3)]
+    wide = 1 << max(picks - 1, 0).bit_length()
+    some, sizes, across = max(1, 1024 // wide), (tokens, picks, row_blocks, words), 16
+    launch(_mark, (-(-tokens // some), segments), index, count, masks, *sizes, TOKENS=some, PICKS=wide)
+    # one more than there are row blocks: the number of what is not used
+    launch(
+        _before, (segments, row_blocks // across + 1), masks, before, totals, row_blocks, words, DOWN=128,
+        ACROSS=across,
+    )  # fmt: skip
+    launch(_starts, (1,), totals, start, bounds, SIZE=4096)
+    launch(
+        _place, (-(-tokens // some), segments), index, count, masks, before, start, reader, key, place, *sizes,
+        TOKENS=some, PICKS=wide,
+    )  # fmt: skip
+    cut = tokens > most
+    strides = heads if batches > 1 else 0, 1 if heads > 1 else 0
+    pieces = 2 * tokens * picks // most + 1 if cut else 0
+    return Readers(start, reader, key, 0, strides, most if cut else WHOLE, pieces, place)
 
 
 @triton.jit

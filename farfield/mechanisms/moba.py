@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
-from farfield.select.scored import BlockCache, Scoring, attend_chosen, block_means, check, choose, remember, tokens_read
-from farfield.types import Layout, Rows
+from farfield.select.scored import BlockCache, Scoring, attend_best, block_means, check, choose, remember, tokens_read
+from farfield.types import Layout
 
 
 class MoBA(Mechanism):
@@ -82,5 +82,4 @@ class MoBA(Mechanism):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, first: int) -> Tensor:
         if not q.shape[2]:
             return no_tokens(q, v)
-        choice = choose(q, means, self.scoring, first=first, scale=self.scale)
-        return attend_chosen(q, Rows(k, v), choice, self.scoring.block, first=first, scale=self.scale).out
+        return attend_best(q, k, v, means, self.scoring, first=first, scale=self.scale)

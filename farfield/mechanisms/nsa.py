@@ -17,6 +17,7 @@ here it is added to the mean of the block and starts at 0. Without parameters (`
 and every gate 1/2, which is where learning starts from. Of two equal scores the earlier block wins.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,10 @@ from torch.nn.functional import gelu
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, check_qkv, no_tokens
 from farfield.ops.attend import attend
-from farfield.select.scored import Scoring, attend_chosen, attend_ended, check, choose, recent, tokens_read
+from farfield.ops.compress import MLP, compress, takes
+from farfield.ops.mix import mix
+from farfield.ops.replayed import replayed
+from farfield.select.scored import Scoring, attend_and_choose, attend_chosen, check, choose, recent, tokens_read
 from farfield.types import Layout, Rows
 
 Pair = tuple[Tensor, Tensor]
@@ -172,6 +176,9 @@ class NSA(Mechanism):
         self._check(q, k, v, gates, compression, window, group=group, rotary=rotary)
         if not q.shape[2]:
             return no_tokens(q, v)
+        if gates is compression is window is None and takes(k, v, self._mlp(), self.scoring.span):
+            weights = (*(self._mlp() or ()), self.gate, self.gate_bias) if self.learned else ()
+            return replayed(_together, (q, k, v, *weights), self.scoring, self.window, self.scale)
         return self._attend(q, (k, v), self._compressed(*(compression or (k, v))), window or (k, v), gates, 0)
 
     def extend(
@@ -267,34 +274,22 @@ class NSA(Mechanism):
     def _attend(
         self, q: Tensor, rows: Pair, compressed: Pair, window: Pair, gates: Tensor | None, first: int
     ) -> Tensor:
-        scoring, scale = self.scoring, self.scale
-        far = attend_ended(
-            q, *compressed, stride=scoring.stride, span=scoring.span, first=first, scale=scale
-        )  # fmt: skip
-        choice = choose(q, compressed[0], scoring, first=first, scale=scale, lse=far.lse)
-        selected = attend_chosen(q, Rows(*rows), choice, scoring.block, first=first, scale=scale)
-        layout = recent(tokens=q.shape[2], rows=window[0].shape[2], width=self.window, device=q.device)
-        position = torch.arange(first, first + q.shape[2], device=q.device) if first else None
-        near = attend(q, Rows(*window), layout, scale=scale, position=position)
-        share = self._gates(q) if gates is None else gates
-        # float32 or wider until the sum is made
-        share = share.to(torch.promote_types(q.dtype, torch.float32))
-        parts = far.out * share[..., :1], selected.out * share[..., 1:2], near.out * share[..., 2:]
-        return sum(parts[1:], parts[0]).to(q.dtype)
+        weights = {"shares": gates} if gates is not None else {}
+        if self.learned and gates is None:
+            weights = {"gate": self.gate, "bias": self.gate_bias}
+        return _branches(q, rows, compressed, window, self.scoring, self.window, self.scale, first, weights)
 
-    def _gates(self, q: Tensor) -> Tensor:
+    def _mlp(self) -> MLP | None:
         if not self.learned:
-            return q.new_full((*q.shape[:3], 3), 0.5)
-        heads, dtype = self.gate.shape[0], torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
-            logits = q.to(dtype).unflatten(1, (heads, -1)) @ self.gate.to(dtype)[:, None]
-            logits = (logits + self.gate_bias.to(dtype)[:, None, None]).flatten(1, 2)
-            # the sigmoid, in an operation whose rounding does not depend on where in memory a number lies
-            return torch.stack([logits, torch.zeros_like(logits)], -1).softmax(-1)[..., 0]
+            return None
+        names = "inner", "position", "outer"
+        return MLP(*[getattr(x, name) for name in names for x in (self.compress_k, self.compress_v)])
 
     def _compressed(self, k: Tensor, v: Tensor) -> Pair:
         """The compressions of the complete blocks, float32 or wider."""
         stride, span = self.scoring.stride, self.scoring.span
+        if takes(k, v, self._mlp(), span):
+            return compress(k, v, self._mlp(), stride=stride, span=span, rows=_complete(k.shape[2], stride, span))
         with torch.autocast(k.device.type, enabled=False):
             means = _means(k, stride, span), _means(v, stride, span)
             if not self.learned or not means[0].shape[2]:
@@ -310,6 +305,28 @@ class NSA(Mechanism):
             return block.mean(2)
         mlp = getattr(self, name)
         return block.mean(2) + gelu((block + mlp.position).flatten(2) @ mlp.inner) @ mlp.outer
+
+
+def _together(q: Tensor, k: Tensor, v: Tensor, *given) -> Tensor:
+    """The whole forward where every branch has the same keys and values; weights, then Scoring, window and scale."""
+    *weights, scoring, window, scale = given
+    mlp = MLP(*weights[:6]) if weights else None
+    rows = _complete(k.shape[2], scoring.stride, scoring.span)
+    compressed = compress(k, v, mlp, stride=scoring.stride, span=scoring.span, rows=rows)
+    gates: dict[str, Tensor] = {"gate": weights[6], "bias": weights[7]} if weights else {}
+    return _branches(q, (k, v), compressed, (k, v), scoring, window, scale, 0, gates)
+
+
+def _branches(
+    q: Tensor, rows: Pair, compressed: Pair, window: Pair, scoring: Scoring, width: int, scale: float | None,
+    first: int, weights: Mapping[str, Tensor],
+) -> Tensor:  # fmt: skip
+    far, choice = attend_and_choose(q, *compressed, scoring, first=first, scale=scale)
+    selected = attend_chosen(q, Rows(*rows), choice, scoring.block, first=first, scale=scale)
+    layout = recent(tokens=q.shape[2], rows=window[0].shape[2], width=width, device=q.device)
+    position = torch.arange(first, first + q.shape[2], device=q.device) if first else None
+    near = attend(q, Rows(*window), layout, scale=scale, position=position)
+    return mix((far.out, selected.out, near.out), q, **weights)
 
 
 def _each(x: Tensor, matrix: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention, smooth_l1_loss
 
 from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
-from farfield.select.scored import BlockCache, Scoring, attend_chosen, block_means, check, choose, remember, tokens_read
-from farfield.types import Layout, Rows
+from farfield.select.scored import BlockCache, Scoring, attend_best, block_means, check, choose, remember, tokens_read
+from farfield.types import Layout
 
 STREAMS = ("sparse", "full")
 
@@ -141,8 +141,7 @@ class SSA(Mechanism):
         return (tokens + 1) / 2 if self.stream == "full" else tokens_read(self.scoring, tokens)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, first: int) -> Tensor:
-        choice = choose(q, means, self.scoring, first=first, scale=self.scale)
-        return attend_chosen(q, Rows(k, v), choice, self.scoring.block, first=first, scale=self.scale).out
+        return attend_best(q, k, v, means, self.scoring, first=first, scale=self.scale)
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every query reads everything before it; the last query stands at the last row."""

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from farfield.ops.attend import Call, Plan, attend
+from farfield.ops.attend import attend
 from farfield.ops.eager import eager, recorded
 from farfield.types import Layout, Partial, Rows
 
@@ -114,15 +115,14 @@ def _choose(
     plan = _scoring(scoring)
     if q.is_cuda:
         from farfield.kernels import choose as on_gpu
+        from farfield.kernels import plans
 
         if on_gpu.takes(q, keys) and plan.scored <= on_gpu.MOST:
-            planes = on_gpu.planes_of(keys, q.dtype)
-            known: Tensor | None = lse
-            if not plan.shared:
-                known = None
-            elif not lse.numel():
-                known = on_gpu.attend_ended(q, planes, None, plan.stride, plan.span, first, scale)[1]
-            return on_gpu.choose(q, planes, known, plan, first, scale)
+            known = lse if lse.numel() and plan.shared else None
+            if first or known is not None:
+                index, count = on_gpu.run(q, keys, None, known, plan, plan.stride, plan.span, first, scale)
+                return index, count
+            return plans.plainly(on_gpu.alone, (q, keys.contiguous()), plan, first, scale)
     from farfield.cpu.choose import choose as on_cpu
 
     return on_cpu(q, keys, plan, first, scale)
@@ -212,6 +212,70 @@ def attend_ended(
     return Partial(found.out.to(q.dtype), found.lse)
 
 
+def attend_and_choose(
+    q: Float[Tensor, "B H T D"],
+    keys: Float[Tensor, "B G C D"],
+    values: Float[Tensor, "B G C E"],
+    scoring: Scoring,
+    *,
+    first: int = 0,
+    scale: float | None = None,
+) -> tuple[Partial, Choice]:
+    """`attend_ended`, and `choose` by the same rows: on the GPU these are prepared once."""
+    check(scoring)
+    if _both_on_gpu(q, keys, values, scoring):
+        factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+        if recorded(q, keys, values):
+            found = _Both.apply(q, keys, values, scoring, first, factor)
+        else:
+            found = _both(q, keys, values, scoring, first, factor)
+        return Partial(*found[:2]), Choice(*found[2:])
+    far = attend_ended(q, keys, values, stride=scoring.stride, span=scoring.span, first=first, scale=scale)
+    return far, choose(q, keys, scoring, first=first, scale=scale, lse=far.lse)
+
+
+def _both_on_gpu(q: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> bool:
+    if not (q.is_cuda and eager(q, keys, values) and keys.shape[2] and scoring.shared):
+        return False
+    from farfield.kernels import choose as on_gpu
+
+    plain = q.dtype in (torch.bfloat16, torch.float16) and scoring.scored <= on_gpu.MOST
+    return plain and _ended_on_gpu(q, keys, values)
+
+
+def _both(
+    q: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, first: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from farfield.kernels import choose as on_gpu
+    from farfield.kernels import plans
+
+    keys, values = keys.contiguous(), values.contiguous()
+    if first:
+        # decoding: no two calls are alike
+        return on_gpu.both(q, keys, values, scoring, first, scale)
+    return plans.plainly(on_gpu.both, (q, keys, values), scoring, first, scale)
+
+
+class _Both(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, keys, values, scoring, first, scale):
+        ctx.set_materialize_grads(False)
+        out, lse, index, count = _both(q, keys, values, scoring, first, scale)
+        ctx.save_for_backward(out, lse, q, keys, values)
+        ctx.plan = scoring.stride, scoring.span, first, scale
+        ctx.mark_non_differentiable(index, count)
+        return out, lse, index, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_lse, *_):
+        from farfield.kernels.choose_backward import ended_backward
+
+        out, lse, q, keys, values = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        return *ended_backward(q, keys, values, d_out, d_lse, out, lse, *ctx.plan), None, None, None
+
+
 def _ended(q: Tensor, rows: int, stride: int, span: int, first: int) -> Layout:
     """Blocks of queries and the blocks of rows of which some have ended; what has not is hidden by the rows' ends."""
     blocks, row_blocks = -(-q.shape[2] // 64), -(-rows // 64)
@@ -233,9 +297,7 @@ def _attend_ended(
 ) -> tuple[Tensor, Tensor]:
     from farfield.kernels import choose as on_gpu
 
-    planes = on_gpu.planes_of(keys, q.dtype)
-    out, lse = on_gpu.attend_ended(q, planes, values.to(q.dtype).contiguous(), stride, span, first, scale)
-    assert out is not None
+    out, lse = on_gpu.run(q, keys, values, None, None, stride, span, first, scale)
     return out, lse
 
 
@@ -256,16 +318,9 @@ def _ended_backward(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, stride: int,
     span: int, first: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels.attend_backward import attend_backward
+    from farfield.kernels.choose_backward import ended_backward
 
-    none, layout = q.new_empty(0), _ended(q, keys.shape[2], stride, span, first)
-    end = torch.arange(keys.shape[2], device=q.device)[None, None] * stride + span - 1
-    position = torch.arange(first, first + q.shape[2], device=q.device)[None, None] if first else none
-    call = Call(
-        q, [keys.to(q.dtype)], [values.to(q.dtype)], [none], [end], [none], position, none, [layout.index],
-        [layout.count], [Plan(64, 64, 1, -1, 0)], scale,
-    )  # fmt: skip
-    d_q, d_k, d_v, *_ = attend_backward(call, d_out, d_lse, out, lse, False)
+    d_q, d_k, d_v = ended_backward(q, keys, values, d_out, d_lse, out, lse, stride, span, first, scale)
     return d_q, d_k.to(keys.dtype), d_v.to(values.dtype)
 
 

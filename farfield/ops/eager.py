@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
@@ -9,12 +11,20 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 PLAIN = (Tensor, nn.Parameter)
 
 
+class _Thread(threading.local):
+    recording = False
+
+
+# whether the dispatch mode that sees this thread's operations only takes down what an implementation does
+thread = _Thread()
+
+
 def eager(*tensors: Tensor) -> bool:
     """Whether nobody would see the registered operation: no compiler, dispatch mode, transform, subclass or fake."""
     # first: what follows is nothing that a compiler could trace
     if torch.compiler.is_compiling():
         return False
-    if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
+    if (_len_torch_dispatch_stack() and not thread.recording) or _are_functorch_transforms_active():
         return False
     for x in tensors:  # noqa: SIM110 (a generator would cost as much as all the rest)
         if type(x) not in PLAIN or x.is_meta:

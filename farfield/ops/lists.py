@@ -39,3 +39,16 @@ def power_lists(
     from farfield.kernels.patterns import powers
 
     return plans.lists(powers, start, blocks, picks, window, sinks, split, device=device)
+
+
+def recent_lists(
+    tokens: int, rows: int, width: int, block: int, picks: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """index and count of select.scored.recent in one launch."""
+    from farfield.kernels import plans
+    from farfield.kernels.patterns import recent
+
+    if rows != tokens:
+        # decoding: no two calls are alike
+        return recent(tokens, rows, width, block, picks, device)
+    return plans.lists(recent, tokens, rows, width, block, picks, device=device)

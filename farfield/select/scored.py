@@ -12,14 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from farfield.ops.choose import Choice, Scoring, attend_chosen, attend_ended, check, choose
+from farfield.ops.choose import Choice, Scoring, attend_and_choose, attend_chosen, attend_ended, check, choose
+from farfield.ops.eager import eager
+from farfield.ops.lists import recent_lists
+from farfield.ops.replayed import replayed
 from farfield.state import Cache
-from farfield.types import Layout
+from farfield.types import Layout, Rows
 
 __all__ = [
     "BlockCache",
     "Choice",
     "Scoring",
+    "attend_and_choose",
+    "attend_best",
     "attend_chosen",
     "attend_ended",
     "block_means",
@@ -58,16 +63,44 @@ def remember(state: BlockCache | None, k: Tensor, v: Tensor, block: int) -> Bloc
     return BlockCache(k.shape[2], k, v, means, block)
 
 
+def attend_best(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S E"],
+    means: Float[Tensor, "B G M D"],
+    scoring: Scoring,
+    *,
+    first: int = 0,
+    scale: float | None = None,
+) -> Float[Tensor, "B H T E"]:
+    """Attention of each query over the blocks that `choose` gives it by these rows; `first`: its first position."""
+    if first:
+        # decoding: no two calls are alike
+        return _attend_best(q, k, v, means, scoring, first, scale)
+    return replayed(_attend_best, (q, k, v, means), scoring, first, scale)
+
+
+def _attend_best(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor, scoring: Scoring, first: int, scale: float | None
+) -> Tensor:
+    choice = choose(q, means, scoring, first=first, scale=scale)
+    return attend_chosen(q, Rows(k, v), choice, scoring.block, first=first, scale=scale).out
+
+
 def recent(*, tokens: int, rows: int, width: int, device: torch.device | str | None = None) -> Layout:
     """The last `width` rows of each query, itself included; the last query stands at the last row.
 
-    The lists of `select.window` without sinks, from a few small launches: no list has to be sorted.
+    The lists of `select.window` without sinks, from one launch on the GPU: no list has to be sorted.
     """
     block = 128 if width >= 256 else 64
+    picks = min(-(-rows // block), (width + 2 * block - 3) // block + 1)
+    on = torch.empty(0, device=device).device
+    if on.type == "cuda" and tokens and eager():
+        return Layout(*recent_lists(tokens, rows, width, block, picks, on), block, block, tokens, rows, True, width)
     row = torch.arange(-(-tokens // block), device=device)[:, None] * block + rows - tokens
     first = ((row - width + 1) // block).clamp(min=0)
     last = ((row + block - 1) // block).clamp(max=-(-rows // block) - 1)
-    slots = torch.arange(min(-(-rows // block), (width + 2 * block - 3) // block + 1), device=device)
+    slots = torch.arange(picks, device=device)
     count = last - first + 1
     index = torch.minimum(first + slots, last)
     lists = index.to(torch.int32)[None, None], count[:, 0].to(torch.int32)[None, None]

@@ -1,5 +1,7 @@
 """Choices by score on a GPU: the choice, attention over lists of a query's own, and the mechanisms made of them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -61,10 +63,14 @@ def test_ended_rows_are_not_rounded():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("block", "width", "lists"), [(64, 64, 1), (64, 128, 1), (16, 64, 1), (256, 128, 4)])
+@pytest.mark.parametrize(
+    ("block", "width", "lists"),
+    [(64, 64, 1), (64, 128, 1), (64, 128, 4), (16, 64, 1), (32, 128, 1), (128, 64, 4), (256, 128, 4), (512, 64, 4)],
+)
 def test_lists_of_single_queries(block, width, lists, dtype):
     tokens, heads = 1500, 4
-    blocks, picks = -(-tokens // block), 5
+    blocks = -(-tokens // block)
+    picks = min(blocks, 5)
     gen = torch.Generator(device="cuda").manual_seed(1)
     order = torch.rand(2, lists, tokens, blocks, generator=gen, device="cuda")
     # block 0 is in every list: it has more readers than one program takes
@@ -102,6 +108,31 @@ def test_mechanisms_at_the_sizes_of_their_papers(mech, width):
     got, want = torch.autograd.grad(out, x, d_out), torch.autograd.grad(exact, wide, d_out.double())
     for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
         assert_within(a, b, terms=1300, name=name)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_learned_compressions_and_gates(width):
+    mech = NSA(picks=6, kv_heads=2, width=width).cuda()
+    gen = torch.Generator(device="cuda").manual_seed(4)
+    with torch.no_grad():
+        for p in mech.parameters():
+            p += torch.randn(p.shape, generator=gen, device="cuda") / max(4, 2 * p.shape[0] ** 0.5)
+    x, exactly = qkv(1300, width=width), copy.deepcopy(mech).double()
+    wide = [t.detach().double().requires_grad_() for t in x]
+    with torch.device("cuda"):
+        exact = exactly.reference(*wide)
+    out = mech(*x)
+    assert_within(out, exact, terms=1300)
+    with torch.no_grad():
+        for _ in range(3):  # the third call is a replay
+            assert torch.equal(mech(*x), out)
+    d_out = draw(*out.shape, seed=9)
+    got = torch.autograd.grad(out, [*x, *mech.parameters()], d_out)
+    want = torch.autograd.grad(exact, [*wide, *exactly.parameters()], d_out.double())
+    names = ["dq", "dk", "dv", *(name for name, _ in mech.named_parameters())]
+    for name, a, b in zip(names, got, want, strict=True):
+        # weights are float32, what they are multiplied with is not
+        assert_within(a.bfloat16(), b, terms=1300, name=name)
 
 
 @pytest.mark.parametrize("name", SCORINGS)

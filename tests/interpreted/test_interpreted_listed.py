@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import farfield as ff
 from farfield.cpu.choose import choose
-from farfield.kernels import attend_listed, attend_listed_backward
+from farfield.kernels import attend_listed, attend_listed_backward, attend_listed_hopper, transpose
 from farfield.kernels import choose as on_gpu
 from farfield.ops.attend import Call, Plan
 from farfield.ops.choose import Scoring
@@ -66,8 +66,9 @@ def test_listed(name, monkeypatch):
         q, [k], [v], [none], [none], [none], none, none, [layout.index], [layout.count],
         [Plan(1, layout.k_block, layout.causal, -1, 0)], q.shape[-1] ** -0.5,
     )  # fmt: skip
-    # all queries at once, and in chunks of 16
-    for parts in (1 << 30, 1):
+    # all queries at once, their readers counted; and in chunks of 16, their readers sorted
+    for parts, masks in ((1 << 30, 1 << 28), (1, 0)):
+        monkeypatch.setattr(transpose, "MASKS", masks)
         for module in (attend_listed, attend_listed_backward):
             monkeypatch.setattr(module, "PARTS", parts)
             monkeypatch.setattr(module, "FEWEST", 16)
@@ -80,6 +81,54 @@ def test_listed(name, monkeypatch):
     plain = attend_listed_backward.attend_listed_backward(call, d_out.to(dtype), None, out, lse)
     for which, got, right in zip(("dq", "dk", "dv"), plain, torch.autograd.grad(exact[0], x, d_out), strict=True):
         assert_within(got, right, terms=layout.rows, name=f"{which} without d_lse")
+
+
+def some_lists(batch, heads, tokens, picks, blocks):
+    gen = torch.Generator().manual_seed(tokens)
+    index = torch.rand(batch, heads, tokens, blocks, generator=gen).argsort(-1)[..., :picks].sort(-1).values
+    return index.int(), torch.randint(0, picks + 1, (batch, heads, tokens), generator=gen, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("batch", "heads", "tokens", "picks", "blocks"), [(3, 1, 70, 4, 9), (1, 5, 64, 3, 40)])
+def test_counting_gives_what_sorting_gives(batch, heads, tokens, picks, blocks):
+    index, count = some_lists(batch, heads, tokens, picks, blocks)
+    (want,) = transpose.transpose([index], [count], [blocks], [True], [16])
+    want = transpose.placed(want, index.shape, blocks)
+    found = transpose.counted(index, count, blocks, 16)
+    assert found[3:7] == want[3:7]
+    used = (torch.arange(picks) < count[..., None]).flatten()
+    number = (index.flatten(0, 1) + torch.arange(batch * heads)[:, None, None] * (blocks + 1)).flatten()
+    for readers in (found, want):
+        place = readers.place[used].long()
+        assert torch.equal(readers.key[place].long(), number[used])
+        assert torch.equal(readers.reader[place], torch.arange(tokens * picks).repeat(batch * heads)[used].int())
+    for k in range(batch * heads * (blocks + 1)):
+        if k % (blocks + 1) < blocks:
+            a, b = (x.reader[x.start[k] : x.start[k + 1]] for x in (found, want))
+            assert torch.equal(a, b)
+
+
+def test_runs_name_every_reader_once():
+    picks, blocks, tokens, run, block = 4, 9, 70, 8, 8
+    index, count = some_lists(3, 1, tokens, picks, blocks)
+    found = transpose.counted(index, count, blocks, 1 << 20)
+    bounds, entries = found.start.numel(), index.numel()
+    numbers = bounds + entries // run
+    runs = torch.empty(numbers, 4, dtype=torch.int32)
+    attend_listed_hopper.deal[(-(-numbers // 128),)](
+        found.start, found.reader, runs, bounds, numbers, bounds.bit_length(), picks, 0, blocks * block, blocks,
+        RUN=run, K_BLOCK=block, CAUSAL=True, SIZE=128,
+    )  # fmt: skip
+    named = []
+    for many, about, segment, begin in runs.tolist():
+        entry = found.reader[begin : begin + many].tolist()
+        assert 0 <= many <= run
+        assert not many or about % 2 == (entry[0] // picks < (about // 2 + 1) * block - 1)
+        named += [(segment, about // 2, e) for e in entry]
+    used = torch.arange(picks) < count[..., None]
+    at = used.nonzero()
+    want = zip(at[:, 0].tolist(), index[used].tolist(), (at[:, 2] * picks + at[:, 3]).tolist(), strict=True)
+    assert sorted(named) == sorted(want)
 
 
 # scoring, heads, key heads, queries, position of the first

@@ -1,4 +1,4 @@
-"""The kernels of select.sharded and select.powers in the interpreter, against the same lists in PyTorch."""
+"""The kernels of select.sharded, powers and scored.recent in the interpreter, against the same lists in PyTorch."""
 
 import itertools
 import os
@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
 
 from farfield.kernels import patterns
+from farfield.select.scored import recent
 from farfield.select.static import Shards, power_lists, shard_lists
 
 CPU = torch.device("cpu")
@@ -41,4 +42,15 @@ def test_powers(split):
         want = power_lists(start, stop, window=window, sinks=sinks, split=split)
         got = patterns.powers(start, stop - start, want[0].shape[-1], window, sinks, split, CPU)
         for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("width", "block"), [(1, 64), (64, 64), (65, 64), (200, 64), (512, 128), (300, 128)])
+def test_recent(width, block):
+    for tokens, rows in ((1, 1), (64, 64), (700, 700), (5, 700), (130, 1000), (2000, 2000)):
+        want = recent(tokens=tokens, rows=rows, width=width)
+        assert want.k_block == block
+        got = patterns.recent(tokens, rows, width, block, want.index.shape[-1], CPU)
+        for a, b in zip(got, (want.index, want.count), strict=True):
+            assert a.dtype == b.dtype
             assert torch.equal(a, b)
