@@ -210,6 +210,17 @@ def test_picture_is_up_to_date(which, pictures):
     ElementTree.fromstring(drawn)
 
 
+def test_plots_are_those_of_the_record():
+    plots = load(ROOT / "docs" / "plots.py")
+    models = plots.shown()
+    assert list(models) == list(plots.NAMES.values())
+    assert {path.stem for path in (ROOT / "docs" / "plots").iterdir()} == set(plots.figures(models))
+    # the table beside them
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    for name, m in models.items():
+        assert f"| {name} | {m['rows']:,.0f} | {m['overall']:.3f} | {m['early']:.3f} | {m['late']:.3f} |" in page
+
+
 def test_there_is_no_other_picture(pictures):
     assert {path.stem for path in (ROOT / "docs" / "pictures").iterdir()} == set(pictures.PICTURES)
 

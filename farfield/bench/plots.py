@@ -313,7 +313,8 @@ def rows_figure(points: Mapping[str, tuple[float, float]]) -> Figure:
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         ax = figure.subplots()
         for name, style in looks(points).items():
-            ax.plot(*points[name], label=name, **style | {"linestyle": "none"})
+            style["linestyle"] = "none"
+            ax.plot(*points[name], label=name, **style)
         ax.set(xscale="log", xlabel="rows that a query reads", ylabel="bits per byte")
         ax.xaxis.set_major_locator(LogLocator(2, numticks=16))
         ax.xaxis.set_minor_locator(NullLocator())
@@ -390,9 +391,12 @@ def recall_figure(
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
-    """Inside while there is room, beside the axes otherwise."""
+    """Inside while there is room, beside the axes otherwise; below them where names are long."""
     handles, labels = ax.get_legend_handles_labels()
-    if len(labels) <= 4:
+    if max(map(len, labels), default=0) > 36:
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(labels))
+        figure.legend(handles, labels, loc="outside lower left")
+    elif len(labels) <= 4:
         ax.legend(loc="upper right")
     else:
         figure.legend(handles, labels, loc="outside right upper")
