@@ -74,14 +74,14 @@ SPILLS: dict[str, int] = {
     "choose-backward-128": 176,
     # addresses of the weights
     "compress-128": 144,
-    # a third stage of loads, which was faster
+    # numbers that are kept once and read once a chunk
     "scan-128": 40,
+    "scan-back-128": 80,
+    # a third stage of loads, which was faster
     "scan-80": 64,
-    "prefix-256": 176,
-    # Triton 3.6 only
-    "prefix-64": 16,
-    "prefix-given": 16,
-    "prefix-128": 80,
+    "prefix-256": 272,
+    # one warp, which was faster
+    **dict.fromkeys(("prefix-80", "prefix-128"), 128),
     # no tile that fits is without; none is fast
     "scan-fp32-128": 512,
     "scan-fp32-256": 1664,
@@ -209,6 +209,8 @@ SCAN = {
     "fp32-128": ("fp32", 128, 128, True),
     "fp32-256": ("fp32", 256, 256, False),
 }
+# widths of keys and values -> gradients of keys and values at once
+GRADIENTS = {"64": (64, 64), "128": (128, 128), "64-128": (64, 128), "16": (16, 16)}
 # dtype, value width
 PREFIX = {"64": ("bf16", 64), "128": ("bf16", 128), "256": ("bf16", 256), "80": ("fp16", 80), "fp32-64": ("fp32", 64),
           "fp32-128": ("fp32", 128), "fp32-256": ("fp32", 256)}  # fmt: skip
@@ -336,12 +338,27 @@ def scanning(case, tokens=5000):
     scan.forward(q, k, v, empty(4, dtype=torch.float32), state, back)
 
 
+def differentiating(case, tokens=5000):
+    width, value_width = case
+    q, k, v = empty(1, 4, tokens, width), empty(1, 2, tokens, width), empty(1, 2, tokens, value_width)
+    decay, kept = empty(4, dtype=torch.float32), []
+    out, _ = scan.forward(q, k, v, decay, None, False, kept)
+    scan.gradient_of_queries(out, k, v, decay, *kept or [None])
+    scan.gradients(out, None, q, k, v, decay)
+
+
+def scoring(case, tokens=5000):
+    dtype, width = case
+    query, k = empty(1, 4, width, dtype=torch.float32), empty(1, 2, tokens, width, dtype=DTYPES[dtype])
+    prefix.scores_backward(prefix.scores(query, k), query, k)
+
+
 def prefixes(case, given, tokens=5000):
     dtype, width = case
     scores, v = empty(1, 4, tokens, dtype=torch.float32), empty(1, 2, tokens, width, dtype=DTYPES[dtype])
     row, rows = empty(1, 4, dtype=torch.float32), empty(1, 4, width, dtype=torch.float32)
-    out, lse, _, mass, _ = prefix.forward(scores, v, (row, row, rows) if given else None)
-    prefix.backward(out, row if given else None, rows if given else None, scores, v, out, lse, mass)
+    out, rest, lse, _, mass, _ = prefix.forward(scores, v, (row, row, rows) if given else None, True)
+    prefix.backward(out, row if given else None, rows if given else None, scores, v, out, rest, lse, mass)
 
 
 def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, tokens=5000):
@@ -366,6 +383,8 @@ LAUNCHES = {
     "walk-fp16": lambda: walking(dtype="fp16"),
     "walk-long": lambda: walking(100_000),
     **{f"scan-{name}": (lambda case=case: scanning(case)) for name, case in SCAN.items()},
+    **{f"scan-back-{name}": (lambda case=case: differentiating(case)) for name, case in GRADIENTS.items()},
+    **{f"scores-{name}": (lambda case=case: scoring(case)) for name, case in PREFIX.items()},
     **{f"prefix-{name}": (lambda case=case: prefixes(case, False)) for name, case in PREFIX.items()},
     "prefix-given": lambda: prefixes(PREFIX["64"], True),
     "lists-causal": lambda: listing(True),
@@ -415,7 +434,7 @@ FEW = (
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
     "mix-64", "opened-2-64",
-    "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "prefix-64",
+    "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64", "scores-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
 
