@@ -71,7 +71,7 @@ SPILLS: dict[str, int] = {
     **dict.fromkeys(("choose-64", "choose-128"), 96),
     "choose-ssa-64": 120,
     # a tile of rows is three operands, which Triton keeps in registers
-    "choose-backward-128": 176,
+    "choose-backward-128": 232,
     # addresses of the weights
     "compress-128": 144,
     # numbers that are kept once and read once a chunk
