@@ -12,9 +12,9 @@ from farfield.testing.units import assert_within, error_units
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from farfield.kernels import multipole_backward, transpose
 from farfield.kernels import attend_backward as kernels
 from farfield.kernels import attend_backward_hopper as hopper
+from farfield.kernels import multipole_backward, transpose
 
 CASES = int(os.environ.get("FARFIELD_CASES", "200"))
 FIRST = int(os.environ.get("FARFIELD_SEED", "0"))
