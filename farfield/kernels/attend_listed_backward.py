@@ -18,9 +18,12 @@ from torch import Tensor
 
 from farfield.kernels import attend_listed_backward_hopper as hopper
 from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
-from farfield.kernels.attend_listed import FEWEST, PARTS, _unit, piece_size
+from farfield.kernels.attend_listed import FEWEST, _unit, piece_size
 from farfield.kernels.transpose import piece_of, transpose
 from farfield.ops.attend import Call
+
+
+PARTS = 1 << 31  # bytes: with fewer at a time, blocks have too few readers to be worth a program
 
 
 @triton.jit(do_not_specialize=["tokens", "total"])
@@ -259,13 +262,12 @@ def attend_listed_backward(
                 found.reader, token, place, first, many * picks, picks, token.numel(), 1024
             )  # fmt: skip
             hopper.read_blocks_backward_hopper[(cuts * batch * units * (row_blocks + found.pieces),)](
-                q, k, v, d_out, shift, delta, token, parts, hopper.box(parts), d_k, d_v, piece_k, piece_v,
+                q, k, v, d_out, shift, delta, token, parts, d_k, d_v, piece_k, piece_v,
                 found.start, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
                 many * picks, tokens, rows, row_blocks, part_rows,
                 *[n // 8 for n in (*q_at, *d_at, *k_at, *v_at)], scale,
                 STACK=stack, REPEAT=heads // kv_heads, K_BLOCK=plan.k_block, ROWS=step, CAUSAL=bool(plan.causal),
-                D=width, STAGES=tiles.stages, ADD=add, WARPS=tiles.warps, num_warps=tiles.warps,
-                maxnreg=tiles.registers,
+                D=width, BQ=tiles.queries, STAGES=tiles.stages, ADD=add, WARPS=tiles.warps, num_warps=tiles.warps,
             )  # fmt: skip
         else:
             tile = max(1, (64 if max(d_tile, e_tile) <= 64 else 32) // stack_tile)
