@@ -64,9 +64,6 @@ SPILLS: dict[str, int] = {
     # numbers of a run and of the whole kernel, kept once and read once a tile of queries
     "listed-128": 32,
     "listed-512-128": 96,
-    # two or three programs a multiprocessor; strides and addresses of the whole kernel, read once a tile
-    "listed-backward-64": 120,
-    "listed-backward-128": 192,
     # what belongs to a tile of queries, outside the loop over rows (those of Triton 3.6, which keeps more)
     **dict.fromkeys(("choose-64", "choose-128"), 96),
     "choose-ssa-64": 120,

@@ -19,9 +19,8 @@ from torch import Tensor
 from farfield.kernels import attend_listed_backward_hopper as hopper
 from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
 from farfield.kernels.attend_listed import FEWEST, _unit, piece_size
-from farfield.kernels.transpose import piece_of, transpose
+from farfield.kernels.transpose import counted, counts, piece_of, placed, transpose
 from farfield.ops.attend import Call
-
 
 PARTS = 1 << 31  # bytes: with fewer at a time, blocks have too few readers to be worth a program
 
@@ -251,16 +250,18 @@ def attend_listed_backward(
     for first in range(0, tokens, chunk):
         many = min(chunk, tokens - first)
         listed, filled = index[:, :, first : first + many].contiguous(), count[:, :, first : first + many].contiguous()
-        (found,) = transpose([listed], [filled], [row_blocks], [True], [piece_size(many, picks, row_blocks)])
+        most = piece_size(many, picks, row_blocks)
+        if counts(listed, row_blocks):
+            found = counted(listed, filled, row_blocks, most)
+        else:
+            (found,) = transpose([listed], [filled], [row_blocks], [True], [most])
+            found = placed(found, listed.shape, row_blocks) if tiles is not None else found
         seg_b, seg_u = found.strides
         held = batch * units * found.pieces * plan.k_block
         piece_k, piece_v = (delta.new_empty(max(held, 1), n) for n in (width, value_width))
-        place = found.reader
         if tiles is not None:
-            token, place = torch.empty_like(found.reader), torch.empty_like(found.reader)
-            hopper.places[(-(-token.numel() // 1024),)](
-                found.reader, token, place, first, many * picks, picks, token.numel(), 1024
-            )  # fmt: skip
+            token = torch.empty_like(found.reader)
+            hopper.tokens_of[(-(-token.numel() // 1024),)](found.reader, token, first, picks, token.numel(), 1024)
             hopper.read_blocks_backward_hopper[(cuts * batch * units * (row_blocks + found.pieces),)](
                 q, k, v, d_out, shift, delta, token, parts, d_k, d_v, piece_k, piece_v,
                 found.start, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
@@ -290,8 +291,9 @@ def attend_listed_backward(
         total, some = batch * heads * many, max(1, 2048 // d_tile)
         if tiles is not None:
             hopper.join_places[(-(-total // some),)](
-                parts, place, filled, d_q, units, many, first, tokens, picks, seg_b * many, seg_u * many, part_rows,
-                total, scale, stack, cuts, width, some, num_warps=4,
+                parts, found.place, found.start, filled, d_q, units, many, first, tokens, picks, row_blocks, seg_b,
+                seg_u, part_rows, total, scale, stack, cuts, width, some,
+                AT_ONCE=min(max(1, 8 // cuts), padded(picks, 1)), num_warps=4,
             )  # fmt: skip
         else:
             join_queries[(-(-total // some),)](

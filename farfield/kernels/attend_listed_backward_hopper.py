@@ -3,8 +3,8 @@
 K and V of the rows stay in shared memory, dk and dv in registers. The queries that chose the rows come by in tiles of
 32 or 64, gathered by asynchronous copies a tile or two ahead. S and dP are made once, rows down: P and dS go from
 registers into the sums of dv and dk, and dS passes through shared memory into the tile's dq, which leaves through the
-place where the queries were. What readers get is kept in the order of the sort, so that a tile's is one piece of memory;
-`join_places` finds the places of each query's entries.
+place where the queries were. What readers get is kept in the order of the transposed lists, so that a tile's is one
+piece of memory; `join_places` finds the places of each query's entries.
 
 Readers ascend, so that only the first tiles of a causal block need a mask.
 """
@@ -36,14 +36,12 @@ ALWAYS = gl.constexpr(1 << 30)
 _sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
-@triton.jit(do_not_specialize=["first", "per", "picks", "total"])
-def places(reader, token, place, first, per, picks, total, SIZE: tl.constexpr):
-    """Of each reader in the order of the sort its token; of each entry its place in that order, within its segment."""
+@triton.jit(do_not_specialize=["first", "picks", "total"])
+def tokens_of(reader, token, first, picks, total, SIZE: tl.constexpr):
+    """The token of each reader."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     there = at < total
-    entry = tl.load(reader + at, mask=there, other=0)
-    tl.store(token + at, first + entry // picks, mask=there)
-    tl.store(place + at // per * per + entry, (at % per).to(tl.int32), mask=there)
+    tl.store(token + at, first + tl.load(reader + at, mask=there, other=0) // picks, mask=there)
 
 
 @gluon.jit
@@ -275,13 +273,15 @@ def read_blocks_backward_hopper(
             gl.store(d_v + to, acc_v.to(d_v.dtype.element_ty), mask=kept)
 
 
-JOIN_VARIES = ["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "part_rows", "total"]
+JOIN_VARIES = ["units", "tokens", "first", "all_tokens", "picks", "row_blocks", "seg_b", "seg_u"]
+JOIN_VARIES += ["part_rows", "total"]
 
 
 @triton.jit(do_not_specialize=JOIN_VARIES)
 def join_places(
-    parts, place, count, d_q, units, tokens, first, all_tokens, picks, list_b, list_u, part_rows, total, scale,
-    STACK: tl.constexpr, CUTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    parts, place, start, count, d_q, units, tokens, first, all_tokens, picks, row_blocks, seg_b, seg_u, part_rows,
+    total, scale,
+    STACK: tl.constexpr, CUTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """dq: what each query got from its entries, added up in their order."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -289,16 +289,20 @@ def join_places(
     r, query = row % STACK, row // STACK
     n, unit = query % tokens, query // tokens
     dims = tl.arange(0, D)
-    nth = unit // units * list_b + unit % units * list_u + n
+    segment = unit // units * seg_b + unit % units * seg_u
+    nth = segment * tokens + n
+    # the parts of a unit stand as the entries of its lists do
+    base = unit * tokens * picks - tl.load(start + segment * (row_blocks + 1), mask=there, other=0)
     filled = tl.load(count + nth, mask=there, other=0)
     acc = tl.zeros([ROWS, D], tl.float32)
-    for p in range(tl.max(filled, 0)):
-        used = p < filled
-        at = tl.load(place + nth * picks + p, mask=used, other=0)
-        line = (unit * tokens * picks + at) * STACK + r
-        for cut in tl.static_range(CUTS):
-            part_at = parts + (cut * part_rows + line)[:, None] * D + dims
-            acc += tl.load(part_at, mask=used[:, None], other=0.0).to(tl.float32)
+    for begin in range(0, tl.max(filled, 0), AT_ONCE):
+        # the loads of all of them are under way together
+        for o in tl.static_range(AT_ONCE):
+            used = begin + o < filled
+            line = (base + tl.load(place + nth * picks + begin + o, mask=used, other=0)) * STACK + r
+            for cut in tl.static_range(CUTS):
+                part_at = parts + (cut * part_rows + line)[:, None] * D + dims
+                acc += tl.load(part_at, mask=used[:, None], other=0.0).to(tl.float32)
     at = ((unit * STACK + r) * all_tokens + first + n)[:, None] * D + dims
     tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=there[:, None])
 
