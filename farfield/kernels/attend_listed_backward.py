@@ -6,7 +6,7 @@ dq = scale ds k,  dk = scale ds' q.
 A block's dk and dv stay on the chip while its readers go by; what it adds to the dq of each reader goes to memory entry
 by entry, and another launch adds up the entries of each query. Blocks wider than a tile are cut for dk and dv, and
 read once more, whole, for dq. Blocks of many readers are cut into pieces, whose dk and dv are added up afterwards. No
-atomics, every sum in one order.
+atomics, every sum in one order. What attend_listed_backward_hopper takes is read there.
 """
 
 from __future__ import annotations

@@ -251,10 +251,7 @@ def read_blocks_backward_hopper(
             to_row = cut.to(gl.int64) * part_rows + (unit.to(gl.int64) * per + first - zero + t * EACH) * STACK
             spot = gl.arange(0, BQ, gl.SliceLayout(1, across))
             here = (t * EACH + spot // STACK < count)[:, None]
-            # read once, and late: not in the place of queries that others will ask for
-            gl.store(
-                parts + ((to_row + spot) * D)[:, None] + columns, q_tile.load(across), mask=here, cache_modifier=".cs"
-            )
+            gl.store(parts + ((to_row + spot) * D)[:, None] + columns, q_tile.load(across), mask=here)
 
         below = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
         of_row = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
