@@ -317,6 +317,7 @@ class Masks(NamedTuple):
 
 def _masks(leaves: Tensor, count: Tensor, tree: Tree, near: int) -> Masks:
     batch, lists, tokens, picks = leaves.shape
+    leaves, count = leaves.contiguous(), count.contiguous()
     tiles, groups = -(-tokens // TILE), _groups(tree.rank)
     levels = [tree.lead // tree.rank, *tree.groups]
     words, entries = sum(-(-n // 32) for n in levels), sum(-(-n // groups) for n in levels)

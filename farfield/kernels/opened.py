@@ -44,27 +44,44 @@ def leaf_peaks(
     SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Level 1: of every segment of a block the mean and the key farthest from it."""
+    UNROLL: tl.constexpr = 4 if SEGMENT >= 4 else SEGMENT
     unit = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
-    inside, dims = tl.arange(0, SEGMENT), tl.arange(0, D_TILE)
-    at = row[:, None] * SEGMENT + inside[None, :]
-    there = (row < segments)[:, None] & (at >= sinks)
-    k += (unit // kv_heads * k_b + unit % kv_heads * k_h) * D_UNIT
-    wide = (dims < D)[None, None, :]
-    keys = tl.load(k + (at * k_r)[:, :, None] * D_UNIT + dims[None, None, :], mask=there[:, :, None] & wide, other=0.0)
-    keys = keys.to(tl.float32)
-    number = _counted(row * SEGMENT, SEGMENT, sinks).to(tl.float32)
-    mean = tl.sum(keys, 1) / tl.where(number > 0, number, 1.0)[:, None]
-    apart = tl.where(wide, keys - mean[:, None, :], 0.0)
-    away = tl.where(there, tl.sum(apart * apart, 2), -1.0)
+    dims = tl.arange(0, D_TILE)
+    wide = (dims < D)[None, :]
+    first = row * SEGMENT
+    k_at = k + (unit // kv_heads * k_b + unit % kv_heads * k_h) * D_UNIT + (first * k_r)[:, None] * D_UNIT + dims
+    mean = tl.zeros([SEGMENTS, D_TILE], tl.float32)
+    # the keys are read three times, from memory once
+    for begin in range(0, SEGMENT, UNROLL):
+        for t in tl.static_range(UNROLL):
+            there = (row < segments) & (first + begin + t >= sinks)
+            key = tl.load(k_at + (begin + t) * k_r * D_UNIT, mask=there[:, None] & wide, other=0.0)
+            mean += key.to(tl.float32)
+    number = _counted(first, SEGMENT, sinks).to(tl.float32)
+    mean = mean / tl.where(number > 0, number, 1.0)[:, None]
+    far = tl.zeros([SEGMENTS], tl.float32) - 1.0
+    for begin in range(0, SEGMENT, UNROLL):
+        for t in tl.static_range(UNROLL):
+            there = (row < segments) & (first + begin + t >= sinks)
+            key = tl.load(k_at + (begin + t) * k_r * D_UNIT, mask=there[:, None] & wide, other=0.0)
+            apart = key.to(tl.float32) - mean
+            far = tl.where(there, tl.maximum(far, tl.sum(apart * apart, 1)), far)
     # the first of several as far: of two tokens rounding would choose
-    far = away >= 0.9999 * tl.max(away, 1)[:, None]
-    best = tl.min(tl.where(far & there, inside[None, :], SEGMENT), 1)
-    peak = tl.sum(tl.where((inside[None, :] == best[:, None])[:, :, None], keys, 0.0), 1)
+    peak = tl.zeros([SEGMENTS, D_TILE], k.dtype.element_ty)
+    open_ = far >= 0
+    for begin in range(0, SEGMENT, UNROLL):
+        for t in tl.static_range(UNROLL):
+            there = (row < segments) & (first + begin + t >= sinks)
+            key = tl.load(k_at + (begin + t) * k_r * D_UNIT, mask=there[:, None] & wide, other=0.0)
+            apart = key.to(tl.float32) - mean
+            take = open_ & there & (tl.sum(apart * apart, 1) >= 0.9999 * far)
+            peak = tl.where(take[:, None], key, peak)
+            open_ = open_ & (take == 0)
     to = (unit * all_rows + row)[:, None] * D + dims
-    mask = (row < segments)[:, None] & (dims < D)
+    mask = (row < segments)[:, None] & wide
     tl.store(means + to, mean, mask=mask)
-    tl.store(peaks + to, peak.to(peaks.dtype.element_ty), mask=mask)
+    tl.store(peaks + to, peak, mask=mask)
 
 
 @triton.jit(do_not_specialize=["below", "above", "many", "size", "sinks", "all_rows"])
@@ -101,9 +118,10 @@ def _far(n, height, radius):
 @triton.jit
 def _ones(x):
     """How many bits of a word are set."""
+    x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    return (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -115,6 +133,27 @@ def _below(x):
 @triton.jit
 def _or(a, b):
     return a | b
+
+
+@triton.jit
+def _best(q_tile, at, mask, j, size, sinks, scale, SINKS: tl.constexpr, DETAIL: tl.constexpr, D: tl.constexpr):
+    """The best score of each group's segments, of `size` tokens each, less those that are sinks."""
+    found = tl.full([q_tile.shape[0], at.shape[0]], float("-inf"), tl.float32)
+    for part in range(DETAIL):
+        rows = tl.load(at + part * D, mask=mask, other=0.0)
+        logits = tl.dot(q_tile, rows.T, input_precision="ieee") * scale
+        if SINKS:
+            number = _counted((j * DETAIL + part) * size, size, sinks)
+            share = number.to(tl.float32) / size.to(tl.float32)
+            logits += tl.where(number > 0, tl.log(tl.where(number > 0, share, 1.0)), float("-inf"))[None, :]
+        found = tl.maximum(found, logits)
+    return found + tl.log(size.to(tl.float32))
+
+
+@triton.jit
+def _ordered(x):
+    """Between a float32 and a whole number: the same order."""
+    return tl.where(x < 0, x ^ 0x7FFFFFFF, x)
 
 
 VARIES = ["heads", "tokens", "runs", "hold", "tiles", "blocks", "radius", "sinks", "picks", "beam", "words", "all_rows"]
@@ -193,16 +232,12 @@ def search(
                         cache_modifier=".cg",
                     )  # fmt: skip
                     if (tl.max(_ones(word), 0) > 0) | (begin + GROUPS > first_far):
-                        found = tl.full([ROWS, GROUPS], float("-inf"), tl.float32)
-                        for part in range(DETAIL):
-                            at = (before + j) * DETAIL + part
-                            rows = tl.load(
-                                peaks_at + at[:, None] * D + dims, mask=(j < stop)[:, None] & (dims < D), other=0.0
-                            )
-                            number = _counted((j * DETAIL + part) * size, size, sinks)
-                            known = tl.where(number > 0, tl.log(tl.maximum(number, 1).to(tl.float32)), float("-inf"))
-                            logits = tl.dot(q_tile, rows.T, input_precision="ieee") * scale + known[None, :]
-                            found = tl.maximum(found, logits)
+                        at = peaks_at + (before + j).to(tl.int64)[:, None] * DETAIL * D + dims
+                        mask = (j < stop)[:, None] & (dims < D)
+                        if (begin == 0) & (sinks > 0):
+                            found = _best(q_tile, at, mask, j, size, sinks, scale, True, DETAIL, D)
+                        else:
+                            found = _best(q_tile, at, mask, j, size, sinks, scale, False, DETAIL, D)
                         bit = (j % 64) // 2
                         child = ((word[:, None] >> bit[None, :]) & 1) != 0
                         lower = _ones(word[:, None] & ((1 << bit) - 1)[None, :])
@@ -227,19 +262,28 @@ def search(
                     base = tl.where(peak == float("-inf"), 0.0, peak)
                     score = base + tl.log(tl.sum(tl.exp(score - base[:, None, :]), 1))
                 # as whole numbers in the same order
-                key = score.to(tl.int32, bitcast=True)
-                key = tl.where(key < 0, key ^ 0x7FFFFFFF, key)
-                key = tl.where(valid, key, NONE)
-                # so many are >= low: enough; >= high: too few
+                key = tl.where(valid, _ordered(score.to(tl.int32, bitcast=True)), NONE)
+                # so many are >= low: enough; >= high: too few. By the numbers at both ends where between to look, by
+                # halves at every third look
                 low = tl.min(tl.where(valid, key, 0x7FFFFFFE), 1)
                 high = tl.max(key, 1) + 1
-                many = candidates
+                many, fewer = candidates, tl.zeros([BT], tl.int32)
+                look = 0
                 unsure = (many != most) & (high > low + 1)
                 while tl.max(unsure.to(tl.int32), 0) > 0:
                     middle = (low & high) + ((low ^ high) >> 1)
+                    if look % 3 != 2:
+                        bottom = _ordered(low).to(tl.float32, bitcast=True)
+                        reach = _ordered(high).to(tl.float32, bitcast=True) - bottom
+                        share = (many - most).to(tl.float32) + 0.5
+                        guess = bottom + reach * (share / tl.maximum(many - fewer, 1).to(tl.float32))
+                        guess = _ordered(guess.to(tl.int32, bitcast=True))
+                        middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
+                    look += 1
                     enough = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
                     many = tl.where(unsure & (enough >= most), enough, many)
                     low = tl.where(unsure & (enough >= most), middle, low)
+                    fewer = tl.where(unsure & (enough < most), enough, fewer)
                     high = tl.where(unsure & (enough < most), middle, high)
                     unsure = (many != most) & (high > low + 1)
                 over, equal = key > low[:, None], (key == low[:, None]) & valid
@@ -339,7 +383,7 @@ def peaks_of(k: Tensor, tree: Tree, detail: int) -> Tensor:
     peaks = torch.empty(means.shape, dtype=k.dtype, device=k.device)
     k, k_at = _dense(k)
     unit, segment, wide = _unit(k, width, *k_at), tree.block // detail, padded(width)
-    size = max(1, 4096 // (wide * segment))
+    size = max(1, 1024 // wide)
     leaf_peaks[(-(-many[0] // size), batch * kv_heads)](
         k, means, peaks, many[0], tree.lo, sum(many), kv_heads, *[n // unit for n in k_at],
         segment, size, width, wide, unit, num_warps=4,
