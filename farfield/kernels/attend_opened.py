@@ -25,6 +25,8 @@ from farfield.kernels.opened import TILE, masks
 from farfield.ops.attend import Call, Plan
 from farfield.ops.pool import Tree
 
+PIECE = 64  # rows of the far buffer that are read at once
+
 STRIDES = ["q_b", "q_h", "q_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r", "far_b", "bias_b", "bias_h"]
 VARIES = ["heads", "lists", "tokens", "tiles", "radius", "far_rows", "words", "entries", *STRIDES]
 
@@ -334,7 +336,7 @@ def _masks(leaves: Tensor, count: Tensor, tree: Tree, near: int) -> Masks:
 
 def _groups(rank: int) -> int:
     """Groups of a piece of the far buffer."""
-    return min(32, max(TILE // rank, 1))
+    return min(32, max(PIECE // rank, 1))
 
 
 def _listed(q: Tensor, k: Tensor, v: Tensor, leaves: Tensor, count: Tensor, block: int, scale: float) -> Call:

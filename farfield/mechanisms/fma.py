@@ -373,8 +373,7 @@ class FMA(Mechanism):
     def _quickly(self, q: Tensor, k: Tensor, v: Tensor, far: Rows, tree: Tree) -> Tensor | None:
         """Opened attention by kernels of its own, None where they do not take it; q and the keys are rotated."""
         self._check_opening()
-        beam = 2 * self.open if self.beam is None else self.beam
-        plan = on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared), self.hold)
+        plan = self.plan()
         if self.score != "peak" or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
             return None
         scale = q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
@@ -390,6 +389,11 @@ class FMA(Mechanism):
         present = None if present is None else present.unflatten(1, (tree.blocks, self.block))
         blocks_k = to_blocks(k.detach(), self.block, tree.blocks)
         return opened.sketch(self.score, blocks_k, present, self.detail, levels=tree.levels, complete=tree.complete)
+
+    def plan(self) -> on_gpu.Plan:
+        """How groups are opened, for the kernels."""
+        beam = 2 * self.open if self.beam is None else self.beam
+        return on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared), self.hold)
 
     def _held(self, q: Tensor) -> Tensor:
         """For each query the one that chooses for it."""
