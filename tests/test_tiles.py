@@ -74,6 +74,8 @@ SPILLS: dict[str, int] = {
     # numbers that are kept once and read once a chunk
     "scan-128": 40,
     "scan-back-128": 80,
+    # four searches a multiprocessor: they wait most of the time
+    **dict.fromkeys((f"opened-{n}" for n in ("2-64", "2-128", "16-64", "16-128", "shared-64", "runs-64")), 1280),
     # a third stage of loads, which was faster
     "scan-80": 64,
     "prefix-256": 272,
@@ -358,12 +360,15 @@ def prefixes(case, given, tokens=5000):
     prefix.backward(out, row if given else None, rows if given else None, scores, v, out, rest, lse, mass)
 
 
-def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, tokens=5000):
+def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, tokens=5000):
     field = Field(block, 128, rank, 3)
     tree = tree_of(max(tokens, 3 * block + 1), field)
     q, k = (empty(1, n, tokens, width) for n in (heads, kv_heads))
     peaks = opened.peaks_of(k, tree, rank)
-    leaves, count = opened.choose(q, peaks, tree, field.near, rank, picks, 2 * picks, True, 0.125)
+    leaves, count = opened.choose(q, peaks, tree, field.near, rank, picks, 2 * picks, True, 0.125, hold)
+    if hold > 1:
+        opened.lists_of_runs(leaves, count, tree, field.near, hold, tokens)
+        return
     far, bias = empty(1, kv_heads, tree.rows, width), empty(1, 1, tree.rows, dtype=torch.float32)
     about = q, k, k, far, far, bias, leaves, count
     out, lse = attend_opened.forward(*about, tree, field.near, 0.125)
@@ -412,6 +417,7 @@ LAUNCHES = {
     "choose-ssa-64": lambda: choosing(Scoring(16, 16, 16, 16), 64),
     "choose-moba-128": lambda: choosing(Scoring(512, 3, 512, 512, shared=False), 128),
     **{f"opened-{n}-{d}": (lambda n=n, d=d: opening(n, d)) for n in (2, 16) for d in (64, 128)},
+    "opened-runs-64": lambda: opening(16, 64, hold=64),
     "opened-shared-64": lambda: opening(8, 64, heads=8, kv_heads=2, block=128, rank=16),
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
@@ -430,7 +436,7 @@ FEW = (
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
-    "mix-64", "opened-2-64",
+    "mix-64", "opened-2-64", "opened-runs-64",
     "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64", "scores-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
