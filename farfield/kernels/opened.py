@@ -156,6 +156,14 @@ def _ordered(x):
     return tl.where(x < 0, x ^ 0x7FFFFFFF, x)
 
 
+@triton.jit
+def _added(x):
+    """The logarithm of the sum of exponentials along dimension 1."""
+    peak = tl.max(x, 1)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    return base + tl.log(tl.sum(tl.exp(x - tl.expand_dims(base, 1)), 1))
+
+
 VARIES = ["heads", "tokens", "runs", "hold", "tiles", "blocks", "radius", "sinks", "picks", "beam", "words", "all_rows"]
 VARIES += ["total", "q_b", "q_h", "q_t"]
 
@@ -176,7 +184,9 @@ def search(
     spot, r = row // STACK_TILE, row % STACK_TILE
     kept_words += pid.to(tl.int64) * BT * words
     kept_ids += pid * (2 * BT * SLOTS)
-    scores += pid * (ROWS * SLOTS)
+    # children of what is kept, and the far list: two groups at most
+    STRIDE: tl.constexpr = SLOTS + 2
+    scores += pid * (ROWS * STRIDE)
     for work in range(pid, total, tl.num_programs(0)):
         # the last queries have the most to look into and start first
         all_units = total // tiles
@@ -215,6 +225,7 @@ def search(
                 here, above = _far(n, height, radius), _far(n, height + 1, radius)
                 here_row, above_row = _far(n_row, height, radius), _far(n_row, height + 1, radius)
                 candidates, candidates_row = 2 * kept + here - 2 * above, 2 * kept_row + here_row - 2 * above_row
+                listed, listed_row = here - 2 * above, here_row - 2 * above_row
                 limit = tl.where(height > 0, beam, picks)
                 most = tl.minimum(candidates, limit)
                 first_far, stop = 2 * _far(least, height + 1, radius), _far(last, height, radius)
@@ -243,30 +254,38 @@ def search(
                         lower = _ones(word[:, None] & ((1 << bit) - 1)[None, :])
                         place = 2 * (ranked[:, None] + lower) + (j % 2)[None, :]
                         is_far = (j[None, :] >= 2 * above_row[:, None]) & (j[None, :] < here_row[:, None])
-                        place = tl.where(is_far, j[None, :] + (2 * kept_row - 2 * above_row)[:, None], place)
-                        tl.store(scores + row[:, None] * SLOTS + place, found, mask=child | is_far)
+                        place = tl.where(is_far, j[None, :] + (SLOTS - 2 * above_row)[:, None], place)
+                        tl.store(scores + row[:, None] * STRIDE + place, found, mask=child | is_far)
                         ranked += _ones(word)
                 tl.debug_barrier()
-                valid = slot[None, :] < candidates[:, None]
-                mask = slot[None, :] < candidates_row[:, None]
-                score = tl.load(scores + row[:, None] * SLOTS + slot, mask=mask, other=float("-inf"))
+                valid = slot[None, :] < 2 * kept[:, None]
+                mask = slot[None, :] < 2 * kept_row[:, None]
+                score_at = scores + row[:, None] * STRIDE + slot
+                score = tl.load(score_at, mask=mask, other=float("-inf"))
+                near0 = tl.load(scores + row * STRIDE + SLOTS, mask=listed_row > 0, other=float("-inf"))
+                near1 = tl.load(scores + row * STRIDE + SLOTS + 1, mask=listed_row > 1, other=float("-inf"))
                 if STACK > 1:
                     # shares of a softmax for each head, added up over the heads; as logarithms
-                    score = tl.where((r < STACK)[:, None], score, float("-inf"))
-                    peak = tl.max(score, 1)
+                    there = r < STACK
+                    score = tl.where(there[:, None], score, float("-inf"))
+                    near0, near1 = tl.where(there, near0, float("-inf")), tl.where(there, near1, float("-inf"))
+                    peak = tl.maximum(tl.max(score, 1), tl.maximum(near0, near1))
                     peak = tl.where(peak == float("-inf"), 0.0, peak)
-                    mass = tl.sum(tl.exp(score - peak[:, None]), 1)
-                    score = score - (peak + tl.log(tl.where(mass > 0, mass, 1.0)))[:, None]
-                    score = tl.reshape(score, [BT, STACK_TILE, SLOTS])
-                    peak = tl.max(score, 1)
-                    base = tl.where(peak == float("-inf"), 0.0, peak)
-                    score = base + tl.log(tl.sum(tl.exp(score - base[:, None, :]), 1))
+                    mass = tl.sum(tl.exp(score - peak[:, None]), 1) + tl.exp(near0 - peak) + tl.exp(near1 - peak)
+                    total_mass = peak + tl.log(tl.where(mass > 0, mass, 1.0))
+                    score = _added(tl.reshape(score - total_mass[:, None], [BT, STACK_TILE, SLOTS]))
+                    near0 = _added(tl.reshape(near0 - total_mass, [BT, STACK_TILE]))
+                    near1 = _added(tl.reshape(near1 - total_mass, [BT, STACK_TILE]))
                 # as whole numbers in the same order
                 key = tl.where(valid, _ordered(score.to(tl.int32, bitcast=True)), NONE)
+                key0 = tl.where(listed > 0, _ordered(near0.to(tl.int32, bitcast=True)), NONE)
+                key1 = tl.where(listed > 1, _ordered(near1.to(tl.int32, bitcast=True)), NONE)
                 # so many are >= low: enough; >= high: too few. By the numbers at both ends where between to look, by
                 # halves at every third look
                 low = tl.min(tl.where(valid, key, 0x7FFFFFFE), 1)
-                high = tl.max(key, 1) + 1
+                low = tl.where(listed > 0, tl.minimum(low, key0), low)
+                low = tl.where(listed > 1, tl.minimum(low, key1), low)
+                high = tl.maximum(tl.max(key, 1), tl.maximum(key0, key1)) + 1
                 many, fewer = candidates, tl.zeros([BT], tl.int32)
                 look = 0
                 unsure = (many != most) & (high > low + 1)
@@ -281,33 +300,47 @@ def search(
                         middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
                     look += 1
                     enough = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+                    enough += (key0 >= middle).to(tl.int32) + (key1 >= middle).to(tl.int32)
                     many = tl.where(unsure & (enough >= most), enough, many)
                     low = tl.where(unsure & (enough >= most), middle, low)
                     fewer = tl.where(unsure & (enough < most), enough, fewer)
                     high = tl.where(unsure & (enough < most), middle, high)
                     unsure = (many != most) & (high > low + 1)
                 over, equal = key > low[:, None], (key == low[:, None]) & valid
-                wanted = most - tl.sum(over.to(tl.int32), 1)
-                # of equal scores the lower groups, which stand first
-                chosen = over | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= wanted[:, None]))
-                chosen = chosen & (score > float("-inf"))
+                wanted = most - tl.sum(over.to(tl.int32), 1) - (key0 > low).to(tl.int32) - (key1 > low).to(tl.int32)
+                # of equal scores the lower groups: children stand first, then the far list
+                tie = tl.cumsum(equal.to(tl.int32), 1)
+                chosen = (over | (equal & (tie <= wanted[:, None]))) & (score > float("-inf"))
+                left = wanted - tl.sum(equal.to(tl.int32), 1)
+                chosen0 = (listed > 0) & ((key0 > low) | ((key0 == low) & (left > 0))) & (near0 > float("-inf"))
+                left -= ((listed > 0) & (key0 == low)).to(tl.int32)
+                chosen1 = (listed > 1) & ((key1 > low) | ((key1 == low) & (left > 0))) & (near1 > float("-inf"))
                 rank = tl.cumsum(chosen.to(tl.int32), 1) - 1
+                rank0 = tl.sum(chosen.to(tl.int32), 1)
+                rank1 = rank0 + chosen0.to(tl.int32)
                 half = line[:, None] * SLOTS + (slot // 2)[None, :]
-                children = slot[None, :] < 2 * kept[:, None]
-                parent = tl.load(kept_ids + ((height + 1) % 2) * (BT * SLOTS) + half, mask=children)
-                group = tl.where(
-                    children, 2 * parent + (slot % 2)[None, :], slot[None, :] + (2 * above - 2 * kept)[:, None]
-                )
+                parent = tl.load(kept_ids + ((height + 1) % 2) * (BT * SLOTS) + half, mask=valid)
+                group = 2 * parent + (slot % 2)[None, :]
                 if height == 0:
-                    tl.store(leaf_at + rank, group, mask=chosen & (i < runs)[:, None])
-                    tl.store(count + unit * runs + i, tl.sum(chosen.to(tl.int32), 1), mask=i < runs)
+                    inside = i < runs
+                    tl.store(leaf_at + rank, group, mask=chosen & inside[:, None])
+                    leaves_at = leaves + (unit * runs + i) * picks
+                    tl.store(leaves_at + rank0, 2 * above, mask=chosen0 & inside)
+                    tl.store(leaves_at + rank1, 2 * above + 1, mask=chosen1 & inside)
+                    tl.store(count + unit * runs + i, rank1 + chosen1.to(tl.int32), mask=inside)
                 else:
-                    to = kept_ids + (height % 2) * (BT * SLOTS) + line[:, None] * SLOTS + rank
-                    tl.store(to, group, mask=chosen)
+                    to = kept_ids + (height % 2) * (BT * SLOTS) + line * SLOTS
+                    tl.store(to[:, None] + rank, group, mask=chosen)
+                    tl.store(to + rank0, 2 * above, mask=chosen0)
+                    tl.store(to + rank1, 2 * above + 1, mask=chosen1)
                     for w in range((stop + 31) // 32):
                         tl.store(kept_words + w * BT + line, tl.zeros([BT], tl.int32))
                     tl.debug_barrier()
                     tl.atomic_or(kept_words + group // 32 * BT + line[:, None], 1 << (group % 32), mask=chosen)
+                    first_word = kept_words + 2 * above // 32 * BT + line
+                    # both in one word: the first of them is even
+                    both = (chosen0.to(tl.int32) << (2 * above % 32)) | (chosen1.to(tl.int32) << (2 * above % 32 + 1))
+                    tl.atomic_or(first_word, both, mask=chosen0 | chosen1)
                 kept, kept_row = most, tl.minimum(candidates_row, limit)
                 tl.debug_barrier()
 
@@ -477,10 +510,10 @@ def choose(
     tiles = -(-runs // queries)
     total = batch * lists * tiles
     programs = min(PROGRAMS, total)
-    words, slots = -(-max(tree.blocks // 2, 64) // 32), padded(2 * beam + 2)
+    words, slots = -(-max(tree.blocks // 2, 64) // 32), padded(2 * beam)
     kept_words = torch.empty(programs, words, queries, dtype=torch.int32, device=q.device)
     kept_ids = torch.empty(programs, 2, queries, slots, dtype=torch.int32, device=q.device)
-    scores = torch.empty(programs, queries * stack_tile, slots, dtype=torch.float32, device=q.device)
+    scores = torch.empty(programs, queries * stack_tile, slots + 2, dtype=torch.float32, device=q.device)
     q, q_at = _dense(q)
     unit = _unit(q, width, *q_at)
     search[(programs,)](

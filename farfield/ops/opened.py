@@ -33,7 +33,7 @@ class Plan(NamedTuple):
     picks: int
     beam: int
     shared: int
-    hold: int
+    hold: int = 1
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | None:
