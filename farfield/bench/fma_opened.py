@@ -20,7 +20,7 @@ def fma_opened(
     heads: int = 16,
     kv_heads: int | None = None,
     width: int = 64,
-    near: int = 128,
+    near: int = 64,
     rank: int = 4,
     open: int = 16,
     detail: int = 1,
