@@ -16,15 +16,16 @@ class MeanFMA(FMA):
 
     def _quickly(self, q, k, v, far, tree):
         self._check_opening()
-        beam = 2 * self.open if self.beam is None else self.beam
-        plan = on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared))
+        plan = self.plan()
         if self.score != "mean" or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
             return None
         from farfield.kernels import opened
 
         scale = q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
         rows = means_of(k.detach(), tree, self.detail).to(k.dtype)
-        chosen = opened.choose(q.detach(), rows, tree, self.near, self.detail, self.open, beam, self.shared, scale)
+        chosen = opened.choose(
+            q.detach(), rows, tree, plan.near, plan.detail, plan.picks, plan.beam, self.shared, scale, plan.hold
+        )
         return on_gpu.attend(q, k, v, (far.k, far.v, far.bias), chosen, tree, plan, scale)
 
 

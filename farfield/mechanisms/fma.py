@@ -349,7 +349,7 @@ class FMA(Mechanism):
                 return found
             sketches = self._sketches(k, tree, self._present(tree, q.device))
             where = opened.place(0, q.shape[2], self.block, q.device)
-            return self._attend_opened(turned, self._held(turned), Rows(k, v), far, sketches, where, starts)[0]
+            return self._attend_opened(turned, Rows(k, v), far, sketches, where, starts, asking=self._held(turned))[0]
         sources = [(Rows(k, v), _layout(near_list, q, k, self.block, self.block, self.causal))]
         if far is not None and (kept or self.sinks):
             sources.append((far, _layout(far_list, q, far.k, self.block, self.rank)))
@@ -402,7 +402,6 @@ class FMA(Mechanism):
     def _attend_opened(
         self,
         q: Tensor,
-        asking: Tensor,
         tokens: Rows,
         far: Rows,
         sketches: Sequence[opened.Sketch],
@@ -410,6 +409,7 @@ class FMA(Mechanism):
         starts: Sequence[int],
         first: int = 0,
         *,
+        asking: Tensor,
         more: int = 0,
         boxes: opened.Boxes | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -475,11 +475,13 @@ class FMA(Mechanism):
         tolerance = math.inf if self.tolerance is None else self.tolerance
         more = 0
         asking = self._held(q)
-        out, bound = self._attend_opened(q, asking, rows, far, sketches, where, starts, boxes=boxes)
+        out, bound = self._attend_opened(q, rows, far, sketches, where, starts, asking=asking, boxes=boxes)
         assert bound is not None
         while self.open + more < tree.blocks and (self.tolerance is not None and not (bound <= tolerance).all()):
             more = max(1, 2 * more)
-            now, least = self._attend_opened(q, asking, rows, far, sketches, where, starts, more=more, boxes=boxes)
+            now, least = self._attend_opened(
+                q, rows, far, sketches, where, starts, asking=asking, more=more, boxes=boxes
+            )
             assert least is not None
             above = ~(bound <= tolerance)
             out, bound = torch.where(above[..., None], now, out), torch.where(above, least, bound)
@@ -552,7 +554,9 @@ class FMA(Mechanism):
                 rows, sketches, asking = Rows(now.all_k, now.all_v), now.sketches[: len(starts)], q[:, :, lead:]
                 if self.hold > 1:
                     asking = now.askers[:, :, torch.arange(seen, tokens, device=q.device) // self.hold]
-                return self._attend_opened(q[:, :, lead:], asking, rows, far, sketches, where, starts, seen)[0], now
+                return self._attend_opened(q[:, :, lead:], rows, far, sketches, where, starts, seen, asking=asking)[
+                    0
+                ], now
         near_list, far_list = self._lists(starts, last + 1, q.device, here, first)
         near = _layout(near_list, q, k, q_block, m, causal=True)
         sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
@@ -696,7 +700,8 @@ class FMA(Mechanism):
                 )
             )
             rows = Rows(k, v, bias=bias)
-            return packing.restore(self._attend_opened(q, self._held(q), rows, far, sketches, where, starts)[0])
+            found = self._attend_opened(q, rows, far, sketches, where, starts, asking=self._held(q))[0]
+            return packing.restore(found)
         sources = [(Rows(k, v, bias=bias), near)]
         if starts:
             sources.append((far, _layout(far_list, q, far.k, m, self.rank)))
