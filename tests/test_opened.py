@@ -38,7 +38,7 @@ def test_none_opened_is_plain_bit_for_bit():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("score", opened.SCORES)
 @pytest.mark.parametrize(
-    "options", [{}, {"shared": False, "sinks": 4, "beam": 2}, {"rank": 4, "detail": 1, "sinks": 3}]
+    "options", [{}, {"shared": False, "sinks": 4, "beam": 2}, {"rank": 4, "detail": 1, "sinks": 3}, {"hold": 4}]
 )
 def test_the_choice_is_the_definition(causal, score, options):
     q, k, v = draw(93, seed=1)
@@ -143,10 +143,10 @@ def test_no_gradient_through_the_choice_but_through_all_that_is_read():
         assert_within(got, want, terms=60)
 
 
-@pytest.mark.parametrize("score", opened.SCORES)
-def test_extend_continues(score, tmp_path):
+@pytest.mark.parametrize(("score", "hold"), [*((score, 1) for score in opened.SCORES), ("peak", 4), ("box", 2)])
+def test_extend_continues(score, hold, tmp_path):
     q, k, v = draw(101)
-    mech = FMA(**SMALL, open=2, score=score, sinks=3, rewind=5)
+    mech = FMA(**SMALL, open=2, score=score, sinks=3, rewind=5, hold=hold)
     whole, state, outs, at = mech(q, k, v, rotary=rotate), None, [], 0
     for n in (33, 1, 1, 9, 30, 1, 1, 1, 24):
         out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state, rotary=rotate)
@@ -187,6 +187,9 @@ def test_a_state_made_while_open_is_0():
     assert_within(mech.extend(*rest, opening)[0], mech(q, k, v)[:, :, 40:], terms=60)
     with pytest.raises(ValueError, match="made with open=0"):
         mech.extend(*rest, plain)
+    mech.hold = 2
+    with pytest.raises(ValueError, match="made with hold=1"):
+        mech.extend(*rest, opening)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,7 @@ def test_a_state_made_while_open_is_0():
         ({"open": 4, "beam": 3}, ValueError),
         ({"open": 1, "score": "best"}, ValueError),
         ({"open": 1, "detail": 3}, ValueError),
+        ({"open": 1, "hold": 3}, ValueError),
         ({"level_bias": True, "kv_heads": 2}, ValueError),
         ({"open": 1, "queries": "pooled", "causal": False}, NotImplementedError),
     ],

@@ -64,24 +64,23 @@ SPILLS: dict[str, int] = {
     # numbers of a run and of the whole kernel, kept once and read once a tile of queries
     "listed-128": 32,
     "listed-512-128": 96,
-    # two or three programs a multiprocessor; strides and addresses of the whole kernel, read once a tile
-    "listed-backward-64": 120,
-    "listed-backward-128": 192,
     # what belongs to a tile of queries, outside the loop over rows (those of Triton 3.6, which keeps more)
     **dict.fromkeys(("choose-64", "choose-128"), 96),
     "choose-ssa-64": 120,
     # a tile of rows is three operands, which Triton keeps in registers
-    "choose-backward-128": 176,
+    "choose-backward-128": 232,
     # addresses of the weights
     "compress-128": 144,
-    # a third stage of loads, which was faster
+    # numbers that are kept once and read once a chunk
     "scan-128": 40,
+    "scan-back-128": 80,
+    # four searches a multiprocessor: they wait most of the time
+    **dict.fromkeys((f"opened-{n}" for n in ("2-64", "2-128", "16-64", "16-128", "shared-64", "runs-64")), 1280),
+    # a third stage of loads, which was faster
     "scan-80": 64,
-    "prefix-256": 176,
-    # Triton 3.6 only
-    "prefix-64": 16,
-    "prefix-given": 16,
-    "prefix-128": 80,
+    "prefix-256": 272,
+    # one warp, which was faster
+    **dict.fromkeys(("prefix-80", "prefix-128"), 128),
     # no tile that fits is without; none is fast
     "scan-fp32-128": 512,
     "scan-fp32-256": 1664,
@@ -209,6 +208,8 @@ SCAN = {
     "fp32-128": ("fp32", 128, 128, True),
     "fp32-256": ("fp32", 256, 256, False),
 }
+# widths of keys and values -> gradients of keys and values at once
+GRADIENTS = {"64": (64, 64), "128": (128, 128), "64-128": (64, 128), "16": (16, 16)}
 # dtype, value width
 PREFIX = {"64": ("bf16", 64), "128": ("bf16", 128), "256": ("bf16", 256), "80": ("fp16", 80), "fp32-64": ("fp32", 64),
           "fp32-128": ("fp32", 128), "fp32-256": ("fp32", 256)}  # fmt: skip
@@ -336,20 +337,38 @@ def scanning(case, tokens=5000):
     scan.forward(q, k, v, empty(4, dtype=torch.float32), state, back)
 
 
+def differentiating(case, tokens=5000):
+    width, value_width = case
+    q, k, v = empty(1, 4, tokens, width), empty(1, 2, tokens, width), empty(1, 2, tokens, value_width)
+    decay, kept = empty(4, dtype=torch.float32), []
+    out, _ = scan.forward(q, k, v, decay, None, False, kept)
+    scan.gradient_of_queries(out, k, v, decay, *kept or [None])
+    scan.gradients(out, None, q, k, v, decay)
+
+
+def scoring(case, tokens=5000):
+    dtype, width = case
+    query, k = empty(1, 4, width, dtype=torch.float32), empty(1, 2, tokens, width, dtype=DTYPES[dtype])
+    prefix.scores_backward(prefix.scores(query, k), query, k)
+
+
 def prefixes(case, given, tokens=5000):
     dtype, width = case
     scores, v = empty(1, 4, tokens, dtype=torch.float32), empty(1, 2, tokens, width, dtype=DTYPES[dtype])
     row, rows = empty(1, 4, dtype=torch.float32), empty(1, 4, width, dtype=torch.float32)
-    out, lse, _, mass, _ = prefix.forward(scores, v, (row, row, rows) if given else None)
-    prefix.backward(out, row if given else None, rows if given else None, scores, v, out, lse, mass)
+    out, rest, lse, _, mass, _ = prefix.forward(scores, v, (row, row, rows) if given else None, True)
+    prefix.backward(out, row if given else None, rows if given else None, scores, v, out, rest, lse, mass)
 
 
-def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, tokens=5000):
+def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, tokens=5000):
     field = Field(block, 128, rank, 3)
     tree = tree_of(max(tokens, 3 * block + 1), field)
     q, k = (empty(1, n, tokens, width) for n in (heads, kv_heads))
     peaks = opened.peaks_of(k, tree, rank)
-    leaves, count = opened.choose(q, peaks, tree, field.near, rank, picks, 2 * picks, True, 0.125)
+    leaves, count = opened.choose(q, peaks, tree, field.near, rank, picks, 2 * picks, True, 0.125, hold)
+    if hold > 1:
+        opened.lists_of_runs(leaves, count, tree, field.near, hold, tokens)
+        return
     far, bias = empty(1, kv_heads, tree.rows, width), empty(1, 1, tree.rows, dtype=torch.float32)
     about = q, k, k, far, far, bias, leaves, count
     out, lse = attend_opened.forward(*about, tree, field.near, 0.125)
@@ -366,6 +385,8 @@ LAUNCHES = {
     "walk-fp16": lambda: walking(dtype="fp16"),
     "walk-long": lambda: walking(100_000),
     **{f"scan-{name}": (lambda case=case: scanning(case)) for name, case in SCAN.items()},
+    **{f"scan-back-{name}": (lambda case=case: differentiating(case)) for name, case in GRADIENTS.items()},
+    **{f"scores-{name}": (lambda case=case: scoring(case)) for name, case in PREFIX.items()},
     **{f"prefix-{name}": (lambda case=case: prefixes(case, False)) for name, case in PREFIX.items()},
     "prefix-given": lambda: prefixes(PREFIX["64"], True),
     "lists-causal": lambda: listing(True),
@@ -396,6 +417,7 @@ LAUNCHES = {
     "choose-ssa-64": lambda: choosing(Scoring(16, 16, 16, 16), 64),
     "choose-moba-128": lambda: choosing(Scoring(512, 3, 512, 512, shared=False), 128),
     **{f"opened-{n}-{d}": (lambda n=n, d=d: opening(n, d)) for n in (2, 16) for d in (64, 128)},
+    "opened-runs-64": lambda: opening(16, 64, hold=64),
     "opened-shared-64": lambda: opening(8, 64, heads=8, kv_heads=2, block=128, rank=16),
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
@@ -414,8 +436,8 @@ FEW = (
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
-    "mix-64", "opened-2-64",
-    "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "prefix-64",
+    "mix-64", "opened-2-64", "opened-runs-64",
+    "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64", "scores-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
 

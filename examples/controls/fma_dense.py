@@ -18,12 +18,12 @@ STEP = 256  # queries at a time
 class DenseFMA(FMA):
     """FMA whose opened groups are read through a mask; options as FMA's."""
 
-    def _attend_opened(self, q, tokens, far, sketches, where, starts, first=0, *, more=0, boxes=None):
+    def _attend_opened(self, q, tokens, far, sketches, where, starts, first=0, *, asking, more=0, boxes=None):
         if first or boxes is not None or not self.causal or not self.shared or q.shape[0] != 1:
             raise NotImplementedError("fma-dense: one whole sequence, causal, with shared choices")
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
         rows, bias = opened.told(self.score, sketches)
-        asked = opened.asked(self.score, q, scale)
+        asked = opened.asked(self.score, asking, scale)
         sizes = [s.rows.shape[2] for s in sketches]
         radius = radii(self.near, self.block, len(starts))
         heads = q.shape[1]

@@ -23,8 +23,7 @@ class OpenedFMA(FMA):
             return None
         if self.score not in ("peak", "mean"):
             raise NotImplementedError(f"fma-opened: score must be peak or mean on a GPU, got {self.score!r}")
-        beam = 2 * self.open if self.beam is None else self.beam
-        plan = on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared))
+        plan = self.plan()
         if why := on_gpu.refusal(q, k, v, tree, plan):
             raise NotImplementedError(f"fma-opened: on a GPU it {why}")
         from farfield.kernels import opened
@@ -35,7 +34,9 @@ class OpenedFMA(FMA):
             rows = opened.peaks_of(keys, tree, self.detail)
         else:
             rows = means_of(keys, tree, self.detail).to(k.dtype)
-        chosen = opened.choose(q.detach(), rows, tree, self.near, self.detail, self.open, beam, self.shared, scale)
+        chosen = opened.choose(
+            q.detach(), rows, tree, plan.near, plan.detail, plan.picks, plan.beam, self.shared, scale, plan.hold
+        )
         return on_gpu.attend(q, k, v, (far.k, far.v, far.bias), chosen, tree, plan, scale)
 
     def extend(self, q, k, v, state=None, *, rotary=None):

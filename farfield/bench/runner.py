@@ -197,7 +197,8 @@ def compare(
     """Time several calls interleaved; a call that raises keeps its reason and the others go on.
 
     The first call of each warms up, reads memory and tells how many rounds fit into `seconds`. A first call longer
-    than `once` is also its only sample; on the GPU, where the first one may compile, the second.
+    than `once` is also its only sample; on the GPU, where the first ones may compile (a recording does so at the second
+    call), one of the next three.
 
     Args:
         seconds: for all rounds together; three rounds are made if they take no more than three times as long.
@@ -213,6 +214,9 @@ def compare(
             if usage.seconds < 1.0 or device.type == "cuda":
                 # the first call also loads code and fills caches; the second one counts
                 usage = memory.measure(call, device)
+            for _ in range(2 if device.type == "cuda" else 0):
+                if usage.seconds >= once:
+                    usage = memory.measure(call, device)
         except Exception as error:
             found[name].error = reason(error)
             continue

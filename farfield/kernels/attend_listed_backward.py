@@ -6,7 +6,7 @@ dq = scale ds k,  dk = scale ds' q.
 A block's dk and dv stay on the chip while its readers go by; what it adds to the dq of each reader goes to memory entry
 by entry, and another launch adds up the entries of each query. Blocks wider than a tile are cut for dk and dv, and
 read once more, whole, for dq. Blocks of many readers are cut into pieces, whose dk and dv are added up afterwards. No
-atomics, every sum in one order.
+atomics, every sum in one order. What attend_listed_backward_hopper takes is read there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from farfield.kernels import attend_listed_backward_hopper as hopper
 from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
-from farfield.kernels.attend_listed import FEWEST, PARTS, _unit, piece_size
-from farfield.kernels.transpose import piece_of, transpose
+from farfield.kernels.attend_listed import FEWEST, _unit, piece_size
+from farfield.kernels.transpose import counted, counts, piece_of, placed, transpose
 from farfield.ops.attend import Call
+
+PARTS = 1 << 31  # bytes: with fewer at a time, blocks have too few readers to be worth a program
 
 
 @triton.jit(do_not_specialize=["tokens", "total"])
@@ -248,24 +250,25 @@ def attend_listed_backward(
     for first in range(0, tokens, chunk):
         many = min(chunk, tokens - first)
         listed, filled = index[:, :, first : first + many].contiguous(), count[:, :, first : first + many].contiguous()
-        (found,) = transpose([listed], [filled], [row_blocks], [True], [piece_size(many, picks, row_blocks)])
+        most = piece_size(many, picks, row_blocks)
+        if counts(listed, row_blocks):
+            found = counted(listed, filled, row_blocks, most)
+        else:
+            (found,) = transpose([listed], [filled], [row_blocks], [True], [most])
+            found = placed(found, listed.shape, row_blocks) if tiles is not None else found
         seg_b, seg_u = found.strides
         held = batch * units * found.pieces * plan.k_block
         piece_k, piece_v = (delta.new_empty(max(held, 1), n) for n in (width, value_width))
-        place = found.reader
         if tiles is not None:
-            token, place = torch.empty_like(found.reader), torch.empty_like(found.reader)
-            hopper.places[(-(-token.numel() // 1024),)](
-                found.reader, token, place, first, many * picks, picks, token.numel(), 1024
-            )  # fmt: skip
+            token = torch.empty_like(found.reader)
+            hopper.tokens_of[(-(-token.numel() // 1024),)](found.reader, token, first, picks, token.numel(), 1024)
             hopper.read_blocks_backward_hopper[(cuts * batch * units * (row_blocks + found.pieces),)](
-                q, k, v, d_out, shift, delta, token, parts, hopper.box(parts), d_k, d_v, piece_k, piece_v,
+                q, k, v, d_out, shift, delta, token, parts, d_k, d_v, piece_k, piece_v,
                 found.start, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
                 many * picks, tokens, rows, row_blocks, part_rows,
                 *[n // 8 for n in (*q_at, *d_at, *k_at, *v_at)], scale,
                 STACK=stack, REPEAT=heads // kv_heads, K_BLOCK=plan.k_block, ROWS=step, CAUSAL=bool(plan.causal),
-                D=width, STAGES=tiles.stages, ADD=add, WARPS=tiles.warps, num_warps=tiles.warps,
-                maxnreg=tiles.registers,
+                D=width, BQ=tiles.queries, STAGES=tiles.stages, ADD=add, WARPS=tiles.warps, num_warps=tiles.warps,
             )  # fmt: skip
         else:
             tile = max(1, (64 if max(d_tile, e_tile) <= 64 else 32) // stack_tile)
@@ -288,8 +291,9 @@ def attend_listed_backward(
         total, some = batch * heads * many, max(1, 2048 // d_tile)
         if tiles is not None:
             hopper.join_places[(-(-total // some),)](
-                parts, place, filled, d_q, units, many, first, tokens, picks, seg_b * many, seg_u * many, part_rows,
-                total, scale, stack, cuts, width, some, num_warps=4,
+                parts, found.place, found.start, filled, d_q, units, many, first, tokens, picks, row_blocks, seg_b,
+                seg_u, part_rows, total, scale, stack, cuts, width, some,
+                AT_ONCE=min(max(1, 8 // cuts), padded(picks, 1)), num_warps=4,
             )  # fmt: skip
         else:
             join_queries[(-(-total // some),)](

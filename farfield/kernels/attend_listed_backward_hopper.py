@@ -1,9 +1,9 @@
 """attend for lists of a query's own on Hopper GPUs, backward: a program stays with 64 or 128 rows, in Gluon.
 
 K and V of the rows stay in shared memory, dk and dv in registers. The queries that chose the rows come by in tiles of
-64, gathered by asynchronous copies a tile or two ahead. S and dP are made once, rows down: P and dS go from registers
-into the sums of dv and dk, and dS passes through shared memory into the tile's dq, which leaves by the accelerator
-through the place where the queries were. What readers get is kept in the order of the sort, so that a tile's is one
+32 or 64, gathered by asynchronous copies a tile or two ahead. S and dP are made once, rows down: P and dS go from
+registers into the sums of dv and dk, and dS passes through shared memory into the tile's dq, which leaves through the
+place where the queries were. What readers get is kept in the order of the transposed lists, so that a tile's is one
 piece of memory; `join_places` finds the places of each query's entries.
 
 Readers ascend, so that only the first tiles of a causal block need a mask.
@@ -11,8 +11,7 @@ Readers ascend, so that only the first tiles of a causal block need a mask.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,35 +22,32 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from farfield.kernels.attend_hopper import _aligned, _hopper
 
 LOG2E = gl.constexpr(1.4426950408889634)
 UNIT = gl.constexpr(8)  # elements of 16 bytes: strides are given in them, so that it is known that rows are aligned
-BQ = gl.constexpr(64)  # queries of a tile, the heads of a unit counted apart
 ALWAYS = gl.constexpr(1 << 30)
 
 # Triton 3.7 has renamed it
 _sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
-@triton.jit(do_not_specialize=["first", "per", "picks", "total"])
-def places(reader, token, place, first, per, picks, total, SIZE: tl.constexpr):
-    """Of each reader in the order of the sort its token; of each entry its place in that order, within its segment."""
+@triton.jit(do_not_specialize=["first", "picks", "total"])
+def tokens_of(reader, token, first, picks, total, SIZE: tl.constexpr):
+    """The token of each reader."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     there = at < total
-    entry = tl.load(reader + at, mask=there, other=0)
-    tl.store(token + at, first + entry // picks, mask=there)
-    tl.store(place + at // per * per + entry, (at % per).to(tl.int32), mask=there)
+    tl.store(token + at, first + tl.load(reader + at, mask=there, other=0) // picks, mask=there)
 
 
 @gluon.jit
-def _name(token_ring, slot, token, at, last, STACK: gl.constexpr, WARPS: gl.constexpr):
+def _name(
+    token_ring, slot, token, at, last, STACK: gl.constexpr, BQ: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
     """Copy the tokens of a tile's rows."""
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     spot = at + gl.arange(0, BQ, flat) // STACK
@@ -61,7 +57,7 @@ def _name(token_ring, slot, token, at, last, STACK: gl.constexpr, WARPS: gl.cons
 @gluon.jit
 def _gather(
     q_tile, d_tile, shift_place, delta_place, named, q, d_out, shift, delta, q_h, q_t, d_h, d_t, at, last,
-    STACK: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
+    STACK: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Copy the rows of a tile whose tokens are known; those past the last reader come as 0."""
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -93,16 +89,21 @@ VARIES += ["q_b", "q_h", "q_t", "d_b", "d_h", "d_t", "k_b", "k_h", "k_r", "v_b",
 
 @gluon.jit(do_not_specialize=VARIES)
 def read_blocks_backward_hopper(
-    q, k, v, d_out, shift, delta, token, parts, parts_box, d_k, d_v, piece_k, piece_v, start, key,
+    q, k, v, d_out, shift, delta, token, parts, d_k, d_v, piece_k, piece_v, start, key,
     base, seg_b, seg_u, most, pieces, units, per, all_tokens, rows, row_blocks, part_rows,
     q_b, q_h, q_t, d_b, d_h, d_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, K_BLOCK: gl.constexpr, ROWS: gl.constexpr, CAUSAL: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr, WARPS: gl.constexpr,
+    D: gl.constexpr, BQ: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of ROWS rows of a block, or of what a piece of its readers adds to them, and each reader's dq."""
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BQ, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
-    own: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, D // (WARPS // 4), 16])
+    # fewer queries than a product has rows: their dq is made transposed
+    TURNED: gl.constexpr = BQ < 64
+    QUERY: gl.constexpr = BQ if TURNED else D // (WARPS // 4)
+    own: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [WARPS if TURNED else 4, 1 if TURNED else WARPS // 4], [16, QUERY, 16]
+    )
     left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     of_query: gl.constexpr = gl.SliceLayout(0, score)
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
@@ -139,7 +140,7 @@ def read_blocks_backward_hopper(
         v_tile = gl.allocate_shared_memory(dtype, [ROWS, D], rows_shared)
         q_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], rows_shared)
         d_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], rows_shared)
-        ds_tile = gl.allocate_shared_memory(dtype, [ROWS, BQ], gl.NVMMASharedLayout(128, 16, 2))
+        ds_tile = gl.allocate_shared_memory(dtype, [ROWS, BQ], gl.NVMMASharedLayout(2 * BQ, 16, 2))
         shift_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
         delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
         token_ring = gl.allocate_shared_memory(gl.int32, [NAMES, BQ], plain)
@@ -156,7 +157,7 @@ def read_blocks_backward_hopper(
         tiles = (count + EACH - 1) // EACH
 
         for t in gl.static_range(STAGES - 1):
-            _name(token_ring, t, token, first + t * EACH, last, STACK, WARPS)
+            _name(token_ring, t, token, first + t * EACH, last, STACK, BQ, WARPS)
         columns = gl.arange(0, D, gl.SliceLayout(0, across))[None, :]
         line = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, across))
         inside = (line < rows)[:, None]
@@ -174,9 +175,9 @@ def read_blocks_backward_hopper(
         for t in gl.static_range(STAGES - 1):
             _gather(
                 q_ring.index(t), d_ring.index(t), shift_ring.index(t), delta_ring.index(t), token_ring.index(t),
-                q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last, STACK, D, WARPS,
+                q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last, STACK, BQ, D, WARPS,
             )  # fmt: skip
-            _name(token_ring, t + STAGES - 1, token, first + (t + STAGES - 1) * EACH, last, STACK, WARPS)
+            _name(token_ring, t + STAGES - 1, token, first + (t + STAGES - 1) * EACH, last, STACK, BQ, WARPS)
             async_copy.commit_group()
 
         acc_k = gl.zeros([ROWS, D], gl.float32, wide)
@@ -218,8 +219,6 @@ def read_blocks_backward_hopper(
             d_operand = gl.convert_layout(d_scores, left)
             sum_of_k = warpgroup_mma(d_operand, q_tile, acc_k, is_async=True)
             ds_tile.store(d_scores)
-            # what left from the place of the next queries has been read
-            tma.store_wait(0)
             fence_async_shared()
             _sync()
             ahead = t + STAGES - 1
@@ -228,31 +227,31 @@ def read_blocks_backward_hopper(
                 _gather(
                     q_ring.index(to), d_ring.index(to), shift_ring.index(to), delta_ring.index(to),
                     token_ring.index(ahead % NAMES), q, d_out, shift, delta, q_h, q_t, d_h, d_t,
-                    first + ahead * EACH, last, STACK, D, WARPS,
+                    first + ahead * EACH, last, STACK, BQ, D, WARPS,
                 )  # fmt: skip
                 _name(
                     token_ring, (ahead + STAGES - 1) % NAMES, token, first + (ahead + STAGES - 1) * EACH, last, STACK,
-                    WARPS,
+                    BQ, WARPS,
                 )  # fmt: skip
             async_copy.commit_group()
             acc_v, operand = warpgroup_mma_wait(1, deps=[sum_of_v, operand])
             acc_k, d_operand = warpgroup_mma_wait(0, deps=[sum_of_k, d_operand])
-            d_queries = gl.zeros([BQ, D], gl.float32, own)
-            d_queries = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, d_queries, use_acc=False)
+            if TURNED:
+                d_queries = gl.zeros([D, BQ], gl.float32, own)
+                d_queries = warpgroup_mma(k_tile.permute((1, 0)), ds_tile, d_queries, use_acc=False)
+                place = q_tile.permute((1, 0))
+            else:
+                d_queries = gl.zeros([BQ, D], gl.float32, own)
+                d_queries = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, d_queries, use_acc=False)
+                place = q_tile
             # the queries are done with: their place in shared memory is where dq leaves from
             _sync()
-            q_tile.store(d_queries.to(dtype))
+            place.store(d_queries.to(dtype))
+            _sync()
             to_row = cut.to(gl.int64) * part_rows + (unit.to(gl.int64) * per + first - zero + t * EACH) * STACK
-            if t * EACH + EACH <= count:
-                fence_async_shared()
-                _sync()
-                tma.async_copy_shared_to_global(parts_box, [to_row.to(gl.int32), 0], q_tile)
-            else:
-                _sync()
-                spot = gl.arange(0, BQ, gl.SliceLayout(1, across))
-                here = (t * EACH + spot // STACK < count)[:, None]
-                gl.store(parts + ((to_row + spot) * D)[:, None] + columns, q_tile.load(across), mask=here)
-        tma.store_wait(0)
+            spot = gl.arange(0, BQ, gl.SliceLayout(1, across))
+            here = (t * EACH + spot // STACK < count)[:, None]
+            gl.store(parts + ((to_row + spot) * D)[:, None] + columns, q_tile.load(across), mask=here)
 
         below = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
         of_row = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
@@ -271,13 +270,15 @@ def read_blocks_backward_hopper(
             gl.store(d_v + to, acc_v.to(d_v.dtype.element_ty), mask=kept)
 
 
-JOIN_VARIES = ["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "part_rows", "total"]
+JOIN_VARIES = ["units", "tokens", "first", "all_tokens", "picks", "row_blocks", "seg_b", "seg_u"]
+JOIN_VARIES += ["part_rows", "total"]
 
 
 @triton.jit(do_not_specialize=JOIN_VARIES)
 def join_places(
-    parts, place, count, d_q, units, tokens, first, all_tokens, picks, list_b, list_u, part_rows, total, scale,
-    STACK: tl.constexpr, CUTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    parts, place, start, count, d_q, units, tokens, first, all_tokens, picks, row_blocks, seg_b, seg_u, part_rows,
+    total, scale,
+    STACK: tl.constexpr, CUTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """dq: what each query got from its entries, added up in their order."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -285,16 +286,20 @@ def join_places(
     r, query = row % STACK, row // STACK
     n, unit = query % tokens, query // tokens
     dims = tl.arange(0, D)
-    nth = unit // units * list_b + unit % units * list_u + n
+    segment = unit // units * seg_b + unit % units * seg_u
+    nth = segment * tokens + n
+    # the parts of a unit stand as the entries of its lists do
+    base = unit * tokens * picks - tl.load(start + segment * (row_blocks + 1), mask=there, other=0)
     filled = tl.load(count + nth, mask=there, other=0)
     acc = tl.zeros([ROWS, D], tl.float32)
-    for p in range(tl.max(filled, 0)):
-        used = p < filled
-        at = tl.load(place + nth * picks + p, mask=used, other=0)
-        line = (unit * tokens * picks + at) * STACK + r
-        for cut in tl.static_range(CUTS):
-            part_at = parts + (cut * part_rows + line)[:, None] * D + dims
-            acc += tl.load(part_at, mask=used[:, None], other=0.0).to(tl.float32)
+    for begin in range(0, tl.max(filled, 0), AT_ONCE):
+        # the loads of all of them are under way together
+        for o in tl.static_range(AT_ONCE):
+            used = begin + o < filled
+            line = (base + tl.load(place + nth * picks + begin + o, mask=used, other=0)) * STACK + r
+            for cut in tl.static_range(CUTS):
+                part_at = parts + (cut * part_rows + line)[:, None] * D + dims
+                acc += tl.load(part_at, mask=used[:, None], other=0.0).to(tl.float32)
     at = ((unit * STACK + r) * all_tokens + first + n)[:, None] * D + dims
     tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=there[:, None])
 
@@ -304,23 +309,23 @@ class Tiles(NamedTuple):
 
     Args:
         rows: of a program, of which blocks may be several times as large.
+        queries: of a tile, the heads of a unit counted apart.
         stages: tiles of queries in flight.
         warps: four for each 64 rows.
-        registers: of a thread; None: all there are.
     """
 
     rows: int
+    queries: int
     stages: int
     warps: int
-    registers: int | None = None
 
 
 # width, whether a block has more than 64 rows -> tiles
 TILES = {
-    (64, False): Tiles(64, 3, 4, 168),
-    (128, False): Tiles(64, 2, 4),
-    (64, True): Tiles(128, 3, 8),
-    (128, True): Tiles(128, 3, 8),
+    (64, False): Tiles(64, 64, 3, 4),
+    (128, False): Tiles(64, 32, 3, 4),
+    (64, True): Tiles(128, 64, 3, 8),
+    (128, True): Tiles(128, 64, 3, 8),
 }
 
 
@@ -331,7 +336,7 @@ def wants(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, k_block: int, stack: i
         (width, k_block > 64) in TILES
         and width == v.shape[3]
         and k_block >= 64
-        and stack in (1, 2, 4, 8, 16, 32, 64)
+        and stack in (1, 2, 4, 8, 16, 32)
         and q.dtype in (torch.bfloat16, torch.float16)
         and _hopper(q.device)
         and all(sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) < 1 << 33 for x in (q, d_out))
@@ -341,19 +346,3 @@ def wants(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, k_block: int, stack: i
 
 def tiles_of(width: int, k_block: int) -> Tiles:
     return TILES[width, k_block > 64]
-
-
-def box(parts: Tensor) -> TensorDescriptor:
-    """A descriptor of tiles of `parts` [N, D]."""
-    made: Any = object.__new__(TensorDescriptor)
-    made.__dict__.update(_template(parts.shape[1], parts.dtype), base=parts, shape=list(parts.shape))
-    made.strides = list(parts.stride())
-    return made
-
-
-@cache
-def _template(width: int, dtype: torch.dtype) -> dict:
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    like = torch.empty(BQ.value, width, dtype=dtype, device="meta")
-    layout = gl.NVMMASharedLayout.get_default_for([BQ.value, width], kind)
-    return vars(TensorDescriptor.from_tensor(like, [BQ.value, width], layout))

@@ -25,6 +25,8 @@ from farfield.kernels.opened import TILE, masks
 from farfield.ops.attend import Call, Plan
 from farfield.ops.pool import Tree
 
+PIECE = 64  # rows of the far buffer that are read at once
+
 STRIDES = ["q_b", "q_h", "q_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r", "far_b", "bias_b", "bias_h"]
 VARIES = ["heads", "lists", "tokens", "tiles", "radius", "far_rows", "words", "entries", *STRIDES]
 
@@ -80,7 +82,7 @@ def near_far_forward(
         peak = higher
     far_at = (b * (heads // REPEAT) + g) * far_b
     listed = (unit * tiles + tile) * entries
-    bits_at = bits + (unit * tokens + i) * words
+    bits_at = bits + unit * words * tokens + i
     for step in range(tl.load(entry_count + unit * tiles + tile)):
         row = tl.load(entry_row + listed + step) + tl.arange(0, FAR)
         code = tl.load(entry_bit + listed + step)
@@ -88,7 +90,7 @@ def near_far_forward(
         k_tile = tl.load(far_k + far_at + row[:, None] * D + dims, mask=there[:, None] & wide, other=0.0)
         v_tile = tl.load(far_v + far_at + row[:, None] * D + dims, mask=there[:, None] & wide, other=0.0)
         more = tl.load(bias + b * bias_b + g * bias_h + row, mask=there, other=0.0)
-        word = tl.load(bits_at + code // 32, mask=asked, other=0)
+        word = tl.load(bits_at + (code // 32) * tokens.to(tl.int64), mask=asked, other=0)
         seen = _piece(word, code % 32, RANK, FAR)
         scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E) + (more * LOG2E)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
@@ -144,7 +146,7 @@ def near_far_queries(
         acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     far_at = (b * (heads // REPEAT) + g) * far_b
     listed = (unit * tiles + tile) * entries
-    bits_at = bits + (unit * tokens + i) * words
+    bits_at = bits + unit * words * tokens + i
     for step in range(tl.load(entry_count + unit * tiles + tile)):
         row = tl.load(entry_row + listed + step) + tl.arange(0, FAR)
         code = tl.load(entry_bit + listed + step)
@@ -152,7 +154,7 @@ def near_far_queries(
         k_tile = tl.load(far_k + far_at + row[:, None] * D + dims, mask=there[:, None] & wide, other=0.0)
         v_tile = tl.load(far_v + far_at + row[:, None] * D + dims, mask=there[:, None] & wide, other=0.0)
         more = tl.load(bias + b * bias_b + g * bias_h + row, mask=there, other=0.0)
-        word = tl.load(bits_at + code // 32, mask=asked, other=0)
+        word = tl.load(bits_at + (code // 32) * tokens.to(tl.int64), mask=asked, other=0)
         seen = _piece(word, code % 32, RANK, FAR)
         scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E) + (more * LOG2E)[None, :]
         weights = tl.where(seen, tl.exp2(scores - total[:, None]), 0.0)
@@ -215,7 +217,7 @@ def near_rows(
 
 @triton.jit(do_not_specialize=[*VARIES, "blocks", "levels", "sinks", "d_b", "d_h", "d_t"])
 def far_gradients(
-    q, far_k, far_v, bias, bits, touched, lse, delta, d_out, d_k, d_v, d_bias,
+    q, far_k, far_v, bias, bits, touched, readers, lse, delta, d_out, d_k, d_v, d_bias,
     heads, lists, tokens, tiles, radius, far_rows, words, entries, blocks, levels, sinks,
     q_b, q_h, q_t, far_b, bias_b, bias_h, d_b, d_h, d_t, scale,
     REPEAT: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr,
@@ -245,6 +247,8 @@ def far_gradients(
     n = tl.where(level == 0, radius + 1, (j + ((radius + (1 << height) - 1) >> height) + 1) << height)
     word_at = base + j // 32
     bit = j % 32
+    readers += pid * tiles
+    MANY: tl.constexpr = 128
 
     dims = tl.arange(0, D_TILE)
     wide = dims < D
@@ -262,30 +266,38 @@ def far_gradients(
     for r in range(REPEAT):
         h = g * REPEAT + r
         owner = b * lists + h // (heads // lists)
-        for tile in range(n * BLOCK // BQ, tiles):
-            some = tl.load(touched + (owner * tiles + tile) * words + word_at)
-            if ((some >> bit) & (-1 if GROUPS == 32 else (1 << GROUPS) - 1)) != 0:
-                i = tile * BQ + tl.arange(0, BQ)
-                asked = i < tokens
-                mask = asked[:, None] & wide
-                q_tile = tl.load(
-                    q + (b * q_b + h * q_h + i * q_t.to(tl.int64))[:, None] * UNIT + dims, mask=mask, other=0.0
-                )
-                d_tile = tl.load(
-                    d_out + (b * d_b + h * d_h + i * d_t.to(tl.int64))[:, None] * UNIT + dims, mask=mask, other=0.0
-                )
-                place = (b * heads + h) * tokens + i
-                total = tl.load(lse + place, mask=asked, other=0.0) * LOG2E
-                less = tl.load(delta + place, mask=asked, other=0.0)
-                word = tl.load(bits + (owner * tokens + i) * words + word_at, mask=asked, other=0)
-                seen = ((word[None, :] >> (bit + inside // RANK)[:, None]) & 1) != 0
-                scores = tl.dot(k_tile, q_tile.T, input_precision="ieee") * (scale * LOG2E) + more[:, None]
-                weights = tl.where(seen, tl.exp2(scores - total[None, :]), 0.0)
-                dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv, input_precision="ieee")
-                d_scores = weights * (tl.dot(v_tile, d_tile.T, input_precision="ieee") - less[None, :])
-                dk = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
-                if d_bias is not None:
-                    db += tl.sum(d_scores, 1)
+        # the tiles that read it, one behind the other
+        tl.debug_barrier()
+        filled = 0
+        for begin in range(n * BLOCK // BQ, tiles, MANY):
+            t = begin + tl.arange(0, MANY)
+            some = tl.load(touched + (owner * words + word_at) * tiles + t, mask=t < tiles, other=0)
+            reads = (((some >> bit) & (-1 if GROUPS == 32 else (1 << GROUPS) - 1)) != 0).to(tl.int32)
+            tl.store(readers + filled + tl.cumsum(reads, 0) - 1, t, mask=reads != 0)
+            filled += tl.sum(reads, 0)
+        tl.debug_barrier()
+        for step in range(filled):
+            i = tl.load(readers + step) * BQ + tl.arange(0, BQ)
+            asked = i < tokens
+            mask = asked[:, None] & wide
+            q_tile = tl.load(
+                q + (b * q_b + h * q_h + i * q_t.to(tl.int64))[:, None] * UNIT + dims, mask=mask, other=0.0
+            )
+            d_tile = tl.load(
+                d_out + (b * d_b + h * d_h + i * d_t.to(tl.int64))[:, None] * UNIT + dims, mask=mask, other=0.0
+            )
+            place = (b * heads + h) * tokens + i
+            total = tl.load(lse + place, mask=asked, other=0.0) * LOG2E
+            less = tl.load(delta + place, mask=asked, other=0.0)
+            word = tl.load(bits + (owner * words + word_at) * tokens + i, mask=asked, other=0)
+            seen = ((word[None, :] >> (bit + inside // RANK)[:, None]) & 1) != 0
+            scores = tl.dot(k_tile, q_tile.T, input_precision="ieee") * (scale * LOG2E) + more[:, None]
+            weights = tl.where(seen, tl.exp2(scores - total[None, :]), 0.0)
+            dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv, input_precision="ieee")
+            d_scores = weights * (tl.dot(v_tile, d_tile.T, input_precision="ieee") - less[None, :])
+            dk = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+            if d_bias is not None:
+                db += tl.sum(d_scores, 1)
     to = (unit * far_rows + row)[:, None] * D + dims
     tl.store(d_k + to, (dk * scale).to(d_k.dtype.element_ty), mask=mine[:, None] & wide)
     tl.store(d_v + to, dv.to(d_v.dtype.element_ty), mask=mine[:, None] & wide)
@@ -294,7 +306,7 @@ def far_gradients(
 
 
 class Masks(NamedTuple):
-    """What kernels.opened.masks leaves; bits [B, lists, T, words], all else for each tile."""
+    """What kernels.opened.masks leaves; bits [B, lists, words, T], all else for each tile."""
 
     bits: Tensor
     touched: Tensor
@@ -307,11 +319,12 @@ class Masks(NamedTuple):
 
 def _masks(leaves: Tensor, count: Tensor, tree: Tree, near: int) -> Masks:
     batch, lists, tokens, picks = leaves.shape
+    leaves, count = leaves.contiguous(), count.contiguous()
     tiles, groups = -(-tokens // TILE), _groups(tree.rank)
     levels = [tree.lead // tree.rank, *tree.groups]
     words, entries = sum(-(-n // 32) for n in levels), sum(-(-n // groups) for n in levels)
     new = leaves.new_empty
-    bits, touched = new(batch, lists, tokens, words), new(batch * lists * tiles, words)
+    bits, touched = new(batch, lists, words, tokens), new(batch, lists, words, tiles)
     row, bit, filled = (new(batch * lists * tiles, n) for n in (entries, entries, 1))
     masks[(batch * lists * tiles,)](
         leaves, count, bits, touched, row, bit, filled,
@@ -323,7 +336,7 @@ def _masks(leaves: Tensor, count: Tensor, tree: Tree, near: int) -> Masks:
 
 def _groups(rank: int) -> int:
     """Groups of a piece of the far buffer."""
-    return min(32, max(TILE // rank, 1))
+    return min(32, max(PIECE // rank, 1))
 
 
 def _listed(q: Tensor, k: Tensor, v: Tensor, leaves: Tensor, count: Tensor, block: int, scale: float) -> Call:
@@ -392,8 +405,9 @@ def backward(
     )  # fmt: skip
     d_far_k, d_far_v = far_k.new_empty(far_k.shape), far_v.new_empty(far_v.shape)
     d_bias = bias.new_empty((batch, kv_heads, far_k.shape[2]) if bias_grad else 0)
+    readers = leaves.new_empty(found.entries * batch * kv_heads, tiles)
     far_gradients[(found.entries * batch * kv_heads,)](
-        q, far_k, far_v, bias, found.bits, found.touched, lse, delta, d_out, d_far_k, d_far_v,
+        q, far_k, far_v, bias, found.bits, found.touched, readers, lse, delta, d_out, d_far_k, d_far_v,
         d_bias if bias_grad else None, *numbers, tree.blocks, tree.levels, tree.lo, *at[:3], *at[9:], *d_at, scale,
         repeat, tree.block, tree.rank, groups, width, wide, unit, TILE, groups * tree.rank, num_warps=4, num_stages=2,
     )  # fmt: skip

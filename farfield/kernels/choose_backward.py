@@ -4,8 +4,7 @@ With p = exp(s - lse) recomputed:  dv = p' dout,  ds = p (dout v' - delta),  del
 dq = scale ds k,  dk = scale ds' q.
 
 The scores are made of float32 rows, as lse was: each row is two numbers of the queries' dtype. Rows that were rounded
-once would give weights that do not fit lse, beyond all bounds where logits are large. In the gradient of the queries
-the first number is enough.
+once would give weights that do not fit lse, beyond all bounds where logits are large.
 
 A row is read by all queries after its end and there are few rows, so that the queries of a tile of rows are cut into
 PIECES of equal length, each a program, whose sums are added up afterwards.
@@ -26,8 +25,8 @@ PROGRAMS = 768  # so many at least, where the sequence is long enough
 SHORTEST = 256  # queries of a piece
 
 # queries, rows and warps of a program that makes dq, by width
-QUERIES = {64: (128, 64, 8), 128: (128, 32, 8)}
-ROWS = 64, 64, 8  # rows, queries and warps of one that makes dk and dv
+QUERIES = {64: (128, 64, 8), 128: (64, 32, 4)}
+ROWS = {64: (64, 64, 8), 128: (64, 32, 4)}  # rows, queries and warps of one that makes dk and dv
 
 VARIES = ["heads", "tokens", "tiles", "rows", "stride", "span", "first", "plane", "q_b", "q_h", "q_t"]
 VARIES += ["d_b", "d_h", "d_t"]
@@ -84,7 +83,9 @@ def ended_queries(
             if masked:
                 weights = tl.where((at[None, :] < seen[:, None]) & there[None, :], weights, 0.0)
             d_scores = weights * (tl.dot(d_tile, v_tile.T) - less[:, None])
-            acc = tl.dot(d_scores.to(hi.dtype), hi, acc)
+            d_low = d_scores.to(hi.dtype)
+            acc = tl.dot(d_low, lo, acc)
+            acc = tl.dot(d_low, hi, acc)
     tl.store(d_q + line[:, None] * D + dims, (acc * scale).to(d_q.dtype.element_ty), mask=mask_d)
 
 
@@ -182,14 +183,15 @@ def ended_backward(
     strides = *[n // d_unit for n in q_at], *[n // e_unit for n in d_at]
     sizes = heads // kv_heads, width, value_width, d_tile, e_tile, d_unit, e_unit
 
-    tile, across, warps = QUERIES[64 if max(d_tile, e_tile) <= 64 else 128]
+    wide = 64 if max(d_tile, e_tile) <= 64 else 128
+    tile, across, warps = QUERIES[wide]
     tiles, plane = -(-tokens // tile), keys.numel()
     start(
         ended_queries, (batch * heads * tiles,),
         q, planes, v, out.contiguous(), d_out, lse, d_lse, d_q, delta, shift, heads, tokens, tiles, rows, stride,
         span, first, plane, *strides, scale, *sizes, tile, across, num_warps=warps, num_stages=2,
     )  # fmt: skip
-    step, across, warps = ROWS
+    step, across, warps = ROWS[wide]
     tiles, units = -(-rows // step), batch * kv_heads
     pieces = max(1, min(-(-PROGRAMS // (units * tiles)), tokens // SHORTEST))
     length = -(-tokens // (pieces * 64)) * 64

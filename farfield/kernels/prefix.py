@@ -14,6 +14,8 @@ grows, so that both factors are at most 1.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # what varies with the length must not make another kernel
 VARIES = ["s_b", "s_h", "s_t", "v_b", "v_h", "v_t", "g_b", "g_h", "g_t", "heads", "tokens", "length", "segments"]
-VARIES += ["peak0", "mass0", "total0", "d_mass", "d_total"]
+VARIES += ["peak0", "mass0", "total0", "d_mass", "d_total", "rest"]
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def prefix_sums(
 
 @triton.jit(do_not_specialize=VARIES)
 def prefix_walk(
-    s, v, peaks, masses, totals, peak0, mass0, total0, out, lse, peak1, mass1, total1,
+    s, v, peaks, masses, totals, peak0, mass0, total0, out, rest, lse, peak1, mass1, total1,
     s_b, s_h, s_t, v_b, v_h, v_t, heads, tokens, length, segments,
     REPEAT: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -112,6 +114,8 @@ def prefix_walk(
     s += b * s_b + h * s_h
     v += b * v_b + h // REPEAT * v_h
     out += bh * tokens * E
+    if rest is not None:
+        rest += bh * tokens * E
     lse += bh * tokens
     s_stride, v_stride = s_t.to(tl.int64), v_t.to(tl.int64)
     r = tl.arange(0, C)
@@ -125,11 +129,18 @@ def prefix_walk(
         base = _base(tl.maximum(tl.max(seen, 1), peak))
         weights, fade = _exp(seen - base[:, None]), _exp(peak - base)
         m = tl.sum(weights, 1) + fade * mass
-        o = tl.dot(weights.to(x.dtype), x, fade[:, None] * total[None, :], input_precision="ieee")
+        narrow = weights.to(x.dtype)
+        o = tl.dot(narrow, x, fade[:, None] * total[None, :], input_precision="ieee")
+        if x.dtype != tl.float32:
+            # what rounding takes from the weights: the backward goes by more than out's digits
+            o = tl.dot((weights - narrow.to(tl.float32)).to(x.dtype), x, o)
         o = o / tl.where(m > 0, m, 1.0)[:, None]
         i = at + r
-        tl.store(out + i.to(tl.int64)[:, None] * E + cols, o.to(out.dtype.element_ty),
-                 mask=(i < stop)[:, None] & (cols < E))  # fmt: skip
+        rounded, place, there = o.to(out.dtype.element_ty), i.to(tl.int64)[:, None] * E + cols, i < stop
+        tl.store(out + place, rounded, mask=there[:, None] & (cols < E))
+        if rest is not None:
+            left = (o - rounded.to(tl.float32)).to(out.dtype.element_ty)
+            tl.store(rest + place, left, mask=there[:, None] & (cols < E))
         # log2(0) = -inf is what a prefix of hidden tokens has
         tl.store(lse + i, base + tl.log2(m) * LN2, mask=i < stop)
         peak, mass, total = _grow(peak, mass, total, own, x)
@@ -156,6 +167,15 @@ def _shrink(level, later, delta, own_lse, g, d, first):
 
 
 @triton.jit
+def _deltas(g, out, rest, at, stop, cols, E: tl.constexpr, C: tl.constexpr):
+    """out . g of each token."""
+    o = _rows(out, at, stop, E, cols, E, C).to(tl.float32)
+    if rest is not None:
+        o += _rows(rest, at, stop, E, cols, E, C).to(tl.float32)
+    return tl.sum(g.to(tl.float32) * o, 1)
+
+
+@triton.jit
 def _lse(lse, at, stop, C: tl.constexpr):
     i = at + tl.arange(0, C)
     return tl.load(lse + i, mask=i < stop, other=float("inf"))
@@ -163,7 +183,7 @@ def _lse(lse, at, stop, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARIES)
 def prefix_back_sums(
-    out, lse, grad, later, deltas, g_b, g_h, g_t, heads, tokens, length, segments,
+    out, rest, lse, grad, later, deltas, g_b, g_h, g_t, heads, tokens, length, segments,
     E: tl.constexpr, E_TILE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """What each segment but the first gives to those before it, by lse of its first token."""
@@ -172,6 +192,8 @@ def prefix_back_sums(
     cols = tl.arange(0, E_TILE)
     grad += bh // heads * g_b + bh % heads * g_h
     out += bh * tokens * E
+    if rest is not None:
+        rest += bh * tokens * E
     lse += bh * tokens
     g_stride = g_t.to(tl.int64)
     start = n * length
@@ -180,7 +202,7 @@ def prefix_back_sums(
     acc, delta = tl.zeros([E_TILE], tl.float32), 0.0
     for at in range(start, stop, C):
         g = _rows(grad, at, stop, g_stride, cols, E, C)
-        d = tl.sum(g.to(tl.float32) * _rows(out, at, stop, E, cols, E, C).to(tl.float32), 1)
+        d = _deltas(g, out, rest, at, stop, cols, E, C)
         own = _lse(lse, at, stop, C)
         weights = tl.where(own > float("-inf"), _exp(level - own), 0.0)
         acc += tl.sum(weights[:, None] * g.to(tl.float32), 0)
@@ -192,7 +214,7 @@ def prefix_back_sums(
 
 @triton.jit(do_not_specialize=VARIES)
 def prefix_back(
-    s, v, out, lse, grad, later, deltas, d_mass, d_total, mass1, d_s, d_v, d_later, d_delta,
+    s, v, out, rest, lse, grad, later, deltas, d_mass, d_total, mass1, d_s, d_v, d_later, d_delta,
     s_b, s_h, s_t, v_b, v_h, v_t, g_b, g_h, g_t, heads, tokens, length, segments,
     REPEAT: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -207,17 +229,25 @@ def prefix_back(
         mass = tl.load(mass1 + bh)
         acc += mass * tl.load(d_total + bh * E + cols, mask=cols < E, other=0.0)
         delta -= mass * tl.load(d_mass + bh)
-    for turn in range(segments - 1 - n):
-        m = segments - 1 - turn
-        first, level = tl.load(lse + m * length), _level(lse, (m + 1) * length, tokens)
-        fade = tl.where(first > float("-inf"), _exp(first - level), 0.0)
-        acc = acc * fade + tl.load(later + (bh * segments + m) * E + cols, mask=cols < E, other=0.0)
-        delta = delta * fade + tl.load(deltas + bh * segments + m)
+    # what segments give is measured by lse of their first token
+    base = _level(lse, n * length + length, tokens)
+    fade = tl.where(base > float("-inf"), _exp(base - _level(lse, tokens, tokens)), 0.0)
+    acc, delta = acc * fade, delta * fade
+    for first in range(n + 1, segments, 16):
+        m = first + tl.arange(0, 16)
+        theirs = tl.load(lse + m * length, mask=m < segments, other=float("inf"))
+        weights = tl.where(base > float("-inf"), _exp(base - theirs), 0.0)
+        there = (m < segments)[:, None] & (cols < E)
+        x = tl.load(later + (bh * segments + m)[:, None] * E + cols, mask=there, other=0.0)
+        acc += tl.sum(weights[:, None] * x, 0)
+        delta += tl.sum(weights * tl.load(deltas + bh * segments + m, mask=m < segments, other=0.0), 0)
 
     s += b * s_b + h * s_h
     v += b * v_b + h // REPEAT * v_h
     grad += b * g_b + h * g_h
     out += bh * tokens * E
+    if rest is not None:
+        rest += bh * tokens * E
     d_s += bh * tokens
     d_v += bh * tokens * E
     s_stride, v_stride, g_stride = s_t.to(tl.int64), v_t.to(tl.int64), g_t.to(tl.int64)
@@ -233,7 +263,7 @@ def prefix_back(
         level = _level(lse, tl.minimum(at + C, stop), tokens)
         x = _rows(v, at, stop, v_stride, cols, E, C)
         g = _rows(grad, at, stop, g_stride, cols, E, C)
-        d = tl.sum(g.to(tl.float32) * _rows(out, at, stop, E, cols, E, C).to(tl.float32), 1)
+        d = _deltas(g, out, rest, at, stop, cols, E, C)
         # [C, C]: a row is a token that is read, a column one that reads it
         there = after & (own > float("-inf"))[:, None]
         p = tl.where(there, _exp(own[:, None] - own_lse[None, :]), 0.0)
@@ -253,6 +283,62 @@ def prefix_back(
         tl.store(d_delta + bh, -delta)
 
 
+@triton.jit(do_not_specialize=VARIES)
+def prefix_scores(
+    q, k, s, v_b, v_h, v_t, heads, tokens, segments,
+    REPEAT: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """s [B, H, T] = q . k[t], for all query heads of a key head: k is read once. Strides of k are v_b, v_h, v_t."""
+    pid = tl.program_id(0)
+    n, unit = pid % segments, (pid // segments).to(tl.int64)
+    groups = heads // REPEAT
+    b, g = unit // groups, unit % groups
+    i, cols = n * C + tl.arange(0, C), tl.arange(0, D_TILE)
+    place = (b * v_b + g * v_h + i.to(tl.int64)[:, None] * v_t) * UNIT + cols
+    keys = tl.load(k + place, mask=(i < tokens)[:, None] & (cols < D), other=0.0).to(tl.float32)
+    for r in range(REPEAT):
+        bh = b * heads + g * REPEAT + r
+        query = tl.load(q + bh * D + cols, mask=cols < D, other=0.0)
+        tl.store(s + bh * tokens + i, tl.sum(keys * query[None, :], 1), mask=i < tokens)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def prefix_scores_back(
+    q, k, d_s, d_q, d_k, v_b, v_h, v_t, heads, tokens, length, segments,
+    REPEAT: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """d_k [B, G, T, D], and what each segment gives to d_q, [B, H, segments, D]."""
+    pid = tl.program_id(0)
+    n, unit = pid % segments, (pid // segments).to(tl.int64)
+    groups = heads // REPEAT
+    b, g = unit // groups, unit % groups
+    cols = tl.arange(0, D_TILE)
+    q += (b * heads + g * REPEAT) * D + cols
+    d_s += (b * heads + g * REPEAT) * tokens
+    d_q += ((b * heads + g * REPEAT) * segments + n) * D + cols
+    k += (b * v_b + g * v_h) * UNIT + cols
+    d_k += unit * tokens * D + cols
+    stride = v_t.to(tl.int64) * UNIT
+    start = n * length
+    stop = tl.minimum(start + length, tokens)
+    for r in range(REPEAT):
+        acc = tl.zeros([C, D_TILE], tl.float32)
+        for at in range(start, stop, C):
+            i = at + tl.arange(0, C)
+            d = tl.load(d_s + tl.cast(r, tl.int64) * tokens + i, mask=i < stop, other=0.0)
+            there = (i < stop)[:, None] & (cols < D)
+            acc += d[:, None] * tl.load(k + i.to(tl.int64)[:, None] * stride, mask=there, other=0.0).to(tl.float32)
+        tl.store(d_q + tl.cast(r, tl.int64) * segments * D, tl.sum(acc, 0), mask=cols < D)
+    for at in range(start, stop, C):
+        i = at + tl.arange(0, C)
+        total = tl.zeros([C, D_TILE], tl.float32)
+        for r in range(REPEAT):
+            d = tl.load(d_s + tl.cast(r, tl.int64) * tokens + i, mask=i < stop, other=0.0)
+            total += d[:, None] * tl.load(q + r * D, mask=cols < D, other=0.0)[None, :]
+        there = (i < stop)[:, None] & (cols < D)
+        tl.store(d_k + i.to(tl.int64)[:, None] * D, total.to(d_k.dtype.element_ty), mask=there)
+
+
 def refusal(scores: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these tensors, None if they can."""
     if scores.dtype != torch.float32 or v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -264,14 +350,48 @@ def refusal(scores: Tensor, v: Tensor) -> str | None:
     return None
 
 
+def scores(query: Tensor, k: Tensor) -> Tensor:
+    """query . k[t] in float32, [B, H, T], of query [B, H, D], float32, and k [B, G, T, D]."""
+    (batch, heads, width), tokens = query.shape, k.shape[2]
+    (k, k_at), query = _dense(k), query.contiguous()
+    unit, out = math.gcd(16 // k.element_size(), width, *k_at), query.new_empty(batch, heads, tokens)
+    blocks = -(-tokens // 64)
+    prefix_scores[(blocks * batch * k.shape[1],)](
+        query, k, out, *(n // unit for n in k_at), heads, tokens, blocks,
+        REPEAT=heads // k.shape[1], D=width, D_TILE=padded(width), UNIT=unit, C=64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def scores_backward(d_scores: Tensor, query: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of query and k."""
+    (batch, heads, width), tokens, groups = query.shape, k.shape[2], k.shape[1]
+    d_k = k.new_empty(batch, groups, tokens, width)
+    (k, k_at), query = _dense(k), query.contiguous()
+    unit = math.gcd(16 // k.element_size(), width, *k_at)
+    length, segments = plan(batch * groups, tokens, 64, k.device)
+    parts = query.new_empty(batch, heads, segments, width)
+    prefix_scores_back[(segments * batch * groups,)](
+        query, k, d_scores.contiguous(), parts, d_k, *(n // unit for n in k_at), heads, tokens, length, segments,
+        REPEAT=heads // groups, D=width, D_TILE=padded(width), UNIT=unit, C=32,
+        num_warps=4,
+    )  # fmt: skip
+    return parts.sum(2), d_k
+
+
 def forward(
-    scores: Tensor, v: Tensor, state: tuple[Tensor, Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out [B, H, T, E], lse [B, H, T], and peak, mass and total at the end; the contract is ops.scan's."""
+    scores: Tensor, v: Tensor, state: tuple[Tensor, Tensor, Tensor] | None, recorded: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """out [B, H, T, E], what rounding took from it, lse [B, H, T], and peak, mass and total at the end; the contract is
+    ops.scan's.
+
+    recorded: gradients will be asked for; without it, or where nothing was rounded, there is no rest.
+    """
     batch, heads, tokens = scores.shape
     width = v.shape[3]
     v, v_at = _dense(v)
     out = v.new_empty(batch, heads, tokens, width)
+    rest = torch.empty_like(out) if recorded and v.dtype != torch.float32 else None
     lse, peak, mass = scores.new_empty(scores.shape), scores.new_empty(batch, heads), scores.new_empty(batch, heads)
     total = scores.new_empty(batch, heads, width)
     chunk, warps = tile(v, back=False)
@@ -284,14 +404,14 @@ def forward(
         prefix_sums[((segments - 1) * batch * heads,)](scores, v, peaks, masses, totals, *numbers, **constants)
     before = (None, None, None) if state is None else [x.contiguous() for x in state]
     prefix_walk[(segments * batch * heads,)](
-        scores, v, peaks, masses, totals, *before, out, lse, peak, mass, total, *numbers, **constants
+        scores, v, peaks, masses, totals, *before, out, rest, lse, peak, mass, total, *numbers, **constants
     )
-    return out, lse, peak, mass, total
+    return out, rest, lse, peak, mass, total
 
 
 def backward(
-    d_out: Tensor, d_mass: Tensor | None, d_total: Tensor | None, scores: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mass: Tensor,
+    d_out: Tensor, d_mass: Tensor | None, d_total: Tensor | None, scores: Tensor, v: Tensor, out: Tensor,
+    rest: Tensor | None, lse: Tensor, mass: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of scores and, for each query head, of v; and of the mass and total before the first token, divided by
     e^(peak - lse of the first token)."""
@@ -307,13 +427,13 @@ def backward(
     constants = {"E": width, "E_TILE": padded(width), "C": chunk, "num_warps": warps}
     if segments > 1:
         prefix_back_sums[((segments - 1) * batch * heads,)](
-            out, lse, d_out, later, deltas, *g_at, *numbers, **constants
+            out, rest, lse, d_out, later, deltas, *g_at, *numbers, **constants
         )
     if d_total is not None or d_mass is not None:
         d_mass = torch.zeros_like(mass) if d_mass is None else d_mass.contiguous()
         d_total = torch.zeros_like(d_first_total) if d_total is None else d_total.contiguous()
     prefix_back[(segments * batch * heads,)](
-        scores, v, out, lse, d_out, later, deltas, d_mass, d_total, mass, d_scores, d_v, d_first_total, d_first,
+        scores, v, out, rest, lse, d_out, later, deltas, d_mass, d_total, mass, d_scores, d_v, d_first_total, d_first,
         *scores.stride(), *v_at, *g_at, *numbers, REPEAT=heads // v.shape[1], **constants,
     )  # fmt: skip
     return d_scores, d_v, d_first, d_first_total
@@ -325,12 +445,16 @@ def tile(v: Tensor, back: bool) -> tuple[int, int]:
     if v.dtype == torch.float32:
         # IEEE products run on no tensor core, and their operands lie in registers
         return (16, 8 if back and wide > 64 else 4) if back or wide > 128 else (32, 4)
-    return (64, 4) if wide <= (64 if back else 128) else (64, 8)
+    # one warp, whose sums pass through no shared memory
+    return 16, 1 if wide <= 128 else 2
+
+
+PLACES = 8  # programs of a multiprocessor
 
 
 def plan(programs: int, tokens: int, chunk: int, device: torch.device) -> tuple[int, int]:
-    """Tokens of a segment, and segments: two programs a multiprocessor, and no segment below two chunks."""
-    places = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    """Tokens of a segment, and segments, none below two chunks."""
+    places = PLACES * torch.cuda.get_device_properties(device).multi_processor_count
     segments = max(1, min(places // programs, -(-tokens // (2 * chunk))))
     length = -(-tokens // (segments * chunk)) * chunk
     return length, -(-tokens // length)

@@ -1,12 +1,13 @@
-"""scan on the GPU: linear attention whose past fades by one factor a head, two launches at any length.
+"""scan on the GPU: linear attention whose past fades by one factor a head, in as many launches at any length.
 
 The sequence is cut into segments, as many as fill the GPU with the heads there are. `scan_walk` gives each program one
 segment of one head: it walks the segment chunk by chunk, products inside a chunk on the left, the state on the right,
 so that q, k and v are read once and out is written once. The state before its segment it adds up from the sums of
-k v^T that `scan_sums` has left for the pieces before. One segment needs no sums.
+k v^T that `scan_sums` has left for the pieces before. One segment needs no sums. On Hopper GPUs `scan_join` adds the
+sums up, and the walk is that of `scan_hopper`.
 
-Sums cost a second reading of k and v, but only of tokens whose weight is not 0 in float32: a head that fades by
-lambda is at 2^-126 after 126 / -log2(lambda) tokens, and what is further away from every later segment is skipped.
+Sums cost a second reading of k and v, but only of tokens that still count: a head that fades by lambda is at 2^-64
+after 64 / -log2(lambda) tokens, and what is further away from every later segment is skipped.
 
 `BACK` turns the sequence round and decays k v^T once more before it is added, which is what gradients need:
 
@@ -24,14 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import scan_hopper
 from farfield.kernels.attend import WIDEST, _dense, padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LEAST = tl.constexpr(126.0)  # 2^-126 is the smallest float32 that is not flushed to 0
+LEAST = tl.constexpr(64.0)  # what has faded to 2^-64 is below the rounding of all that is not 2^-40 of its size
 
 # what varies with the length must not make another kernel
 VARIES = ["q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "heads", "tokens", "piece", "pieces", "each"]
-VARIES += ["g_b", "g_h", "g_t", "segments", "state"]
+VARIES += ["g_b", "g_h", "g_t", "segments", "state", "skip"]
 
 
 @triton.jit
@@ -42,20 +44,21 @@ def _power(rate, n):
 
 @triton.jit
 def _reach(rate):
-    """Tokens after which a weight is 0."""
+    """Tokens after which what is left counts as nothing."""
     reach = tl.where(rate < 0, LEAST / -rate, 1e9)
     return tl.minimum(reach, 1e9).to(tl.int32) + 1
 
 
 @triton.jit
 def _tile(
-    x, at, stop, tokens, stride, cols, WIDTH: tl.constexpr, UNIT: tl.constexpr, BACK: tl.constexpr, C: tl.constexpr
+    x, at, stop, tokens, stride, cols, WIDTH: tl.constexpr, UNIT: tl.constexpr, BACK: tl.constexpr, C: tl.constexpr,
+    skip=0,
 ):  # fmt: skip
-    """[C, cols] of the tokens from `at` on, 0 from `stop` on."""
+    """[C, cols] of the tokens from `at` on, 0 from `stop` on and before `skip`."""
     r = tl.arange(0, C)
     row = tokens - 1 - at - r if BACK else at + r
     x += row.to(tl.int64)[:, None] * stride * UNIT + cols
-    return tl.load(x, mask=(at + r < stop)[:, None] & (cols < WIDTH), other=0.0)
+    return tl.load(x, mask=((at + r < stop) & (at + r >= skip))[:, None] & (cols < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -82,11 +85,12 @@ def _add(acc, k_tile, v_tile, weight, NARROW: tl.constexpr, PRECISION: tl.conste
 
 @triton.jit(do_not_specialize=VARIES)
 def scan_sums(
-    k, v, decay, sums, k_b, k_h, k_t, v_b, v_h, v_t, heads, tokens, piece, pieces, each,
-    REPEAT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, BE: tl.constexpr,
-    D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, C: tl.constexpr, BACK: tl.constexpr,
+    k, v, decay, sums, k_b, k_h, k_t, v_b, v_h, v_t, heads, tokens, skip, piece, pieces, each,
+    REPEAT: tl.constexpr, V_REPEAT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr,
+    BE: tl.constexpr, D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, C: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """sums [B H, pieces, D, E]: a piece's k v^T, faded to the piece's end; each segment has `each` pieces."""
+    """sums [B H, pieces, D, E]: a piece's k v^T, faded to the piece's end; each segment has `each` pieces. The first
+    `skip` tokens are not there."""
     PARTS: tl.constexpr = (E + BE - 1) // BE
     NARROW: tl.constexpr = k.dtype.element_ty == tl.bfloat16
     PRECISION: tl.constexpr = "ieee" if k.dtype.element_ty == tl.float32 else "tf32x3"
@@ -104,18 +108,48 @@ def scan_sums(
 
     dims, values = tl.arange(0, D_TILE), part * BE + tl.arange(0, BE)
     k += (b * k_b + h // REPEAT * k_h) * D_UNIT
-    v += (b * v_b + h // REPEAT * v_h) * E_UNIT
+    v += (b * v_b + h // V_REPEAT * v_h) * E_UNIT
     k_stride, v_stride = k_t.to(tl.int64), v_t.to(tl.int64)
     r = tl.arange(0, C)
     weight = _power(rate, C - 1 - r + BACK)
     whole = _power(rate, C)
     acc = tl.zeros([D_TILE, BE], tl.float32)
     for at in range(first, stop, C):
-        k_tile = _tile(k, at, stop, tokens, k_stride, dims, D, D_UNIT, BACK, C)
-        v_tile = _tile(v, at, stop, tokens, v_stride, values, E, E_UNIT, BACK, C)
+        k_tile = _tile(k, at, stop, tokens, k_stride, dims, D, D_UNIT, BACK, C, skip)
+        v_tile = _tile(v, at, stop, tokens, v_stride, values, E, E_UNIT, BACK, C, skip)
         acc = _add(acc * whole, k_tile, v_tile, weight, NARROW, PRECISION)
     sums += (bh.to(tl.int64) * pieces + n) * (D * E) + dims[:, None] * E + values
     tl.store(sums, acc, mask=(dims < D)[:, None] & (values < E))
+
+
+@triton.jit(do_not_specialize=VARIES)
+def scan_join(
+    sums, state, decay, before, heads, skip, piece, pieces, each, segments, across, along,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """before [B H, segments, SIZE]: what the pieces before a segment and `state` have left. The state's rows and
+    columns are `across` and `along` apart."""
+    PARTS: tl.constexpr = SIZE // BLOCK
+    pid = tl.program_id(0)
+    part, bh = pid % PARTS, (pid // PARTS).to(tl.int64)
+    rate = tl.load(decay + bh % heads).to(tl.float32) * LOG2E
+    place = part * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    if state is not None:
+        acc += tl.load(state + bh * SIZE + place // WIDTH * across + place % WIDTH * along)
+    before += bh * segments * SIZE + place
+    sums += bh * pieces * SIZE + place
+    tl.store(before, acc)
+    i = tl.arange(0, MOST)
+    reach, length = _reach(rate), each * piece
+    weight, fade = _power(rate, (each - 1 - i) * piece), _power(rate, length)
+    for n in tl.range(0, segments - 1, num_stages=3):
+        # what is beyond the reach of the next segment was not written
+        there = (i < each) & (length - reach < (i + 1) * piece)
+        more = tl.load(sums + (n * each + i)[:, None] * SIZE, mask=there[:, None], other=0.0)
+        # the first segment is short where tokens are skipped
+        acc = acc * (_power(rate, length - skip) if n == 0 else fade) + tl.sum(more * weight[:, None], 0)
+        tl.store(before + (n + 1) * SIZE, acc)
 
 
 @triton.jit
@@ -277,6 +311,15 @@ def tiles(width: int, value_width: int, dtype: torch.dtype) -> Tiles:
     return Tiles(16, min(value_width, 32 if width <= 64 else 16), 4, 1, 2)
 
 
+# the states before segments on Hopper GPUs, by widths
+SUMS = {
+    (64, 64): Tiles(64, 64, 4, 6, 1),
+    (64, 128): Tiles(64, 64, 4, 4, 1),
+    (128, 64): Tiles(64, 64, 4, 4, 1),
+    (128, 128): Tiles(64, 64, 4, 4, 1),
+}
+JOINED = 512  # numbers of a state that a program joins
+
 # for gradients of k and v at once
 BACK_TILES = Tiles(64, 64, 4, 3, 1)
 
@@ -293,18 +336,29 @@ def refusal(q: Tensor, v: Tensor) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, back: bool
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, back: bool,
+    kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [B, H, T, E] in q's dtype and end [B, H, D, E] in float32; the contract is ops.scan's."""
+    """out [B, H, T, E] in q's dtype and end [B, H, D, E] in float32; the contract is ops.scan's. `kept` gets what
+    gradient_of_queries can go by."""
     batch, _, tokens, width = q.shape
     heads, value_width = max(q.shape[1], k.shape[1]), v.shape[3]
     out = q.new_empty(batch, heads, tokens, value_width)
     end = q.new_empty(batch, heads, width, value_width, dtype=torch.float32)
     (q, q_at), (k, k_at), (v, v_at) = _dense(q), _dense(k), _dense(v)
+    if scan_hopper.wants(q, k, v):
+        cut = _whole(batch * heads, tokens, q.device)
+        # as the state lies in the registers of the walk: [values, dims]
+        before = _states(v, k, decay, heads, cut, state, True, back)
+        if kept is not None and before is not None:
+            kept.append(before)
+        walk = scan_hopper.Walk(q, k, v, out)
+        scan_hopper.walk([walk], decay, before, True, end, (cut.piece, cut.each, cut.segments), back)
+        return out, end
     d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(v, value_width, *v_at)
     tile = tiles(padded(width), padded(value_width), q.dtype)
     parts = -(-value_width // tile.values)
-    cut = plan(batch * heads * parts, tokens, tile, q.device)
+    cut = plan(batch * heads * parts, tokens, tile.chunk, tile.programs, q.device)
     constants = {
         "REPEAT": heads // k.shape[1], "D": width, "E": value_width, "D_TILE": padded(width), "BE": tile.values,
         "D_UNIT": d_unit, "E_UNIT": e_unit, "C": tile.chunk, "BACK": back, "num_warps": tile.warps,
@@ -319,6 +373,22 @@ def forward(
     return out, end
 
 
+def gradient_of_queries(
+    d_out: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor | None
+) -> Tensor | None:  # fmt: skip
+    """For each query head, by the states that the forward has kept; None where there are none or they do not fit."""
+    (d_out, _), (k, _), (v, _) = _dense(d_out), _dense(k), _dense(v)
+    if before is None or not scan_hopper.wants(d_out, k, v):
+        return None
+    batch, heads, tokens, value_width = d_out.shape
+    width = k.shape[3]
+    cut = _whole(batch * heads, tokens, k.device)
+    d_q, end = d_out.new_empty(batch, heads, tokens, width), before.new_empty(batch, heads, value_width, width)
+    walk = scan_hopper.Walk(d_out, v, k, d_q)
+    scan_hopper.walk([walk], decay, before, False, end, (cut.piece, cut.each, cut.segments), False)
+    return d_q
+
+
 def together(width: int, value_width: int, dtype: torch.dtype) -> bool:
     """Whether one program holds a whole state and what both gradients need."""
     return dtype == torch.bfloat16 and max(width, value_width) <= 64
@@ -331,17 +401,19 @@ def gradients(
     batch, heads, tokens, width = q.shape
     value_width = v.shape[3]
     d_tile, e_tile = padded(width), padded(value_width)
+    (q, q_at), (k, k_at), (v, v_at), (d_out, g_at) = _dense(q), _dense(k), _dense(v), _dense(d_out)
+    if scan_hopper.wants(q, k, v, d_out):
+        return _two(d_out, d_end, q, k, v, decay)
     if not together(d_tile, e_tile, q.dtype):
         return None
     d_k = q.new_empty(batch, heads, tokens, width)
     d_v = q.new_empty(batch, heads, tokens, value_width)
     end = q.new_empty(batch, heads, width, value_width, dtype=torch.float32)
-    (q, q_at), (k, k_at), (v, v_at), (d_out, g_at) = _dense(q), _dense(k), _dense(v), _dense(d_out)
     d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(v, value_width, *v_at, *g_at)
     q_at, k_at = [n // d_unit for n in q_at], [n // d_unit for n in k_at]
     v_at, g_at = [n // e_unit for n in v_at], [n // e_unit for n in g_at]
     tile = BACK_TILES
-    cut = plan(batch * heads, tokens, tile, q.device)
+    cut = plan(batch * heads, tokens, tile.chunk, tile.programs, q.device)
     constants = {
         "D": width, "E": value_width, "D_TILE": d_tile, "D_UNIT": d_unit, "E_UNIT": e_unit, "C": tile.chunk,
         "num_warps": tile.warps, "num_stages": tile.stages,
@@ -357,6 +429,62 @@ def gradients(
     return d_k, d_v, end
 
 
+def _two(
+    d_out: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gradients on Hopper GPUs: both walks go by the same states, and programs of both read the same at a time."""
+    batch, heads, tokens, width = q.shape
+    value_width = v.shape[3]
+    d_k = q.new_empty(batch, heads, tokens, width)
+    d_v = q.new_empty(batch, heads, tokens, value_width)
+    end = q.new_empty(batch, heads, width, value_width, dtype=torch.float32)
+    walks = [scan_hopper.Walk(k, q, d_out, d_v), scan_hopper.Walk(v, d_out, q, d_k)]
+    many = 2 if width == value_width else 1
+    cut = _whole(many * batch * heads, tokens, q.device)
+    before = _states(d_out, q, decay, heads, cut, d_end, True, True)
+    numbers = cut.piece, cut.each, cut.segments
+    if many == 2:
+        scan_hopper.walk(walks, decay, before, True, end, numbers, True)
+    else:
+        scan_hopper.walk(walks[:1], decay, before, True, end, numbers, True)
+        scan_hopper.walk(walks[1:], decay, before, False, torch.empty_like(end), numbers, True)
+    return d_k, d_v, end
+
+
+def _whole(programs: int, tokens: int, device: torch.device) -> Cut:
+    """The plan for whole chunks, one program a multiprocessor."""
+    chunk = scan_hopper.CHUNK
+    return plan(programs, -(-tokens // chunk) * chunk, chunk, 1, device, FINE)
+
+
+def _states(
+    k: Tensor, v: Tensor, decay: Tensor, heads: int, cut: Cut, state: Tensor | None, turned: bool, back: bool
+) -> Tensor | None:
+    """The state k v^T before each segment, [B H, segments, D, E]; the one given is [E, D] if it is `turned`."""
+    if cut.segments == 1 and state is None:
+        return None
+    (batch, _, tokens, width), value_width = k.shape, v.shape[3]
+    skip = -tokens % scan_hopper.CHUNK if back else 0
+    before = torch.empty(batch * heads, cut.segments, width, value_width, dtype=torch.float32, device=k.device)
+    k_at, v_at = ([n // 8 for n in x.stride()[:3]] for x in (k, v))
+    sums = before
+    if cut.segments > 1:
+        tile = SUMS[width, value_width]
+        sums = torch.empty(batch * heads, cut.pieces, width, value_width, dtype=torch.float32, device=k.device)
+        scan_sums[(value_width // tile.values * cut.pieces * batch * heads,)](
+            k, v, decay, sums, *k_at, *v_at, heads, tokens + skip, skip, cut.piece, cut.pieces, cut.each,
+            REPEAT=heads // k.shape[1], V_REPEAT=heads // v.shape[1], D=width, E=value_width, D_TILE=width,
+            BE=tile.values, D_UNIT=8, E_UNIT=8, C=tile.chunk, BACK=back, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    apart = (1, width) if turned else (value_width, 1)
+    scan_join[(width * value_width // JOINED * batch * heads,)](
+        sums, None if state is None else state.contiguous(), decay, before, heads, skip, cut.piece, cut.pieces,
+        cut.each, cut.segments, *apart, SIZE=width * value_width, WIDTH=value_width, BLOCK=JOINED, MOST=FINE,
+        num_warps=4,
+    )  # fmt: skip
+    return before
+
+
 def _sums(
     k: Tensor, v: Tensor, decay: Tensor, heads: int, cut: Cut, k_at: list[int], v_at: list[int], constants: dict
 ) -> Tensor | None:
@@ -365,7 +493,7 @@ def _sums(
     (batch, _, tokens, width), value_width = k.shape, v.shape[3]
     sums = torch.empty(batch * heads, cut.pieces, width, value_width, dtype=torch.float32, device=k.device)
     scan_sums[(-(-value_width // constants["BE"]) * cut.pieces * batch * heads,)](
-        k, v, decay, sums, *k_at, *v_at, heads, tokens, *cut.numbers[:3], **constants
+        k, v, decay, sums, *k_at, *v_at, heads, tokens, 0, *cut.numbers[:3], V_REPEAT=constants["REPEAT"], **constants
     )
     return sums
 
@@ -379,6 +507,7 @@ def _unit(x: Tensor, *sizes: int) -> int:
 
 
 EACH = 4  # pieces of a segment: heads that fade fast leave the GPU to the others
+FINE = 8  # the same where they are joined by a launch of their own
 
 
 class Cut(NamedTuple):
@@ -399,13 +528,14 @@ class Cut(NamedTuple):
         return self.piece, self.pieces, self.each, self.segments
 
 
-def plan(programs: int, tokens: int, tile: Tiles, device: torch.device) -> Cut:
-    """As many segments as fill the GPU, given so many programs a segment."""
-    places = torch.cuda.get_device_properties(device).multi_processor_count * tile.programs
-    segments = max(1, min(places // programs, -(-tokens // (2 * tile.chunk))))
+def plan(programs: int, tokens: int, chunk: int, places: int, device: torch.device, each: int = EACH) -> Cut:
+    """As many segments as fill the GPU, given so many programs a segment and places a multiprocessor; `each` pieces a
+    segment at most."""
+    places *= torch.cuda.get_device_properties(device).multi_processor_count
+    segments = max(1, min(places // programs, -(-tokens // (2 * chunk))))
     if segments == 1:
         return Cut(tokens, 1, 1)
     length = -(-tokens // segments)
-    piece = -(-length // (EACH * tile.chunk)) * tile.chunk
+    piece = -(-length // (each * chunk)) * chunk
     each = -(-length // piece)
     return Cut(piece, each, -(-tokens // (piece * each)))

@@ -57,16 +57,19 @@ def _spans(
     keys, order, start, reader, base, shift, per_list, per_segment, total, bounds, entries, steps, SIZE: tl.constexpr
 ):
     """Where each row block's entries start, and what each entry of the sort is."""
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    low = tl.zeros([SIZE], tl.int64)
-    high = tl.zeros([SIZE], tl.int64) + entries
-    for _step in range(steps):
-        middle = (low + high) // 2
-        open_ = low < high
-        below = tl.load(keys + middle, mask=open_ & (at < bounds), other=0).to(tl.int64) < base + at
-        low = tl.where(open_ & below, middle + 1, low)
-        high = tl.where(open_ & (below == 0), middle, high)
-    tl.store(start + at, low.to(tl.int32), mask=at < bounds)
+    first = tl.program_id(0).to(tl.int64) * SIZE
+    at = first + tl.arange(0, SIZE)
+    # there are far fewer row blocks than entries
+    if first < bounds:
+        low = tl.zeros([SIZE], tl.int64)
+        high = tl.zeros([SIZE], tl.int64) + entries
+        for _step in range(steps):
+            middle = (low + high) // 2
+            open_ = low < high
+            below = tl.load(keys + middle, mask=open_ & (at < bounds), other=0).to(tl.int64) < base + at
+            low = tl.where(open_ & below, middle + 1, low)
+            high = tl.where(open_ & (below == 0), middle, high)
+        tl.store(start + at, low.to(tl.int32), mask=at < bounds)
     entry = tl.load(order + shift + at, mask=at < total, other=0) - shift
     tl.store(reader + shift + at, (entry % per_segment // per_list).to(tl.int32), mask=at < total)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
-from farfield.ops.scan import Prefix, prefix_softmax
+from farfield.ops.scan import Prefix, prefix_scores, prefix_softmax
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,4 @@ class Aaren(Mechanism):
 
     def _scores(self, query: Tensor, k: Tensor) -> Tensor:
         """[B, H, T] of query [B, H, D] and k [B, G, T, D], in the query's dtype."""
-        scale = k.shape[3] ** -0.5 if self.scale is None else self.scale
-        with torch.autocast(k.device.type, enabled=False):
-            return (query.unflatten(1, (k.shape[1], -1)) * scale @ k.to(query.dtype).mT).flatten(1, 2)
+        return prefix_scores(query * (k.shape[3] ** -0.5 if self.scale is None else self.scale), k)

@@ -152,6 +152,8 @@ class OpenedState(FMAState):
 
     all_k: Tensor  # [B, G, tokens, D], rotated
     all_v: Tensor
+    hold: int
+    askers: Tensor  # [B, H, tokens / hold, D], the query that chooses for each run, rotated; none where each does
     sketches: tuple[opened.Sketch, ...]  # of the summarized blocks
 
     def crop(self, drop: int) -> OpenedState:
@@ -160,7 +162,13 @@ class OpenedState(FMAState):
         blocks = _summarized(state.tokens, self.block, self.near)
         sketches = (opened.cut(x, 0, blocks >> height) for height, x in enumerate(self.sketches))
         keep = state.tokens
-        return replace(state, all_k=self.all_k[:, :, :keep], all_v=self.all_v[:, :, :keep], sketches=tuple(sketches))
+        return replace(
+            state,
+            all_k=self.all_k[:, :, :keep],
+            all_v=self.all_v[:, :, :keep],
+            askers=self.askers[:, :, : -(-keep // self.hold)],
+            sketches=tuple(sketches),
+        )
 
 
 class FMA(Mechanism):
@@ -181,6 +189,8 @@ class FMA(Mechanism):
         score: what a group could hide: "peak", "box", "ball" or "mean", see farfield.select.opened.
         detail: rows of a group's sketch, which scores what its best row scores; divides `block`. Default rank.
         shared: the query heads of a key head open the same groups; otherwise each its own.
+        hold: so many queries in a row open the same groups, chosen by the first of them; divides `block`. Choosing
+            then costs 1 / hold, and with a multiple of 64 a GPU reads what is opened as it reads what is near.
         tolerance: opens so many more groups that no output is farther from full attention's than this; see `certify`.
         level_bias: a learned number for each key head and level, added to the logits of its summaries; starts at 0.
         kv_heads, width, value_width, levels: G, D, E and the number of levels, for what has parameters:
@@ -208,6 +218,7 @@ class FMA(Mechanism):
                 "sinks": 3,
                 "open": 2,
                 "beam": 3,
+                "hold": 2,
                 "score": "box",
                 "level_bias": True,
                 "kv_heads": 2,
@@ -239,6 +250,7 @@ class FMA(Mechanism):
         score: str = "peak",
         detail: int | None = None,
         shared: bool = True,
+        hold: int = 1,
         level_bias: bool = False,
         tolerance: float | None = None,
         causal: bool = True,
@@ -264,7 +276,7 @@ class FMA(Mechanism):
             raise ValueError(f"fma: rewind must not be negative, got {rewind}")
         self.block, self.near, self.rank, self.sinks = block, near, rank, sinks
         self.queries, self.rewind = queries, rewind
-        self.open, self.beam, self.score, self.shared = open, beam, score, shared
+        self.open, self.beam, self.score, self.shared, self.hold = open, beam, score, shared, hold
         self.detail = rank if detail is None else detail
         self._check_opening()
         if queries == "pooled":
@@ -292,6 +304,8 @@ class FMA(Mechanism):
             raise ValueError(f"fma: score must be one of {', '.join(opened.SCORES)}, got {self.score!r}")
         if self.detail < 1 or self.block % self.detail:
             raise ValueError(f"fma: detail must divide block={self.block}, got {self.detail}")
+        if self.hold < 1 or self.block % self.hold:
+            raise ValueError(f"fma: hold must divide block={self.block}, got {self.hold}")
         if self.open and self.queries == "pooled":
             raise NotImplementedError("fma: pooled queries choose no groups; use queries='kept' with open")
 
@@ -335,7 +349,7 @@ class FMA(Mechanism):
                 return found
             sketches = self._sketches(k, tree, self._present(tree, q.device))
             where = opened.place(0, q.shape[2], self.block, q.device)
-            return self._attend_opened(turned, Rows(k, v), far, sketches, where, starts)[0]
+            return self._attend_opened(turned, Rows(k, v), far, sketches, where, starts, asking=self._held(turned))[0]
         sources = [(Rows(k, v), _layout(near_list, q, k, self.block, self.block, self.causal))]
         if far is not None and (kept or self.sinks):
             sources.append((far, _layout(far_list, q, far.k, self.block, self.rank)))
@@ -359,12 +373,14 @@ class FMA(Mechanism):
     def _quickly(self, q: Tensor, k: Tensor, v: Tensor, far: Rows, tree: Tree) -> Tensor | None:
         """Opened attention by kernels of its own, None where they do not take it; q and the keys are rotated."""
         self._check_opening()
-        beam = 2 * self.open if self.beam is None else self.beam
-        plan = on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared))
+        plan = self.plan()
         if self.score != "peak" or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
             return None
         scale = q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
         chosen = on_gpu.choose(q, k, tree, plan, scale)
+        if self.hold % on_gpu.TILE == 0:
+            near, listed = on_gpu.lists(*chosen, tree, plan, q.shape[2])
+            return opened.attend_runs(q, Rows(k, v), far, near, listed, self.hold, self.block, self.rank, scale).out
         return on_gpu.attend(q, k, v, (far.k, far.v, far.bias), chosen, tree, plan, scale)
 
     def _sketches(self, k: Tensor, tree: Tree, present: Tensor | None) -> list[opened.Sketch]:
@@ -373,6 +389,15 @@ class FMA(Mechanism):
         present = None if present is None else present.unflatten(1, (tree.blocks, self.block))
         blocks_k = to_blocks(k.detach(), self.block, tree.blocks)
         return opened.sketch(self.score, blocks_k, present, self.detail, levels=tree.levels, complete=tree.complete)
+
+    def plan(self) -> on_gpu.Plan:
+        """How groups are opened, for the kernels."""
+        beam = 2 * self.open if self.beam is None else self.beam
+        return on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared), self.hold)
+
+    def _held(self, q: Tensor) -> Tensor:
+        """For each query the one that chooses for it."""
+        return q if self.hold == 1 else q[:, :, :: self.hold].repeat_interleave(self.hold, 2)[:, :, : q.shape[2]]
 
     def _attend_opened(
         self,
@@ -384,12 +409,13 @@ class FMA(Mechanism):
         starts: Sequence[int],
         first: int = 0,
         *,
+        asking: Tensor,
         more: int = 0,
         boxes: opened.Boxes | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Each query's own lists over all tokens and all summaries, and the bound where there are `boxes`.
 
-        q and the keys are rotated; `more` groups than `open` are opened.
+        q and the keys are rotated; `asking` chooses; `more` groups than `open` are opened.
         """
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
         sinks = -(-self.sinks // self.rank)
@@ -400,7 +426,7 @@ class FMA(Mechanism):
             q,
             tokens,
             far,
-            opened.asked(self.score, q, scale),
+            opened.asked(self.score, asking, scale),
             opened.told(self.score, sketches),
             where,
             opening,
@@ -448,11 +474,14 @@ class FMA(Mechanism):
         where, rows = opened.place(0, q.shape[2], self.block, q.device), Rows(found.k, found.v)
         tolerance = math.inf if self.tolerance is None else self.tolerance
         more = 0
-        out, bound = self._attend_opened(q, rows, far, sketches, where, starts, boxes=boxes)
+        asking = self._held(q)
+        out, bound = self._attend_opened(q, rows, far, sketches, where, starts, asking=asking, boxes=boxes)
         assert bound is not None
         while self.open + more < tree.blocks and (self.tolerance is not None and not (bound <= tolerance).all()):
             more = max(1, 2 * more)
-            now, least = self._attend_opened(q, rows, far, sketches, where, starts, more=more, boxes=boxes)
+            now, least = self._attend_opened(
+                q, rows, far, sketches, where, starts, asking=asking, more=more, boxes=boxes
+            )
             assert least is not None
             above = ~(bound <= tolerance)
             out, bound = torch.where(above[..., None], now, out), torch.where(above, least, bound)
@@ -485,12 +514,14 @@ class FMA(Mechanism):
         if state is None:
             nothing = k[:, :, :0], v[:, :, :0]
             empty = 0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),)
-            state = OpenedState(*empty, *nothing, ()) if self.open else FMAState(*empty)
+            state = OpenedState(*empty, *nothing, self.hold, q[:, :, :0], ()) if self.open else FMAState(*empty)
         if self.open and not isinstance(state, OpenedState):
             raise ValueError(
                 f"fma: open={self.open} reads far tokens, but this state was made with open=0 and has forgotten them; "
                 "begin a new one"
             )
+        if isinstance(state, OpenedState) and state.hold != self.hold:
+            raise ValueError(f"fma: the state was made with hold={state.hold}, not hold={self.hold}; begin a new one")
         if not q.shape[2]:
             return no_tokens(q, v), state
         out, now = self._continue(q, k, v, state, rotary)
@@ -517,11 +548,15 @@ class FMA(Mechanism):
         self._reach(len(starts), last + 1)
         now = FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
         if isinstance(state, OpenedState):
-            now = self._remember(now, state, new_k, new_v, rotary)
+            now = self._remember(now, state, q[:, :, lead:], new_k, new_v, rotary)
             if self.open and levels:
                 where = opened.place(seen, tokens, m, q.device)
-                rows, sketches = Rows(now.all_k, now.all_v), now.sketches[: len(starts)]
-                return self._attend_opened(q[:, :, lead:], rows, far, sketches, where, starts, seen)[0], now
+                rows, sketches, asking = Rows(now.all_k, now.all_v), now.sketches[: len(starts)], q[:, :, lead:]
+                if self.hold > 1:
+                    asking = now.askers[:, :, torch.arange(seen, tokens, device=q.device) // self.hold]
+                return self._attend_opened(q[:, :, lead:], rows, far, sketches, where, starts, seen, asking=asking)[
+                    0
+                ], now
         near_list, far_list = self._lists(starts, last + 1, q.device, here, first)
         near = _layout(near_list, q, k, q_block, m, causal=True)
         sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
@@ -531,8 +566,11 @@ class FMA(Mechanism):
         out = attend(q, sources, scale=self.scale, position=position).out[:, :, lead:]
         return out, now
 
-    def _remember(self, now: FMAState, before: OpenedState, k: Tensor, v: Tensor, rotary) -> OpenedState:
-        """`now` with all tokens, the new ones k and v among them, and the sketches of all summarized blocks."""
+    def _remember(self, now: FMAState, before: OpenedState, q: Tensor, k: Tensor, v: Tensor, rotary) -> OpenedState:
+        """`now` with all tokens, those of the new q (rotated), k and v too, and sketches of all summarized blocks."""
+        askers = before.askers
+        if self.hold > 1:
+            askers = torch.cat([askers, q[:, :, -before.tokens % self.hold :: self.hold]], 2)
         if rotary is not None:
             k = rotary(k, torch.arange(before.tokens, now.tokens, device=k.device))
         k, v = torch.cat([before.all_k, k], 2), torch.cat([before.all_v, v], 2)
@@ -547,7 +585,7 @@ class FMA(Mechanism):
             new = opened.sketch(self.score, keys, present, self.detail, below=sketches)
             sketches = [*(opened.joined(*pair) for pair in zip(sketches, new, strict=False)), *new[len(sketches) :]]
         parts = {f.name: getattr(now, f.name) for f in fields(FMAState)}
-        return OpenedState(**parts, all_k=k, all_v=v, sketches=tuple(sketches))
+        return OpenedState(**parts, all_k=k, all_v=v, hold=self.hold, askers=askers, sketches=tuple(sketches))
 
     def _grow(self, k, v, state: FMAState, tokens: int) -> tuple[list[Level], list[Grown]]:
         """The levels and the pool's memory once every block that the last query no longer reads is summarized."""
@@ -661,7 +699,9 @@ class FMA(Mechanism):
                     for x in (packing.block_of, packing.blocks, packing.start, packing.document)
                 )
             )
-            return packing.restore(self._attend_opened(q, Rows(k, v, bias=bias), far, sketches, where, starts)[0])
+            rows = Rows(k, v, bias=bias)
+            found = self._attend_opened(q, rows, far, sketches, where, starts, asking=self._held(q))[0]
+            return packing.restore(found)
         sources = [(Rows(k, v, bias=bias), near)]
         if starts:
             sources.append((far, _layout(far_list, q, far.k, m, self.rank)))
@@ -804,6 +844,7 @@ class FMA(Mechanism):
         tokens, m, d = q.shape[2], self.block, self.detail
         repeat = q.shape[1] // k.shape[1]
         x = q.detach() * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        x = x[:, :, torch.arange(tokens) // self.hold * self.hold]
         k = k.detach().repeat_interleave(repeat, 1)
         levels = [(m, self.near // m)]
         while (tokens - 1) // levels[-1][0] > levels[-1][1]:

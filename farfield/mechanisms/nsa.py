@@ -27,6 +27,7 @@ from torch.nn.functional import gelu
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, check_qkv, no_tokens
 from farfield.ops.attend import attend
 from farfield.ops.compress import MLP, compress, takes
+from farfield.ops.fan import fan
 from farfield.ops.mix import mix
 from farfield.ops.replayed import replayed
 from farfield.select.scored import Scoring, attend_and_choose, attend_chosen, check, choose, recent, tokens_read
@@ -312,21 +313,23 @@ def _together(q: Tensor, k: Tensor, v: Tensor, *given) -> Tensor:
     *weights, scoring, window, scale = given
     mlp = MLP(*weights[:6]) if weights else None
     rows = _complete(k.shape[2], scoring.stride, scoring.span)
+    (k, k1, k2), (v, v1, v2) = fan(k, 3), fan(v, 3)
     compressed = compress(k, v, mlp, stride=scoring.stride, span=scoring.span, rows=rows)
     gates: dict[str, Tensor] = {"gate": weights[6], "bias": weights[7]} if weights else {}
-    return _branches(q, (k, v), compressed, (k, v), scoring, window, scale, 0, gates)
+    return _branches(q, (k1, v1), compressed, (k2, v2), scoring, window, scale, 0, gates)
 
 
 def _branches(
     q: Tensor, rows: Pair, compressed: Pair, window: Pair, scoring: Scoring, width: int, scale: float | None,
     first: int, weights: Mapping[str, Tensor],
 ) -> Tensor:  # fmt: skip
+    q, q1, q2, q3 = fan(q, 4)
     far, choice = attend_and_choose(q, *compressed, scoring, first=first, scale=scale)
-    selected = attend_chosen(q, Rows(*rows), choice, scoring.block, first=first, scale=scale)
+    selected = attend_chosen(q1, Rows(*rows), choice, scoring.block, first=first, scale=scale)
     layout = recent(tokens=q.shape[2], rows=window[0].shape[2], width=width, device=q.device)
     position = torch.arange(first, first + q.shape[2], device=q.device) if first else None
-    near = attend(q, Rows(*window), layout, scale=scale, position=position)
-    return mix((far.out, selected.out, near.out), q, **weights)
+    near = attend(q2, Rows(*window), layout, scale=scale, position=position)
+    return mix((far.out, selected.out, near.out), q3, **weights)
 
 
 def _each(x: Tensor, matrix: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from farfield.ops.pool import Tree
 
 RANKS = (1, 2, 4, 8, 16, 32)
 MOST = 64  # groups opened, and looked into on a level
-LONGEST = 1 << 16  # tokens
+LONGEST = 1 << 16  # tokens where each query, or few together, have lists of their own
+TILE = 64  # queries that read what is opened as they read what is near, if they choose together
 
 
 class Plan(NamedTuple):
@@ -24,6 +25,7 @@ class Plan(NamedTuple):
         near: tokens read one by one before a query's block.
         detail: rows of a group's sketch.
         picks, beam, shared: as in select.opened.Opening.
+        hold: queries in a row that open the same groups.
     """
 
     near: int
@@ -31,6 +33,7 @@ class Plan(NamedTuple):
     picks: int
     beam: int
     shared: int
+    hold: int = 1
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | None:
@@ -45,17 +48,27 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | No
         return f"takes blocks of 64 and 128, ranks and sketches of powers of two, got {tree.block} and {tree.rank}"
     if max(plan.picks, plan.beam) > MOST or q.shape[1] // k.shape[1] > MOST:
         return f"takes {MOST} groups and query heads of a key head at most"
-    if not tree.complete or q.shape[2] > LONGEST or not q.shape[0] * q.shape[1]:
-        return f"takes causal sequences of up to {LONGEST} tokens, at least one"
+    if not tree.complete or not q.shape[0] * q.shape[1]:
+        return "takes causal sequences, at least one of them"
+    if q.shape[2] > LONGEST and plan.hold % TILE:
+        return f"takes {LONGEST} tokens where fewer than {TILE} queries choose together, got {q.shape[2]}"
     return None
 
 
 def choose(
     q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G T D"], tree: Tree, plan: Plan, scale: float
-) -> tuple[Int[Tensor, "B lists T k"], Int[Tensor, "B lists T"]]:
-    """The groups of level 1 that each query opens by the score "peak", ascending, and how many; no gradient."""
+) -> tuple[Int[Tensor, "B lists N k"], Int[Tensor, "B lists N"]]:
+    """The groups of level 1 that each run of queries opens by the score "peak", ascending, and how many."""
     leaves, count = _choose(q.detach(), k.detach(), list(tree), list(plan), scale)
     return leaves, count
+
+
+def lists(
+    leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, tokens: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The near and far lists of runs of queries, each as index [B, lists, runs, P] and count."""
+    near, near_count, far, far_count = _lists(leaves, count, list(tree), list(plan), tokens)
+    return (near, near_count), (far, far_count)
 
 
 def attend(
@@ -76,6 +89,9 @@ def attend(
         far: keys, values [B, G, R, D] and biases [1|B, 1|G, R] of the summaries, in the order of `tree`.
         chosen: of `choose`.
     """
+    if plan.hold > 1:
+        leaves, count = (x.repeat_interleave(plan.hold, 2)[:, :, : q.shape[2]] for x in chosen)
+        chosen = leaves, count
     return _attend(q, k, v, *far, *chosen, list(tree), list(plan), scale)[0]
 
 
@@ -90,14 +106,42 @@ def _choose(q: Tensor, k: Tensor, tree: Sequence[int], plan: Sequence[int], scal
 
     whole, about = _tree(tree), Plan(*plan)
     peaks = opened.peaks_of(k, whole, about.detail)
-    return opened.choose(q, peaks, whole, about.near, about.detail, about.picks, about.beam, bool(about.shared), scale)
+    return opened.choose(
+        q, peaks, whole, about.near, about.detail, about.picks, about.beam, bool(about.shared), scale, about.hold
+    )
 
 
 @_choose.register_fake
 def _(q, k, tree, plan, scale):
     about = Plan(*plan)
-    shape = q.shape[0], k.shape[1] if about.shared else q.shape[1], q.shape[2]
+    shape = q.shape[0], k.shape[1] if about.shared else q.shape[1], -(-q.shape[2] // about.hold)
     return q.new_empty(*shape, about.picks, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
+
+
+@custom_op("farfield::opened_runs", mutates_args=())
+def _lists(
+    leaves: Tensor, count: Tensor, tree: Sequence[int], plan: Sequence[int], tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from farfield.kernels import opened
+
+    about = Plan(*plan)
+    near, far = opened.lists_of_runs(leaves, count, _tree(tree), about.near, about.hold, tokens)
+    return *near, *far
+
+
+@_lists.register_fake
+def _(leaves, count, tree, plan, tokens):
+    widths = list_widths(_tree(tree), Plan(*plan).near, leaves.shape[3])
+    near, far = (leaves.new_empty(*count.shape, n) for n in widths)
+    return near, torch.empty_like(count), far, torch.empty_like(count)
+
+
+def list_widths(tree: Tree, near: int, picks: int) -> tuple[int, int]:
+    """The longest near and far list that there can be."""
+    groups = tree.groups
+    width = near // tree.block + 1 + min(picks, groups[0])
+    # of the children of an opened group one at least is opened
+    return width, tree.lead // tree.rank + sum(2 + min(picks, n) for n in [*groups[1:], 0])
 
 
 @custom_op("farfield::attend_opened", mutates_args=())

@@ -36,9 +36,10 @@ def scan(
     exponentials of sums of decays are taken, never of their differences: strong decays, and -inf, which forgets
     everything before its token, lose no precision.
 
-    Work O(T chunk). Decays per head that need no gradient cost no memory beyond the result, since the backward computes
-    the states again, and have a kernel on the GPU: bfloat16, float16 and float32, widths up to 256; its states are as
-    exact as products of the inputs' dtype. Others take O(T (chunk + D E / chunk)).
+    Work O(T chunk). Decays per head that need no gradient cost no memory beyond the result and a few states, since the
+    backward computes the others again, and have a kernel on the GPU: bfloat16, float16 and float32, widths up to 256;
+    its states are as exact as products of the inputs' dtype, and what has faded below 2^-64 may be dropped. Others take
+    O(T (chunk + D E / chunk)).
 
     Args:
         decay: log of the factor on the state, at most 0, per head or per token. Default 0: nothing fades.
@@ -117,21 +118,24 @@ def _faded(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk:
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, back: bool, chunk: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, back: bool, chunk: int,
+    kept: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [B, H, T, E] and end [B, H, D, E], by whatever takes the call. q may have fewer heads than k and v, too.
 
     back: from the last token to the first, and state and end on the other side of their token's decay:
 
         out[t] = sum_{s >= t} e^(decay (s - t)) (q[t] . k[s]) v[s] + e^(decay (T - 1 - t)) q[t] state
         end = sum_s e^(decay (s + 1)) k[s] v[s]^T + e^(decay T) state
+
+    kept: gets the states that the kernels have started from, where they leave some.
     """
     given = state if state.numel() else None
     if q.is_cuda:
         from farfield.kernels.scan import forward, refusal
 
         if not refusal(q, v):
-            return forward(q, k, v, decay, given, back)
+            return forward(q, k, v, decay, given, back, kept)
     T = q.shape[2]
     every = decay[None, :, None]
     with torch.no_grad():
@@ -146,20 +150,23 @@ def _run(
 
 
 def _gradients(
-    d_out: Tensor, d_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of q, k, v and state: three more recurrences; an empty d_end stands for zeros.
+    d_out: Tensor, d_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of q, k, v and state: three more recurrences; an empty d_end stands for zeros, `before` is what the forward kept.
 
     With S of the forward and R[t] = sum_{s >= t} lambda^(s - t) q[s] d_out[s]^T + lambda^(T - 1 - t) d_end:
     dq = d_out S^T, dk = v R^T, dv = k R, and d state = lambda R[0].
     """
-    d_q, _ = _run(d_out, v, k, decay, state.mT if state.numel() else state, False, chunk)
-    both = None
+    d_q = both = None
     if q.is_cuda:
-        from farfield.kernels.scan import gradients, refusal
+        from farfield.kernels.scan import gradient_of_queries, gradients, refusal
 
         if not refusal(q, v):
+            d_q = gradient_of_queries(d_out, k, v, decay, before)
             both = gradients(d_out, d_end if d_end.numel() else None, q, k, v, decay)
+    if d_q is None:
+        d_q, _ = _run(d_out, v, k, decay, state.mT if state.numel() else state, False, chunk)
     if both is None:
         d_k, _ = _run(v, d_out, q, decay, d_end.mT if d_end.numel() else d_end, True, chunk)
         both = d_k, *_run(k, q, d_out, decay, d_end, True, chunk)
@@ -178,8 +185,11 @@ class _Faded(torch.autograd.Function):
         # most use out alone, and zeros for end would have to be written and read
         ctx.set_materialize_grads(False)
         ctx.chunk = chunk
-        ctx.save_for_backward(q, k, v, decay, state)
-        return _run(q, k, v, decay, state, False, chunk)
+        # dq goes by the states of the forward
+        kept: list[Tensor] = []
+        out, end = _run(q, k, v, decay, state, False, chunk, kept)
+        ctx.save_for_backward(q, k, v, decay, state, *kept)
+        return out, end
 
     @staticmethod
     def backward(ctx, d_out, d_end):
@@ -220,13 +230,15 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_out, d_end):
-    q, k, v, decay, state = ctx.saved_tensors
+    q, k, v, decay, state, *before = ctx.saved_tensors
     d_out = q.new_zeros(*q.shape[:3], v.shape[3]) if d_out is None else d_out
     d_end = decay.new_empty(0) if d_end is None else d_end
     given = d_out, d_end, q, k, v, decay, state
     # the registered operation refuses a gradient of its gradients
-    run = _backward if torch.is_grad_enabled() or not eager(*given) else _gradients
-    d_q, d_k, d_v, d_state = run(*given, ctx.chunk)
+    if torch.is_grad_enabled() or not eager(*given):
+        d_q, d_k, d_v, d_state = _backward(*given, ctx.chunk)
+    else:
+        d_q, d_k, d_v, d_state = _gradients(*given, ctx.chunk, *before)
     return d_q, d_k, d_v, None, d_state, None, None
 
 
@@ -335,7 +347,8 @@ def prefix_softmax(
 
         if not refusal(scores, v):
             none = scores.new_empty(0)
-            out, _, *sums = _launch(scores, v, *((none, none, none) if state is None else state))
+            before = (none, none, none) if state is None else state
+            out, _, _, *sums = _launch(scores, v, *before, recorded(scores, v, *before))
             return out, Prefix(*sums)
     v = v.to(dtype)
     if state is None:
@@ -351,6 +364,24 @@ def prefix_softmax(
     mass, total = sums[..., :1], sums[..., 1:]
     out = total / mass.masked_fill(mass == 0, 1.0)
     return out.to(out_dtype), Prefix(peak[:, :, -1], mass[:, :, -1, 0], total[:, :, -1])
+
+
+def prefix_scores(query: Float[Tensor, "B H D"], k: Float[Tensor, "B G T D"]) -> Float[Tensor, "B H T"]:
+    """query . k[t], what `prefix_softmax` takes, in the query's dtype, float32 or wider. Query head h reads key head
+    h // (H / G). On the GPU k is read as it is, once for all its query heads.
+
+    Raises:
+        TypeError: the query is narrower than float32.
+    """
+    if query.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"prefix_scores: query must be float32 or float64, got {query.dtype}")
+    if k.is_cuda and k.numel() and query.numel():
+        from farfield.kernels.prefix import refusal
+
+        if not refusal(query, k):
+            return _score(query, k)
+    with torch.autocast(k.device.type, enabled=False):
+        return (query.unflatten(1, (k.shape[1], -1)) @ k.to(query.dtype).mT).flatten(1, 2)
 
 
 def _merged(peak: Tensor, sums: Tensor, peak0: Tensor, sums0: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -383,66 +414,111 @@ def _finite(peak: Tensor) -> Tensor:
 # The kernels. An absent tensor is an empty one.
 
 
+@custom_op("farfield::prefix_scores", mutates_args=(), device_types="cuda")
+def _score(query: Tensor, k: Tensor) -> Tensor:
+    from farfield.kernels.prefix import scores
+
+    return scores(query, k)
+
+
+@_score.register_fake
+def _(query, k):
+    return query.new_empty(*query.shape[:2], k.shape[2])
+
+
+@custom_op("farfield::prefix_scores_backward", mutates_args=(), device_types="cuda")
+def _score_backward(d_scores: Tensor, query: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    from farfield.kernels.prefix import scores_backward
+
+    return scores_backward(d_scores, query, k)
+
+
+@_score_backward.register_fake
+def _(d_scores, query, k):
+    return query.new_empty(query.shape), k.new_empty(k.shape)
+
+
+def _save_scored(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_scored(ctx, d_scores):
+    return _score_backward(d_scores, *ctx.saved_tensors)
+
+
 @custom_op("farfield::prefix_softmax", mutates_args=(), device_types="cuda")
 def _launch(
-    scores: Tensor, v: Tensor, peak: Tensor, mass: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, lse and the sums at the end."""
+    scores: Tensor, v: Tensor, peak: Tensor, mass: Tensor, total: Tensor, recorded: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, what rounding took from it if gradients are recorded, lse, and the sums at the end."""
     from farfield.kernels.prefix import forward
 
-    return forward(scores, v, (peak, mass, total) if total.numel() else None)
+    out, rest, lse, peak, mass, total = forward(scores, v, (peak, mass, total) if total.numel() else None, recorded)
+    return out, v.new_empty(0) if rest is None else rest, lse, peak, mass, total
 
 
 @_launch.register_fake
-def _(scores, v, peak, mass, total):
+def _(scores, v, peak, mass, total, recorded):
     sums = (scores.new_empty(scores.shape[:2]) for _ in range(2))
     out = v.new_empty(*scores.shape, v.shape[3])
-    return out, scores.new_empty(scores.shape), *sums, scores.new_empty(*scores.shape[:2], v.shape[3])
+    rest = torch.empty_like(out) if recorded and v.dtype != scores.dtype else v.new_empty(0)
+    return out, rest, scores.new_empty(scores.shape), *sums, scores.new_empty(*scores.shape[:2], v.shape[3])
 
 
 @custom_op("farfield::prefix_softmax_backward", mutates_args=(), device_types="cuda")
 def _launch_backward(
-    d_out: Tensor, d_mass: Tensor, d_total: Tensor, scores: Tensor, v: Tensor, out: Tensor, lse: Tensor, mass: Tensor
+    d_out: Tensor,
+    d_mass: Tensor,
+    d_total: Tensor,
+    scores: Tensor,
+    v: Tensor,
+    out: Tensor,
+    rest: Tensor,
+    lse: Tensor,
+    mass: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from farfield.kernels.prefix import backward
 
     end_mass, end_total = (x if x.numel() else None for x in (d_mass, d_total))
-    d_scores, d_v, d_first, d_first_total = backward(d_out, end_mass, end_total, scores, v, out, lse, mass)
+    kept = rest if rest.numel() else None
+    d_scores, d_v, d_first, d_first_total = backward(d_out, end_mass, end_total, scores, v, out, kept, lse, mass)
     if d_v.shape[1] != v.shape[1]:
         d_v = d_v.unflatten(1, (v.shape[1], -1)).sum(2, dtype=torch.float32).to(v.dtype)
     return d_scores, d_v, d_first, d_first_total
 
 
 @_launch_backward.register_fake
-def _(d_out, d_mass, d_total, scores, v, out, lse, mass):
+def _(d_out, d_mass, d_total, scores, v, out, rest, lse, mass):
     total = scores.new_empty(*scores.shape[:2], v.shape[3])
     return scores.new_empty(scores.shape), v.new_empty(v.shape), torch.empty_like(mass), total
 
 
 def _save_prefix(ctx, inputs, output):
-    scores, v, peak, _, _ = inputs
-    out, lse, end, mass, _ = output
-    ctx.mark_non_differentiable(lse, end)
+    scores, v, peak, _, _, _ = inputs
+    out, rest, lse, end, mass, _ = output
+    ctx.mark_non_differentiable(rest, lse, end)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(scores, v, peak, out, lse, mass)
+    ctx.save_for_backward(scores, v, peak, out, rest, lse, mass)
 
 
-def _differentiate_prefix(ctx, d_out, d_lse, d_peak, d_mass, d_total):
-    scores, v, peak, out, lse, mass = ctx.saved_tensors
+def _differentiate_prefix(ctx, d_out, d_rest, d_lse, d_peak, d_mass, d_total):
+    scores, v, peak, out, rest, lse, mass = ctx.saved_tensors
     none = scores.new_empty(0)
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_mass, d_total = (none if x is None else x for x in (d_mass, d_total))
-    d_scores, d_v, d_mass, d_total = _launch_backward(d_out, d_mass, d_total, scores, v, out, lse, mass)
+    d_scores, d_v, d_mass, d_total = _launch_backward(d_out, d_mass, d_total, scores, v, out, rest, lse, mass)
     if not peak.numel():
-        return d_scores, d_v, None, None, None
+        return d_scores, d_v, None, None, None, None
     # a prefix of nothing has nothing before it
     share = (peak - lse[:, :, 0]).exp().masked_fill(peak == float("-inf"), 0.0)
-    return d_scores, d_v, None, share * d_mass, share[..., None] * d_total
+    return d_scores, d_v, None, share * d_mass, share[..., None] * d_total, None
 
 
 def _refuse_prefix(ctx, *grads):
     raise NotImplementedError("prefix_softmax: first derivatives only on the GPU")
 
 
+_score.register_autograd(_differentiate_scored, setup_context=_save_scored)
+_score_backward.register_autograd(_refuse_prefix)
 _launch.register_autograd(_differentiate_prefix, setup_context=_save_prefix)
 _launch_backward.register_autograd(_refuse_prefix)

@@ -562,6 +562,32 @@ def attend_opened(
     return part, None if boxes is None else torch.cat(bounds, 2)
 
 
+def attend_runs(
+    q: Float[Tensor, "B H T D"],
+    tokens: Rows,
+    far: Rows,
+    near_list: tuple[Tensor, Tensor],
+    far_list: tuple[Tensor, Tensor],
+    hold: int,
+    block: int,
+    rank: int,
+    scale: float,
+) -> Partial:
+    """Attention of runs of `hold` queries, each over its own near and far list [B, G or H, runs, P]."""
+    batch, heads, many, width = q.shape
+    kv_heads = tokens.k.shape[1]
+    asking, (index, count), (far_index, far_count) = q, near_list, far_list
+    if index.shape[1] != heads:
+        tokens, far = (_apart(rows) for rows in (tokens, far))
+        asking = q.reshape(batch * kv_heads, heads // kv_heads, many, width)
+        index, count, far_index, far_count = (y.flatten(0, 1)[:, None] for y in (index, count, far_index, far_count))
+    near = Layout(index, count, hold, block, many, len(tokens), True)
+    # what is far and listed is past
+    listed = Layout(far_index, far_count, hold, rank, many, len(far), False)
+    found = attend(asking, [(tokens, near), (far, listed)], scale=scale)
+    return Partial(found.out.reshape(batch, heads, many, -1), found.lse.reshape(batch, heads, many))
+
+
 def _apart(rows: Rows) -> Rows:
     """Every key head a sequence of its own."""
     batch, heads = rows.k.shape[:2]

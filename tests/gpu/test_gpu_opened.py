@@ -41,6 +41,9 @@ def test_forward_and_backward(dtype, shared, score):
 CASES = {
     "each head its own": ({"open": 2, "rank": 4}, 4, 4, 1003, 64),
     "many": ({"open": 16, "rank": 4, "sinks": 64, "shared": False}, 4, 2, 2600, 64),
+    "few together": ({"open": 2, "rank": 4, "hold": 16}, 4, 2, 1003, 64),
+    "runs": ({"open": 4, "rank": 4, "hold": 64, "sinks": 3}, 4, 4, 1700, 64),
+    "runs of shared heads": ({"open": 4, "rank": 8, "hold": 64, "detail": 2}, 8, 2, 1700, 128),
     "wide blocks": ({"block": 128, "open": 4, "rank": 8, "sinks": 5}, 8, 2, 2100, 128),
 }
 
@@ -51,8 +54,8 @@ def test_kernels_of_its_own(case, monkeypatch):
     options, heads, kv_heads, tokens, width = CASES[case]
     shape = {"heads": heads, "kv_heads": kv_heads, "width": width}
     options = {"near": 128, "level_bias": True, "kv_heads": kv_heads, "levels": 8, **options}
-    calls, original = [], on_gpu.attend
-    monkeypatch.setattr(on_gpu, "attend", lambda *given: calls.append(given) or original(*given))
+    calls, original = [], on_gpu.choose
+    monkeypatch.setattr(on_gpu, "choose", lambda *given: calls.append(given) or original(*given))
     grads = []
     for dtype in (torch.float64, torch.bfloat16):
         mech = FMA(**options).to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)

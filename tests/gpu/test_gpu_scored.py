@@ -16,6 +16,9 @@ from farfield.testing.units import assert_within
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from farfield.kernels import attend_listed_backward as listed_backward
+from farfield.kernels import attend_listed_backward_hopper as listed_hopper
+
 
 def draw(*shape, dtype=torch.bfloat16, seed=0):
     gen = torch.Generator(device="cuda").manual_seed(seed)
@@ -93,6 +96,47 @@ def test_lists_of_single_queries(block, width, lists, dtype):
     want = torch.autograd.grad((exact[0] * d_out).sum() + exact[1][read].sum(), wide)
     for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
         assert_within(a, b, terms=tokens, name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("block", "heads", "lists"), [(64, 4, 1), (64, 3, 3), (128, 2, 1), (512, 2, 2)])
+def test_backward_on_hopper(block, heads, lists, width, dtype, monkeypatch):
+    """Shared lists and own ones, blocks of a program and of several; at once, in chunks, and in pieces."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    tokens, picks, called = 1500, 3, []
+    tiles_of = listed_hopper.tiles_of
+    monkeypatch.setattr(listed_hopper, "tiles_of", lambda *x: called.append(x) or tiles_of(*x))
+    blocks = -(-tokens // block)
+    gen = torch.Generator(device="cuda").manual_seed(2)
+    index = torch.rand(1, lists, tokens, blocks, generator=gen, device="cuda").argsort(-1)[..., :picks].sort(-1).values
+    count = torch.randint(0, min(picks, blocks) + 1, (1, lists, tokens), generator=gen, device="cuda")
+    layout = ff.Layout(index.int(), count.int(), 1, block, tokens, tokens, True)
+    q, k, v, d_out = (draw(1, h, tokens, width, dtype=dtype, seed=h + i) for i, h in enumerate((heads, 1, 1, heads)))
+    d_lse = draw(1, heads, tokens, dtype=torch.float32)
+    hidden = ~ff.select.to_dense(layout)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    logits = (wide[0] @ wide[1].mT / width**0.5).masked_fill(hidden, float("-inf"))
+    read = ~hidden.all(-1, keepdim=True).expand(-1, heads, -1, -1)
+    logits = torch.where(read, logits, 0.0)
+    out = logits.softmax(-1).masked_fill(hidden, 0.0) @ wide[2]
+    total = (out * d_out).sum() + (logits.logsumexp(-1) * d_lse)[read[..., 0]].sum()
+    exact = torch.autograd.grad(total, wide)
+    own = [x.requires_grad_() for x in (q, k, v)]
+
+    def gradients():
+        found = ff.attend(q, ff.Rows(k, v), layout)
+        return torch.autograd.grad([found.out, found.lse], own, [d_out, d_lse.masked_fill(~read[..., 0], 0.0)])
+
+    for parts, readers in ((1 << 31, 2048), (1 << 18, 2048), (1 << 31, 64)):
+        monkeypatch.setattr(listed_backward, "PARTS", parts)
+        monkeypatch.setattr(listed_backward, "piece_size", lambda *_, readers=readers: readers)
+        got = gradients()
+        assert called, "another kernel has taken the call"
+        for name, a, b in zip(("dq", "dk", "dv"), got, exact, strict=True):
+            assert_within(a, b, terms=tokens, name=name)
+        assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(gradients(), got, strict=True))
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from farfield.cpu.choose import choose as literal
 from farfield.kernels import choose as kernel
-from farfield.kernels import compress, mix
+from farfield.kernels import compress, fan, mix
 from farfield.kernels.choose_backward import ended_backward
 from farfield.ops.choose import Scoring
 from farfield.ops.compress import gradients
@@ -135,3 +135,10 @@ def test_gated_sums(gates):
         assert (got is None) == (right is None)
         if got is not None:
             assert_within(got, right, terms=24 if n in (0, 3) else 70 * 24)
+
+
+@pytest.mark.parametrize("many", [2, 3, 4])
+def test_gradients_are_rounded_once(many):
+    parts = [normal(3, 1111, seed=n, dtype=F16) for n in range(many)]
+    exact = sum(x.double() for x in parts)
+    assert torch.equal(fan.add(parts), exact.half())

@@ -70,3 +70,40 @@ def test_choice_and_attention(name, monkeypatch):
     sizes = [tree.lead, *(n * tree.rank for n in tree.groups)]
     got = torch.stack([x.sum(-1)[0] for x in d_bias.split(sizes, -1)][1:], -1)
     assert_within(got.half(), want, terms=tokens)
+
+
+RUNS = {
+    "together": ({"rank": 4, "open": 3, "sinks": 3}, 2, 1),
+    "apart": ({"rank": 16, "open": 2, "beam": 6, "detail": 1, "shared": False}, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_lists_of_runs(name, monkeypatch):
+    """64 queries at a time, as the first of them chooses."""
+    (options, heads, kv_heads), tokens = RUNS[name], 1300
+    mech = FMA(block=64, near=128, hold=64, **options)
+    gen = torch.Generator().manual_seed(len(name))
+    q, k = (torch.randn(1, n, tokens, 16, generator=gen).half() for n in (heads, kv_heads))
+    found, original = {}, opened.opened_lists
+
+    def watch(*args, **more):
+        found["near"], found["far"] = original(*args, **more)
+        return found["near"], found["far"]
+
+    monkeypatch.setattr(opened, "opened_lists", watch)
+    mech(q.double(), k.double(), k.double())
+    blocks = -(-tokens // 64)
+    levels, radius = mech._levels(blocks)
+    tree = mech._tree(tokens, blocks, levels, radius[0])
+    beam = 2 * mech.open if mech.beam is None else mech.beam
+    peaks = kernels.peaks_of(k, tree, mech.detail)
+    chosen = kernels.choose(q, peaks, tree, 128, mech.detail, mech.open, beam, mech.shared, 0.25, 64)
+    for (index, count), name in zip(
+        kernels.lists_of_runs(*chosen, tree, 128, 64, tokens), ("near", "far"), strict=True
+    ):
+        want, wanted = (x[:, :, ::64] for x in found[name])
+        assert torch.equal(count, wanted)
+        used = torch.arange(want.shape[3]) < wanted[..., None]
+        got = index[..., : want.shape[3]]
+        assert torch.equal(got.masked_fill(~used, -1), want.masked_fill(~used, -1))

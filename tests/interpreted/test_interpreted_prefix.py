@@ -50,7 +50,7 @@ def literal(scores, v, state=None):
 def test_every_prefix(tokens, size, given, dtype):
     scores, v, state = problem(tokens, size=size)
     before = [x.float() for x in state] if given else None
-    out, lse, peak, mass, total = kernels.forward(scores.float(), v.to(dtype), before)
+    out, _, lse, peak, mass, total = kernels.forward(scores.float(), v.to(dtype), before, False)
     exact, exact_lse = literal(scores, v, state if given else None)
     assert_within(out, exact, terms=tokens)
     assert_within(lse, exact_lse, terms=tokens)
@@ -67,13 +67,14 @@ def test_gradients(tokens, size, given):
     exact, exact_lse = literal(scores, v, state if given else None)
     d_out, d_mass, d_total = normal(*exact.shape, seed=7), normal(1, 2, seed=8), normal(1, 2, 24, seed=9)
     before = [x.detach().float() for x in state] if given else None
-    out, lse, peak, mass, _ = kernels.forward(scores.detach().float(), v.detach().float(), before)
+    out, rest, lse, peak, mass, _ = kernels.forward(scores.detach().float(), v.detach().float(), before, True)
     # the sums at the end, measured from the peak there
     end_mass = (exact_lse[..., -1] - peak.double()).exp()
     total = (exact[:, :, -1] * end_mass[..., None] * d_total).sum() + (end_mass * d_mass).sum()
     leaves = leaves if given else leaves[:2]
     right = torch.autograd.grad((exact * d_out).sum() + total, leaves)
-    x = (scores.detach().float(), v.detach().float(), out, lse, mass)
+    assert rest is None, "nothing was rounded"
+    x = (scores.detach().float(), v.detach().float(), out, None, lse, mass)
     got = kernels.backward(d_out.float(), d_mass.float(), d_total.float(), *x)
     assert_within(got[0], right[0], terms=2 * tokens, name="d scores")
     assert_within(got[1].sum(1, keepdim=True), right[1], terms=2 * tokens, name="dv")
@@ -91,16 +92,29 @@ def test_hidden_tokens():
     v.requires_grad_()
     exact, _ = literal(scores, v)
     x = scores.detach().float(), v.detach().float()
-    out, lse, _, mass, _ = kernels.forward(*x, None)
+    out, _, lse, _, mass, _ = kernels.forward(*x, None, True)
     assert (out[:, :, :70] == 0).all()
     assert (lse[:, :, :70] == float("-inf")).all()
     assert_within(out[:, :, 70:], exact[:, :, 70:].detach(), terms=200)
     g = normal(*exact.shape, seed=7)
     right = torch.autograd.grad((exact[:, :, 70:] * g[:, :, 70:]).sum(), (scores, v))
-    d_scores, d_v, _, _ = kernels.backward(g.float(), None, None, *x, out, lse, mass)
+    d_scores, d_v, _, _ = kernels.backward(g.float(), None, None, *x, out, None, lse, mass)
     assert_within(d_scores[..., ~hidden], right[0][..., ~hidden], terms=400)
     assert_within(d_v, right[1], terms=400)
     assert not d_scores[..., hidden].any()
+
+
+def test_the_backward_knows_what_rounding_took():
+    # one token outweighs the others, so that v[i] - out[t] is as small as the rounding of out
+    scores, v, _ = problem(150, size=100.0, G=2)
+    scores, v = scores.flip(2).requires_grad_(), v.half().double()
+    exact, _ = literal(scores, v)
+    x = scores.detach().float(), v.half()
+    out, rest, lse, _, mass, _ = kernels.forward(*x, None, True)
+    g = normal(*exact.shape, seed=7).half()
+    right = torch.autograd.grad((exact * g).sum(), scores)[0]
+    d_scores = kernels.backward(g, None, None, *x, out, rest, lse, mass)[0]
+    assert_within(d_scores.half(), right, terms=300, name="d scores")
 
 
 def test_the_operation_around_the_kernels():
@@ -114,10 +128,24 @@ def test_the_operation_around_the_kernels():
         none = y[0].new_empty(0)
         exact, _ = literal(x[0], x[1], (state[0], *x[2:]) if given else None)
         before = (state[0].float(), *y[2:]) if given else (none, none, none)
-        out, _, _, _, total = ops._launch(y[0], y[1], *before)
+        out, _, _, _, _, total = ops._launch(y[0], y[1], *before, True)
         g = normal(*exact.shape, seed=7)
         for mine, right in zip(
             torch.autograd.grad(out, y, g.float(), retain_graph=True), torch.autograd.grad(exact, x, g), strict=True
         ):
             assert_within(mine, right, terms=160)
         assert all(t.isfinite().all() for t in torch.autograd.grad(total.sum(), y))
+
+
+@pytest.mark.parametrize(("tokens", "heads", "groups"), [(1, 2, 2), (150, 4, 2), (333, 3, 1)])
+def test_scores(tokens, heads, groups):
+    query, k = normal(2, heads, 24), normal(2, tokens, groups, 24, seed=1).transpose(1, 2)
+    k = k.half().double()
+    exact = torch.einsum("bhd,bhtd->bht", query, k.repeat_interleave(heads // groups, 1))
+    assert_within(kernels.scores(query.float(), k.half()), exact, terms=24)
+    d_s = normal(*exact.shape, seed=2)
+    d_query, d_k = kernels.scores_backward(d_s.float(), query.float(), k.float())
+    wide = k.repeat_interleave(heads // groups, 1)
+    assert_within(d_query, torch.einsum("bht,bhtd->bhd", d_s, wide), terms=tokens, name="d query")
+    right = (d_s[..., None] * query[:, :, None]).unflatten(1, (groups, -1)).sum(2)
+    assert_within(d_k, right, terms=heads // groups, name="d k")

@@ -66,11 +66,12 @@ def test_no_state_grouped_heads_and_odd_widths():
 
 def test_segments_are_cut_and_what_has_faded_is_not_read():
     q, k, v, _ = draw(T=333)
-    piece, each, segments = kernels.plan(2, 333, kernels.tiles(16, 16, torch.float32), q.device)
+    tile = kernels.tiles(16, 16, torch.float32)
+    piece, each, segments = kernels.plan(2, 333, tile.chunk, tile.programs, q.device)
     assert segments > 2
     decay = torch.tensor([-10.0, -10.0])
     k, v = (x.float().clone() for x in (k, v))
-    # nan, were it read: the first tokens of a piece that is 126 / (10 log2(e)) tokens from the next segment
+    # nan, were it read: the first tokens of a piece that is 64 / (10 log2(e)) tokens from the next segment
     k[:, :, : piece - 16] = float("nan")
     out, _ = kernels.forward(q.float(), k, v, decay, None, False)
     assert out[:, :, each * piece :].isfinite().all()
@@ -89,3 +90,26 @@ def test_gradients_of_keys_and_values_together(tokens, rates, monkeypatch):
     d_k, d_v, d_state = kernels.gradients(*x, decay)
     for got, right in zip((d_k.sum(1, keepdim=True), d_v.sum(1, keepdim=True), d_state), exact, strict=True):
         assert_within(got, right, terms=2 * tokens)
+
+
+@pytest.mark.parametrize(("tokens", "rates", "back", "given"), [
+    (1000, "slow", False, True), (1000, "none", True, True), (1000, "slow", True, True), (50, "all", True, True),
+])  # fmt: skip
+def test_states_before_segments(tokens, rates, back, given):
+    # what the walk on Hopper GPUs starts from; float32 stands for bfloat16
+    _, k, v, state = draw(T=tokens, G=1, D=64, E=64)
+    decay = torch.tensor(RATES[rates], dtype=torch.float64).float()
+    cut = kernels._whole(2, tokens, k.device)
+    assert cut.segments > 2 or tokens < 128
+    got = kernels._states(k.float(), v.float(), decay, 2, cut, state.mT.float() if given else None, True, back)
+    k, v = (x.flip(2) if back else x for x in (k, v))
+    exact = []
+    for n in range(cut.segments):
+        # from the end on, what is missing to whole chunks comes first
+        many = max(n * cut.each * cut.piece - (-tokens % 64 if back else 0), 0)
+        lag = (many - 1 - torch.arange(many)) + back
+        fade = (decay.double()[:, None] * lag).masked_fill(lag == 0, 0.0).exp()[..., None]
+        exact.append((k[:, :, :many] * fade).mT @ v[:, :, :many])
+        if given:
+            exact[-1] += (decay.double() * many).exp()[:, None, None] * state if many else state
+    assert_within(got.view(2, cut.segments, 64, 64), torch.stack(exact, 2)[0], terms=tokens)
