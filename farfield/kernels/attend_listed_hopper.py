@@ -36,6 +36,7 @@ from farfield.ops.attend import Call
 
 TOLD = gl.constexpr(4)  # runs that the loading warp may be ahead of the computing ones, as long as most are empty
 UNIT = gl.constexpr(8)  # elements in 16 bytes
+GROUPS = 2  # of computing warps, with tiles of 64 rows each; `read_blocks_hopper` starts so many
 ROWS = 512  # of q in a run: readers, the heads of a unit counted apart
 
 # Triton 3.7 has renamed it
@@ -383,87 +384,52 @@ def read_blocks_hopper(
     fence_async_shared()
 
     # constants stay constants only where they are written into the call
-    if GROUPS == 2:
-        gl.warp_specialize([
-            (_compute, (
-                parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-                v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
-                0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
-            )),
-            (_compute, (
-                parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-                v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
-                1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
-            )),
-            (_gather, (
-                q, told, wanted, q_ring, told_full, told_empty, q_full, q_empty, items,
-                STACK, D, SLOTS, ROWS, TOGETHER,
-            )),
-            (_load, (
-                k, v, told, k_ring, v_ring, told_full, told_empty, k_full, v_full, k_empty, v_empty, reader, items,
-                units, first, picks, rows, STACK, REPEAT, GROUPS, K_BLOCK, BK, D, E, STAGES, CAUSAL,
-            )),
-            (_look_up, (
-                told, wanted, told_full, told_empty, runs, reader, items, units, first, picks, q_b, q_h, q_t,
-                STACK, ROWS,
-            )),
-        ], [4, 2, 1, 1], [COMPUTING, LOADING, LOADING, LOADING])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_compute, (
-                parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-                v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
-                0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
-            )),
-            (_compute, (
-                parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-                v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
-                1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
-            )),
-            (_compute, (
-                parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-                v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
-                2, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
-            )),
-            (_gather, (
-                q, told, wanted, q_ring, told_full, told_empty, q_full, q_empty, items,
-                STACK, D, SLOTS, ROWS, TOGETHER,
-            )),
-            (_load, (
-                k, v, told, k_ring, v_ring, told_full, told_empty, k_full, v_full, k_empty, v_empty, reader, items,
-                units, first, picks, rows, STACK, REPEAT, GROUPS, K_BLOCK, BK, D, E, STAGES, CAUSAL,
-            )),
-            (_look_up, (
-                told, wanted, told_full, told_empty, runs, reader, items, units, first, picks, q_b, q_h, q_t,
-                STACK, ROWS,
-            )),
-        ], [4, 4, 2, 1, 1], [COMPUTING, COMPUTING, LOADING, LOADING, LOADING])  # fmt: skip
+    gl.warp_specialize([
+        (_compute, (
+            parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
+            v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
+            0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
+        )),
+        (_compute, (
+            parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
+            v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
+            1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
+        )),
+        (_gather, (
+            q, told, wanted, q_ring, told_full, told_empty, q_full, q_empty, items,
+            STACK, D, SLOTS, ROWS, TOGETHER,
+        )),
+        (_load, (
+            k, v, told, k_ring, v_ring, told_full, told_empty, k_full, v_full, k_empty, v_empty, reader, items,
+            units, first, picks, rows, STACK, REPEAT, GROUPS, K_BLOCK, BK, D, E, STAGES, CAUSAL,
+        )),
+        (_look_up, (
+            told, wanted, told_full, told_empty, runs, reader, items, units, first, picks, q_b, q_h, q_t,
+            STACK, ROWS,
+        )),
+    ], [4, 2, 1, 1], [COMPUTING, LOADING, LOADING, LOADING])  # fmt: skip
 
 
 class Tiles(NamedTuple):
     """How a launch is cut.
 
     Args:
-        groups: computing groups of a program, with tiles of 64 rows each.
         slots: tiles of queries in flight.
         stages: tiles of blocks in flight.
-        programs: a multiprocessor.
         loading: registers of a thread that loads. The computing ones get the rest.
     """
 
-    groups: int
     slots: int
     stages: int = 2
-    programs: int = 1
     loading: int = 40
 
 
 # width, rows of a tile of a block, blocks of several tiles -> tiles
 TILES = {
-    **{(64, rows, False): Tiles(2, 16) for rows in (16, 32, 64)},
-    **{(128, rows, False): Tiles(2, 9) for rows in (16, 32, 64)},
-    (64, 128, True): Tiles(2, 8, 3),
-    (128, 128, True): Tiles(2, 5),
+    **{(64, rows, False): Tiles(16) for rows in (16, 32, 64)},
+    **{(128, rows, False): Tiles(9) for rows in (16, 32, 64)},
+    (64, 128, True): Tiles(8, 3),
+    (128, 128, True): Tiles(5),
 }
 TILE = {64: 128, 128: 128}  # width -> rows of a tile of blocks of more than 64
 STACKS = 1, 2, 4, 8, 16, 32, 64
@@ -506,15 +472,15 @@ def read(
         found.start, found.reader, runs, bounds, items, bounds.bit_length(), picks, first, rows, row_blocks,
         RUN=run, K_BLOCK=plan.k_block, CAUSAL=bool(plan.causal), SIZE=size, num_warps=4,
     )  # fmt: skip
-    warps = 4 * (tiles.groups + 1)
-    each = REGISTERS // (32 * warps * tiles.programs) // 8 * 8
-    computing = min(240, (each * (tiles.groups + 1) - tiles.loading) // (8 * tiles.groups) * 8)
-    bounds = {"maxnreg": each} if each < 255 else {}
+    warps = 4 * (GROUPS + 1)
+    each = REGISTERS // (32 * warps) // 8 * 8
+    computing = min(240, (each * (GROUPS + 1) - tiles.loading) // (8 * GROUPS) * 8)
     start(
-        read_blocks_hopper, (min(items, _processors(q.device) * tiles.programs),),
+        read_blocks_hopper, (min(items, _processors(q.device)),),
         q, _descriptor(k, tile), _descriptor(v, tile), _descriptor(parts[None, None], 64), parts, masses, runs,
         found.reader, items, units, first, picks, rows, *[n // UNIT.value for n in q.stride()[:3]], call.scale,
-        STACK=stack, REPEAT=heads // stack // k.shape[1], GROUPS=tiles.groups, K_BLOCK=plan.k_block, BK=tile,
+        STACK=stack, REPEAT=heads // stack // k.shape[1], GROUPS=GROUPS, K_BLOCK=plan.k_block, BK=tile,
         D=width, E=width, SLOTS=tiles.slots, STAGES=tiles.stages, CAUSAL=bool(plan.causal), ROWS=lines,
-        TOGETHER=tiles.groups if stream else 1, LOADING=tiles.loading, COMPUTING=computing, num_warps=4, **bounds,
+        TOGETHER=GROUPS if stream else 1, LOADING=tiles.loading, COMPUTING=computing, num_warps=4,
+        maxnreg=each,
     )  # fmt: skip
