@@ -907,12 +907,13 @@ def sorted_readers(call: Call, ordered: Tensor, order: Tensor) -> list[Readers]:
     """The readers of every source, once `list_keys` are sorted."""
     shapes, row_blocks = [x.shape for x in call.index], _row_blocks(call)
     small = [p.k_block < SMALL for p in call.plans]
+    return readers_of(ordered, order, shapes, row_blocks, small, list(map(piece, small, shapes, row_blocks)))
+
+
+def piece(small: bool, lists: Sequence[int], row_blocks: int) -> int:
+    """Readers of a row block that are added up together, of lists [.., .., N, P] that name so many row blocks."""
     # a row block read twice as often as the average is no burden yet
-    most = [
-        PIECE if few else max(READS, 2 * -(-shape[2] * shape[3] // max(m, 1)))
-        for few, shape, m in zip(small, shapes, row_blocks, strict=True)
-    ]
-    return readers_of(ordered, order, shapes, row_blocks, small, most)
+    return PIECE if small else max(READS, 2 * -(-lists[2] * lists[3] // max(row_blocks, 1)))
 
 
 def _row_blocks(call: Call) -> list[int]:

@@ -134,9 +134,11 @@ def _transposed(blocks: int, field: Field, device: torch.device) -> tuple[tuple[
     """The lists, and who reads each near block and each far group."""
     lists = near, near_count, far, far_count = _lists(blocks, field, device)
     groups = tree_of(blocks * field.block, field).rows // field.rank
+    # of groups that are not small, `reader` holds query blocks, as it does of near blocks
+    small = field.rank < attend_backward.SMALL
     # no block is read by more than the blocks after it that are near: it is never cut into pieces
-    most = [blocks + blocks % 2, attend_backward.PIECE]
-    return lists, transpose([near, far], [near_count, far_count], [blocks, groups], [False, True], most)
+    most = [blocks + blocks % 2, attend_backward.piece(small, far.shape, groups)]
+    return lists, transpose([near, far], [near_count, far_count], [blocks, groups], [False, small], most)
 
 
 def _suits(shape: torch.Size, stride: tuple[int, ...]) -> bool:

@@ -50,7 +50,8 @@ def test_kept_lists_are_the_mechanisms(field, extra):
     near_readers = [[] for _ in range(blocks)]
     for n in range(blocks):
         for p in range(int(lists[3][0, 0, n])):
-            readers[lists[2][0, 0, n, p]].append(n * picks + p)
+            # large groups have their gradients from a kernel that asks for query blocks
+            readers[lists[2][0, 0, n, p]].append(n if field.rank == 32 else n * picks + p)
         for m in lists[0][0, 0, n, : lists[1][0, 0, n]]:
             near_readers[m].append(n)
     for found, expected in ((far, readers), (near, near_readers)):
