@@ -212,15 +212,16 @@ def test_one_kernel_for_all_lengths():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
 @pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "kernel", "lists"),
+    ("field", "tokens", "heads", "kv_heads", "kernel", "lists"),
     [
-        (700, 2, 2, "multipole_backward", {"tree_lists"}),
-        (2500, 4, 2, "attend_backward_queries", {"tree_lists", "_keys", "_spans"}),
+        (FIELDS[0], 700, 2, 2, "multipole_walk", {"tree_lists"}),
+        (Field(128, 128, 16, 0), 700, 2, 2, "multipole_walk_far", {"tree_lists"}),
+        (FIELDS[0], 2500, 4, 2, "attend_backward_queries", {"tree_lists", "_keys", "_spans"}),
     ],
 )
-def test_every_launch_is_recorded(tokens, heads, kv_heads, kernel, lists):
+def test_every_launch_is_recorded(field, tokens, heads, kv_heads, kernel, lists):
     """A launch that goes past `start` would be missing in every replay."""
-    field, given, constant = FIELDS[0], [], replay._Recorder.constant
+    given, constant = [], replay._Recorder.constant
     q, k, v = (torch.empty(1, h, tokens, 64, dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads))
     with compiled.recording() as launches:
 

@@ -143,6 +143,8 @@ SUITE = {
     "fma, block 128, width 128": lambda: fma(700, block=128, near=128, rank=16, width=128),
     "fma, a walk": lambda: other("fma", kv_heads=4, tokens=2100, near=64, rank=4),
     "fma, a walk of two tiles": lambda: other("fma", heads=1, kv_heads=1, tokens=66_000, near=64, rank=4),
+    "fma, near and far": lambda: other("fma", kv_heads=4, tokens=2100, block=128, near=128, rank=16),
+    "fma, far, width 128": lambda: other("fma", kv_heads=4, tokens=2100, width=128, block=128, near=128, rank=16),
     "fma, float32": lambda: fma(dtype=torch.float32),
     "fma, float16, sinks": lambda: fma(dtype=torch.float16, sinks=3),
     "fma, widths 80 and 40": lambda: fma(width=80, value_width=40),

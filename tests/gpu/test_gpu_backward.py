@@ -259,16 +259,35 @@ def test_fma(options, dtype):
         assert_within(a, b, terms=1500, name=f"d{name}")
 
 
-# a run of query blocks has 16: within one, at its border, and as many as need a second tile of far rows
+# a run of query blocks has 16: within one, at its border, more runs than programs, and further tiles of far rows
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "heads"), [(129, 2), (192, 1), (1024, 2), (1025, 3), (2047, 2), (5003, 2), (36_001, 1)]
+    ("tokens", "heads"), [(129, 2), (192, 1), (1024, 2), (1025, 3), (2047, 2), (5003, 2), (1025, 80), (36_001, 1)]
 )
-def test_near_and_far_field_in_one_walk(tokens, heads, dtype, monkeypatch):
-    calls, walk = [], multipole_backward.backward
-    monkeypatch.setattr(multipole_backward, "backward", lambda *given: calls.append(given) or walk(*given))
-    mech = ff.FMA(block=64, near=64, rank=4)
-    x = [torch.randn(2, tokens, heads, 64, device="cuda").transpose(1, 2).to(dtype) for _ in range(4)]
+@pytest.mark.parametrize("width", [64, 128])
+def test_near_and_far_field_in_one_walk(width, tokens, heads, dtype, monkeypatch):
+    if width == 128:
+        # off for calls
+        monkeypatch.setitem(multipole_backward.MOST, (64, 128), 1)
+        tokens = min(tokens, 1 << 15)
+    walked(monkeypatch, "backward", {"block": 64, "near": 64, "rank": 4}, width, tokens, heads, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "heads"), [(257, 2), (384, 1), (2048, 2), (2049, 3), (4095, 2), (10_003, 2), (2049, 40), (36_001, 1)]
+)
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_far_field_in_walks_of_its_own(width, tokens, heads, dtype, monkeypatch):
+    walked(monkeypatch, "far_gradients", {"block": 128, "near": 128, "rank": 16}, width, tokens, heads, dtype)
+
+
+def walked(monkeypatch, name, options, width, tokens, heads, dtype):
+    """FMA's gradients by the named function of multipole_backward against float64, and 20 times the same."""
+    calls, walk = [], getattr(multipole_backward, name)
+    monkeypatch.setattr(multipole_backward, name, lambda *given: calls.append(given) or walk(*given))
+    mech = ff.FMA(**options)
+    x = [torch.randn(2, tokens, heads, width, device="cuda").transpose(1, 2).to(dtype) for _ in range(4)]
     *wide, grad = (t.double() for t in x)
     wide = [t.requires_grad_() for t in wide]
     exact = torch.autograd.grad(mech(*wide), wide, grad)

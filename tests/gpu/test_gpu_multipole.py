@@ -54,7 +54,7 @@ def equal(got, want):
     ("options", "sizes"),
     [
         ({}, {"tokens": 3000, "batch": 2}),
-        (OPTIONS, {"tokens": 2048, "heads": 8, "kv_heads": 8, "width": 128}),
+        (OPTIONS, {"tokens": 2048, "heads": 8, "kv_heads": 4, "width": 128}),
         ({**OPTIONS, "sinks": 3}, {"tokens": 1511, "width": 128, "dtype": torch.float16}),
         ({"block": 128, "near": 256, "rank": 32, "sinks": 100}, {"tokens": 5001, "scale": 0.3}),
         ({"block": 64, "near": 192, "rank": 1}, {"tokens": 257}),
