@@ -116,18 +116,21 @@ def test_backward_on_hopper(block, heads, lists, width, dtype, monkeypatch):
     q, k, v, d_out = (draw(1, h, tokens, width, dtype=dtype, seed=h + i) for i, h in enumerate((heads, 1, 1, heads)))
     d_lse = draw(1, heads, tokens, dtype=torch.float32)
     hidden = ~ff.select.to_dense(layout)
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    logits = (wide[0] @ wide[1].mT / width**0.5).masked_fill(hidden, float("-inf"))
-    read = ~hidden.all(-1, keepdim=True).expand(-1, heads, -1, -1)
-    logits = torch.where(read, logits, 0.0)
-    out = logits.softmax(-1).masked_fill(hidden, 0.0) @ wide[2]
-    total = (out * d_out).sum() + (logits.logsumexp(-1) * d_lse)[read[..., 0]].sum()
-    exact = torch.autograd.grad(total, wide)
+    read = ~hidden.all(-1).expand(-1, heads, -1)
+    d_lse = d_lse.masked_fill(~read, 0.0)
+    # the backward starts from the out that was kept, in its dtype: the exact gradients of that
+    kept = ff.attend(q, ff.Rows(k, v), layout).out.double()
+    wide_q, wide_k, wide_v, wide_d = (x.double() for x in (q, k, v, d_out))
+    logits = (wide_q @ wide_k.mT / width**0.5).masked_fill(hidden, float("-inf"))
+    weights = (logits - logits.logsumexp(-1, keepdim=True)).exp().masked_fill(hidden, 0.0)
+    less = (kept * wide_d).sum(-1, keepdim=True) - d_lse[..., None]
+    d_logits = weights * (wide_d @ wide_v.mT - less) / width**0.5
+    exact = d_logits @ wide_k, (d_logits.mT @ wide_q).sum(1, True), (weights.mT @ wide_d).sum(1, True)
     own = [x.requires_grad_() for x in (q, k, v)]
 
     def gradients():
         found = ff.attend(q, ff.Rows(k, v), layout)
-        return torch.autograd.grad([found.out, found.lse], own, [d_out, d_lse.masked_fill(~read[..., 0], 0.0)])
+        return torch.autograd.grad([found.out, found.lse], own, [d_out, d_lse])
 
     for parts, readers in ((1 << 31, 2048), (1 << 18, 2048), (1 << 31, 64)):
         monkeypatch.setattr(listed_backward, "PARTS", parts)
