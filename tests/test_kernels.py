@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: the tests of tests/interpreted, in a process that interprets."""
+"""The Triton kernels without a GPU: each file of tests/interpreted, in a process that interprets."""
 
 import os
 import subprocess
@@ -7,20 +7,14 @@ from pathlib import Path
 
 import pytest
 
+FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
-def test_kernels_in_the_interpreter():
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_interpreted_"))
+def test_kernels_in_the_interpreter(file):
     pytest.importorskip("triton")
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            str(Path(__file__).parent / "interpreted"),
-        ],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,

@@ -150,27 +150,25 @@ def test_choose(name):
     rows, repeat, scale = max(0, (first + tokens - scoring.span) // scoring.stride + 1), heads // kv_heads, 0.3
     q = torch.randn(2, heads, tokens, 16, generator=gen).to(dtype)
     keys, values = (torch.randn(2, kv_heads, rows, n, generator=gen) for n in (16, 24))
-    planes = on_gpu.planes_of(keys, dtype)
-    rounded = values.to(dtype)
-    out, lse = on_gpu.attend_ended(q, planes, rounded, scoring.stride, scoring.span, first, scale)
+    planes, low = on_gpu.split(keys, values, dtype, scoring.block // scoring.stride)
+    out, lse = on_gpu.attend_ended(q, planes, rows, low, scoring.stride, scoring.span, first, scale)
     at = torch.arange(first, first + tokens)
     ended = torch.arange(rows) * scoring.stride + scoring.span - 1 <= at[:, None]
     logits = q.double() @ keys.double().repeat_interleave(repeat, 1).mT * scale
     logits = logits.masked_fill(~ended, float("-inf"))
-    exact = logits.softmax(-1).nan_to_num(0.0) @ rounded.double().repeat_interleave(repeat, 1)
+    exact = logits.softmax(-1).nan_to_num(0.0) @ values.to(dtype).double().repeat_interleave(repeat, 1)
     assert_within(out, exact, terms=rows)
     assert_within(lse, logits.logsumexp(-1), terms=rows, name="lse")
-    alone = on_gpu.attend_ended(q, planes, None, scoring.stride, scoring.span, first, scale)[1]
+    alone = on_gpu.attend_ended(q, planes, rows, None, scoring.stride, scoring.span, first, scale)[1]
     assert torch.equal(alone, lse)
-    found = on_gpu.choose(q, planes, lse if scoring.shared else None, scoring, first, scale)
+    found = on_gpu.choose(q, planes, rows, lse if scoring.shared else None, scoring, first, scale)
     for a, b in zip(found, choose(q.double(), keys.double(), scoring, first, scale), strict=True):
         assert torch.equal(a, b)
 
 
 def test_equal_scores_go_to_the_lower_block():
     q, keys = torch.randn(1, 1, 40, 16), torch.randn(1, 1, 1, 16).expand(-1, -1, 5, -1)
-    index, count = on_gpu.choose(
-        q, on_gpu.planes_of(keys, q.dtype), None, Scoring(8, 3, 8, 8, shared=False), 0, 1.0
-    )  # fmt: skip
+    planes, _ = on_gpu.split(keys, None, q.dtype)
+    index, count = on_gpu.choose(q, planes, 5, None, Scoring(8, 3, 8, 8, shared=False), 0, 1.0)
     assert index[0, 0, 39].tolist() == [0, 1, 4]
     assert count[0, 0, 39] == 3
