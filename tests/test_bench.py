@@ -731,3 +731,13 @@ def test_break_even(ratios, even):
     made = [record(1024 * 4**i, ratios={"sdpa": x}) for i, x in enumerate(ratios)]
     found = all_mechanisms.break_even(made)
     assert found == (pytest.approx(even) if even else even)
+
+
+def test_a_gpu_call_that_compiles_at_its_second_turn_is_not_timed_by_it(monkeypatch):
+    took = iter([9.0, 5.0, 0.001])
+    monkeypatch.setattr(runner.memory, "measure", lambda call, device: memory.Usage(0, None, next(took)))
+    monkeypatch.setattr(runner, "_samples", lambda *_: [0.001])
+    found = runner.compare({"own": lambda: None}, device="cuda", seconds=0.1)["own"]
+    assert found.usage.seconds == 0.001
+    assert all(x == [0.001] for x in found.rounds)
+    assert len(found.rounds) > 1

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from farfield.cli import runs
 from farfield.cli.options import examples, mixed, number, numbers, parse, unset
 
 EXAMPLES = examples(
@@ -37,10 +38,8 @@ def compare(
     valid: Annotated[
         list[str] | None, unset("the last 5 % of the text", "Held-out text; may be repeated.", metavar="TEXT")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, show_default=False, help="Steps of each run, or")] = None,
-    tokens: Annotated[
-        str | None, typer.Option(metavar="N", show_default=False, help="tokens of each run: 100m,")
-    ] = None,
+    steps: runs.Steps = None,
+    tokens: runs.Tokens = None,
     minutes: Annotated[float | None, unset(2, "or minutes of the slowest run; the others get as many tokens.")] = None,
     length: Annotated[str | None, unset("2048; 8192 on a GPU", "Sequence length n.", "--length", "-n")] = None,
     lengths: Annotated[
@@ -50,39 +49,24 @@ def compare(
     width: Annotated[int | None, unset("128; 512 on a GPU", "Width of the residual stream.")] = None,
     layers: Annotated[int | None, unset("3; 8 on a GPU", "Blocks.")] = None,
     heads: Annotated[int | None, unset("2; 8 on a GPU", "Query heads.")] = None,
-    kv_heads: Annotated[int | None, unset("as many as heads", "Key and value heads.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each mechanism.")] = 1,
-    seeds_of: Annotated[
-        str | None, unset("all", "Mechanisms that get more than one seed, as in --attention.", metavar="NAME,...")
-    ] = None,
+    kv_heads: runs.KvHeads = None,
+    seeds: runs.Seeds = 1,
+    seeds_of: runs.SeedsOf = None,
     scored: Annotated[int | None, unset("16; 128 on a GPU", "Held-out windows.")] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other field of ModelConfig: conv=0.")
-    ] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other field of TrainConfig: lr=0.02.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs: each takes the next run when it is free.")] = 1,
-    dtype: Annotated[str | None, unset("float32; bfloat16 on a GPU", "float32, or bfloat16 for autocast.")] = None,
-    compile: Annotated[
-        bool | None,
-        unset("no-compile", "torch.compile the blocks around the mechanisms.", "--compile/--no-compile"),
-    ] = None,
-    graph: Annotated[bool | None, unset("no-graph", "Take a step as one CUDA graph.", "--graph/--no-graph")] = None,
+    model: runs.ModelFields = None,
+    recipe: runs.RecipeFields = None,
+    device: runs.Device = "auto",
+    gpus: runs.Gpus = 1,
+    dtype: runs.Dtype = None,
+    compile: runs.Compile = None,
+    graph: runs.Graph = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of everything made.")] = Path("runs/compare"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what --out holds: finished runs are kept.")
-    ] = False,
-    limit: Annotated[float | None, unset("none", "End a run that takes longer, on a GPU.", metavar="SECONDS")] = None,
-    deadline: Annotated[
-        float | None, unset("none", "End training then; what was trained is scored, marked as cut.", metavar="SECONDS")
-    ] = None,
+    resume: runs.Resume = False,
+    limit: runs.Limit = None,
+    deadline: runs.Deadline = None,
 ) -> None:
     """Train the same model with each mechanism for equal tokens: bits per byte, speed, memory, rows read."""
-    import math
-
-    from farfield.bench.compare import SHAPES, Entry, Settings
+    from farfield.bench.compare import SHAPES, Settings
     from farfield.bench.compare import compare as run
     from farfield.train.config import pick_device
 
@@ -96,13 +80,11 @@ def compare(
         "length": None if length is None else number(length, "--length"),
         "lengths": None if lengths is None else tuple(numbers(lengths, "--lengths")),
     }  # fmt: skip
-    again = tuple(Entry(*each).label for each in mixed(seeds_of, "--seeds-of")) if seeds_of else ()
     settings = Settings(
         **SHAPES["cuda" if where.type == "cuda" else "cpu"] | {k: x for k, x in given.items() if x is not None},
-        seeds=seeds, again=again, model=parse(model, "--model"), train=parse(recipe, "--recipe"),
+        seeds=seeds, again=runs.labels(seeds_of), model=parse(model, "--model"), train=parse(recipe, "--recipe"),
     )  # fmt: skip
     run(
-        mixed(attention, "--attention"), text, settings, valid=valid, out=out, device=where, resume=resume,
-        limit=math.inf if limit is None else limit,
-        gpus=gpus, deadline=math.inf if deadline is None else deadline,
+        mixed(attention, "--attention"), text, settings, valid=valid, out=out, device=where, resume=resume, gpus=gpus,
+        **runs.until(limit, deadline),
     )  # fmt: skip
