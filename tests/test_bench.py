@@ -474,6 +474,19 @@ def test_decoding_is_checked_against_extend():
     assert made.rates["us a layer"] == pytest.approx(1e6 * made.seconds)
 
 
+@pytest.mark.parametrize("name", ["hip", "moba", "nsa", "ssa"])
+def test_a_choice_is_timed_beside_its_forward(name):
+    own, whole = runner.run("choosing", tokens=[150], mechanism=[name], width=[16], heads=4, **SMALL)
+    assert (own.status, whole.status) == ("ok", "ok"), own.reason
+    assert own.rates["share"] == pytest.approx(own.seconds / whole.seconds)
+
+
+def test_other_mechanisms_do_not_choose():
+    (made, *_) = runner.run("choosing", tokens=[64], mechanism=["window"], width=[16], **SMALL)
+    assert made.status == "failed"
+    assert "hip, moba, ssa, nsa" in made.reason
+
+
 def test_a_training_step_is_timed(monkeypatch):
     # the code generator has its own tests
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
