@@ -17,12 +17,17 @@ def _by_means(mech, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return choose(q, block_means(k, mech.scoring.block), mech.scoring, scale=mech.scale).index
 
 
+def _by_compressions(mech, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # scores are the weights of the compressed branch, which is computed on the way
+    keys, values = mech._compressed(k, v)
+    return attend_and_choose(q, keys, values, mech.scoring)[1].index
+
+
 CHOICES: dict[str, Callable[..., Tensor]] = {
     "hip": lambda mech, q, k, v: mech.choose(q, k).index,
     "moba": _by_means,
     "ssa": _by_means,
-    # its scores are weights of the compressed branch, which is computed on the way
-    "nsa": lambda mech, q, k, v: attend_and_choose(q, *mech._compressed(k, v), mech.scoring)[1].index,
+    "nsa": _by_compressions,
 }
 """name -> the lists of a mechanism, from q, k and v alone."""
 
