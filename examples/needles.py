@@ -110,7 +110,9 @@ def _readings(keys, query, at, picks, setting):
     cut = keys[:, :, : tree.blocks * block].unflatten(2, (tree.blocks, block))
     for score in opened.SCORES:
         sketches = opened.told(score, opened.sketch(score, cut, None, setting["detail"], levels=levels))
-        x = opened.asked(score, query, scale)
+        # a learned score as it starts
+        weight = torch.full((1, keys.shape[3]), 0.5) if score == "learned" else None
+        x = opened.asked(score, query, scale, weight)
         for k in picks if score != "mean" else (0, *picks):
             opening = opened.Opening(k, max(setting["beam"], k), True, setting["detail"], 0, True)
             lists = opened.opened_lists(x, *sketches, where, opening, **options)

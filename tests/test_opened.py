@@ -1,5 +1,7 @@
 """Opened FMA: what it must equal, that it covers each token once, that it finds what averages hide, and its state."""
 
+import math
+
 import pytest
 import torch
 
@@ -13,6 +15,15 @@ from farfield.testing.units import assert_within
 SMALL = {"block": 4, "near": 8, "rank": 2}
 
 
+def scored_by(score, **options):
+    """FMA with this score; what is learned is neither where it starts nor the same for all."""
+    mech = FMA(**{**SMALL, "kv_heads": 2, "width": 8, **options}, score=score)
+    if score == "learned":
+        with torch.no_grad():
+            mech.spread.copy_(torch.linspace(-0.3, 1.5, 16).view(2, 8))
+    return mech.double()
+
+
 def draw(tokens, *, batch=1, heads=4, kv_heads=2, width=8, seed=0):
     gen = torch.Generator().manual_seed(seed)
     shape = [(batch, h, tokens, width) for h in (heads, kv_heads, kv_heads)]
@@ -23,7 +34,7 @@ def draw(tokens, *, batch=1, heads=4, kv_heads=2, width=8, seed=0):
 @pytest.mark.parametrize("score", opened.SCORES)
 def test_all_opened_is_full_attention(causal, score):
     q, k, v = draw(91)
-    got = FMA(**SMALL, open=100, causal=causal, score=score, sinks=3)(q, k, v)
+    got = scored_by(score, open=100, causal=causal, sinks=3)(q, k, v)
     assert_within(got, oracles.full(q, k, v, causal=causal)[0], terms=91)
 
 
@@ -42,7 +53,7 @@ def test_none_opened_is_plain_bit_for_bit():
 )
 def test_the_choice_is_the_definition(causal, score, options):
     q, k, v = draw(93, seed=1)
-    mech = FMA(**{**SMALL, "open": 2, "score": score, "causal": causal, **options})
+    mech = scored_by(score, **{"open": 2, "causal": causal, **options})
     assert_within(mech(q, k, v), mech.reference(q, k, v), terms=93)
 
 
@@ -95,7 +106,7 @@ def test_the_lists_name_each_token_once():
 @pytest.mark.parametrize("score", opened.SCORES)
 def test_packed_documents_are_the_documents_alone(score):
     q, k, v = draw(90, batch=2)
-    mech, group = FMA(**SMALL, open=1, score=score, sinks=2), packing(90, 4)
+    mech, group = scored_by(score, open=1, sinks=2), packing(90, 4)
     got = mech(q, k, v, group=group, rotary=rotate)
     for b in range(2):
         start = 0
@@ -134,6 +145,77 @@ def test_a_needle_comes_back():
     assert (found > 0.9).all()
 
 
+def literal_score_loss(mech, q, k, at):
+    """By definition, query by query and group by group."""
+    total, many = 0.0, 0
+    for i in at:
+        width, radius = mech.block, mech.near // mech.block
+        while i // width - radius > 0:
+            groups = [range(g * width, (g + 1) * width) for g in range(i // width - radius)]
+            groups = [[j for j in group if j >= mech.sinks] for group in groups]
+            groups = [group for group in groups if group]
+            if len(groups) > 1:
+                for b, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:2])).tolist():
+                    head, x = h * k.shape[1] // q.shape[1], q[b, h, i] * q.shape[3] ** -0.5
+                    exact, told = [], []
+                    for group in groups:
+                        exact.append((k[b, head, group] @ x).logsumexp(0))
+                        segments = {}
+                        for j in group:
+                            segments.setdefault(j * mech.detail // width, []).append(j)
+                        each = []
+                        for own in segments.values():
+                            y = k[b, head, own]
+                            spread = mech.spread[head] * (y - y.mean(0)).square().mean(0)
+                            each.append(x @ y.mean(0) + x.square() @ spread + math.log(len(own)))
+                        told.append(torch.stack(each).amax())
+                    exact, told = torch.stack(exact).log_softmax(0), torch.stack(told).log_softmax(0)
+                    total = total + (exact.exp() * (exact - told)).sum() / (q.shape[0] * q.shape[1])
+                many += 1
+            width, radius = 2 * width, -(-radius // 2)
+    return total / many
+
+
+@pytest.mark.parametrize("sinks", [0, 3, 4])
+def test_the_loss_of_a_learned_score_is_the_definition(sinks):
+    q, k, _ = (x.requires_grad_() for x in draw(83, batch=2))
+    mech = scored_by("learned", open=2, sinks=sinks, detail=2)
+    got = mech.score_loss(q, k, queries=9)
+    exact = literal_score_loss(mech, q.detach(), k.detach(), torch.linspace(12, 82, 9).long().tolist())
+    assert_within(got, exact.detach(), terms=83)
+    (mine,) = torch.autograd.grad(got, mech.spread)
+    assert_within(mine, torch.autograd.grad(exact, mech.spread)[0], terms=83)
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        torch.autograd.grad(mech.score_loss(q, k), [q])
+
+
+def test_a_learned_score_learns_which_channels_matter():
+    """Half of the channels hold few large keys, which a variance overrates, the others many."""
+    q, k, v = draw(320)
+    gen = torch.Generator().manual_seed(1)
+    rare = torch.rand(k[..., :4].shape, generator=gen, dtype=torch.float64) < 0.02
+    k = torch.cat([6 * k[..., :4] * rare, 2 * k[..., 4:]], -1)
+    mech = FMA(**SMALL, open=2, score="learned", kv_heads=2, width=8).double()
+    before, out = mech.score_loss(q, k).item(), mech(q, k, v)
+    optimizer = torch.optim.Adam(mech.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        mech.score_loss(q, k).backward()
+        optimizer.step()
+    assert mech.score_loss(q, k) < 0.9 * before
+    assert not torch.equal(mech(q, k, v), out)
+
+
+def test_what_cannot_be_taught_is_refused():
+    q, k, _ = draw(60)
+    with pytest.raises(NotImplementedError, match="learned"):
+        FMA(**SMALL, open=2).score_loss(q, k)
+    with pytest.raises(ValueError, match="kv_heads and width"):
+        FMA(**SMALL, open=2, score="learned")
+    near = FMA(**SMALL, open=2, score="learned", kv_heads=2, width=8)
+    assert near.score_loss(q[:, :, :8].float(), k[:, :, :8].float()) == 0
+
+
 def test_no_gradient_through_the_choice_but_through_all_that_is_read():
     x = [t.requires_grad_() for t in draw(60)]
     mech = FMA(**SMALL, open=2)
@@ -146,7 +228,7 @@ def test_no_gradient_through_the_choice_but_through_all_that_is_read():
 @pytest.mark.parametrize(("score", "hold"), [*((score, 1) for score in opened.SCORES), ("peak", 4), ("box", 2)])
 def test_extend_continues(score, hold, tmp_path):
     q, k, v = draw(101)
-    mech = FMA(**SMALL, open=2, score=score, sinks=3, rewind=5, hold=hold)
+    mech = scored_by(score, open=2, sinks=3, rewind=5, hold=hold)
     whole, state, outs, at = mech(q, k, v, rotary=rotate), None, [], 0
     for n in (33, 1, 1, 9, 30, 1, 1, 1, 24):
         out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state, rotary=rotate)

@@ -23,7 +23,7 @@ class DenseFMA(FMA):
             raise NotImplementedError("fma-dense: one whole sequence, causal, with shared choices")
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
         rows, bias = opened.told(self.score, sketches)
-        asked = opened.asked(self.score, asking, scale)
+        asked = opened.asked(self.score, asking, scale, self._weight())
         sizes = [s.rows.shape[2] for s in sketches]
         radius = radii(self.near, self.block, len(starts))
         heads = q.shape[1]

@@ -186,7 +186,8 @@ class FMA(Mechanism):
         open: k, groups of level 1 that each query opens; may be changed at any time (`mech.open = 0`), except that
             a state made with 0 cannot go on with more.
         beam: groups of each coarser level that a query looks into on its way; at least `open`. Default 2 open.
-        score: what a group could hide: "peak", "box", "ball" or "mean", see farfield.select.opened.
+        score: what a group could hide: "peak", "box", "ball", "mean", or "learned" with a weight for each key head and
+            channel, which `score_loss` teaches; see farfield.select.opened.
         detail: rows of a group's sketch, which scores what its best row scores; divides `block`. Default rank.
         shared: the query heads of a key head open the same groups; otherwise each its own.
         hold: so many queries in a row open the same groups, chosen by the first of them; divides `block`. Choosing
@@ -195,7 +196,7 @@ class FMA(Mechanism):
         level_bias: a learned number for each key head and level, added to the logits of its summaries; starts at 0.
         kv_heads, width, value_width, levels: G, D, E and the number of levels, for what has parameters:
             learned (kv_heads), softmax (kv_heads, width), conv (width, value_width, levels), level_bias (kv_heads,
-            levels).
+            levels), score="learned" (kv_heads, width).
     """
 
     paper = Paper(
@@ -282,7 +283,9 @@ class FMA(Mechanism):
         if queries == "pooled":
             self.supports = replace(self.supports, packed=False)
         if open:
-            self.supports = replace(self.supports, heads_apart=not shared, relative=score != "box")
+            # boxes and variances are those of rotated keys
+            relative = score not in ("box", "learned")
+            self.supports = replace(self.supports, heads_apart=not shared, relative=relative)
         sizes = {"kv_heads": kv_heads, "width": width, "value_width": value_width, "levels": levels}
         self.pool = pool if isinstance(pool, Pool) else make_pool(pool, block, rank, sizes)
         self.biased, self.tolerance = level_bias, tolerance
@@ -294,6 +297,10 @@ class FMA(Mechanism):
             if kv_heads is None or levels is None:
                 raise ValueError("fma: level_bias has parameters and needs kv_heads and levels")
             self.level_bias = nn.Parameter(torch.zeros(kv_heads, levels))
+        if score == "learned":
+            if kv_heads is None or width is None:
+                raise ValueError("fma: score='learned' has parameters and needs kv_heads and width")
+            self.spread = nn.Parameter(torch.full((kv_heads, width), 0.5))
 
     def _check_opening(self) -> None:
         if self.open < 0 or (self.beam is not None and self.beam < self.open):
@@ -395,6 +402,43 @@ class FMA(Mechanism):
         beam = 2 * self.open if self.beam is None else self.beam
         return on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared), self.hold)
 
+    def _weight(self) -> Tensor | None:
+        """Of the learned score, which the choice passes no gradient to."""
+        return self.spread.detach() if self.score == "learned" else None
+
+    def score_loss(self, q: Tensor, k: Tensor, *, queries: int = 64) -> Tensor:
+        """How far the learned score is from what the groups hold, in nats.
+
+        The Kullback-Leibler divergence from the groups' shares of exact attention, by the tokens of each, to their
+        shares by score, on average over levels, heads and some queries. Add it to what is minimized: only the score's
+        weights get a gradient. It takes `queries` times T products a head.
+
+        Args:
+            q, k: [B, H, T, D] and [B, G, T, D], as the forward gets them; with `rotary` rotate them before.
+            queries: so many, evenly spread over those that have a far field.
+
+        Returns:
+            0 where no query has two far groups.
+
+        Raises:
+            NotImplementedError: the score is not learned, or attention is not causal.
+        """
+        if self.score != "learned" or not self.causal:
+            raise NotImplementedError(f"fma: only a learned causal score is taught, not score={self.score!r}")
+        self.check(q, k, k)
+        tokens, blocks = q.shape[2], -(-q.shape[2] // self.block)
+        levels, radius = self._levels(blocks)
+        if not levels:
+            return self.spread.sum() * 0
+        tree = self._tree(tokens, blocks, levels, radius[0])
+        sketches = self._sketches(k, tree, self._present(tree, q.device))
+        first = (radius[0] + 1) * self.block
+        at = torch.linspace(first, tokens - 1, min(queries, tokens - first), device=q.device).long()
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        return opened.score_loss(
+            q[:, :, at], k, at, self.spread, sketches, block=self.block, radius=radius, lead=tree.lo, scale=scale
+        )
+
     def _held(self, q: Tensor) -> Tensor:
         """For each query the one that chooses for it."""
         return q if self.hold == 1 else q[:, :, :: self.hold].repeat_interleave(self.hold, 2)[:, :, : q.shape[2]]
@@ -426,7 +470,7 @@ class FMA(Mechanism):
             q,
             tokens,
             far,
-            opened.asked(self.score, asking, scale),
+            opened.asked(self.score, asking, scale, self._weight()),
             opened.told(self.score, sketches),
             where,
             opening,
@@ -874,6 +918,10 @@ class FMA(Mechanism):
                     best = (away >= 0.9999 * away.amax(-1, keepdim=True)).int().argmax(-1)[..., None, None]
                     told = peaks.take_along_dim(best, 2)[:, :, 0]
                     score = (x * told[:, :, None]).sum(-1)
+                elif self.score == "learned":
+                    spread = (own - mean).square().mean(2, keepdim=True)
+                    weight = self.spread.detach().repeat_interleave(repeat, 0)[:, None]
+                    score, told = (x * mean + weight * x.square() * spread).sum(-1), None
                 else:
                     score, told = (x * mean).sum(-1), None
                 parts.append(told)

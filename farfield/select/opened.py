@@ -12,6 +12,8 @@ are. With x the scaled query and over the tokens j of a segment,
     ball    x . mean + |x|_2 radius                         >= every x . k[j]; the radius is that of the mean's ball
     peak    x . k[j*]                                       j* the key farthest from the mean, the first of several
     mean    x . mean                                        what the summary itself says
+    learned x . mean + sum_c w_c x_c^2 var_c                w [G, D] starts at 1/2: the mean of e^(x . k) over keys of
+                                                              these means and variances, if they are normal
 
 (the radius of a group of groups is the least that covers their balls, its j* that of its two which is farther away),
 each + log(tokens of the segment); a group scores what its best segment scores. The box depends on the axes: with
@@ -34,7 +36,7 @@ from farfield.ops.eager import eager
 from farfield.select.static import far_lists, near_lists, pack_lists
 from farfield.types import Layout, Partial, Rows
 
-SCORES = ("box", "ball", "peak", "mean")
+SCORES = ("box", "ball", "peak", "mean", "learned")
 
 LISTS = 1 << 28  # bytes of lists at once: one list for each query is long where the lists of blocks are short
 _STEP = 1 << 22  # numbers of sketches gathered at once
@@ -47,7 +49,8 @@ class Sketch:
 
     Args:
         rows: of box the least and the largest key, of ball the mean and the radius, of peak the mean and the key
-            farthest from it, of mean the mean; float32 or wider, 0 for a row without tokens.
+            farthest from it, of mean the mean, of learned mean and variance; float32 or wider, 0 for a row without
+            tokens.
         count: how many tokens a row stands for.
     """
 
@@ -149,6 +152,7 @@ def _leaf(score: str, keys: Tensor, present: Tensor | None, detail: int) -> Sket
     if present is not None:
         keys = keys.masked_fill(~present[:, None, ..., None], 0.0)
     parts = {"box": [keys, keys], "peak": [keys, keys], "mean": [keys], "ball": [keys, torch.zeros_like(keys[..., :1])]}
+    parts["learned"] = [keys, torch.zeros_like(keys)]
     return _put_together(score, torch.cat(parts[score], -1), count, detail, width)
 
 
@@ -156,7 +160,7 @@ def _parent(score: str, children: Sketch, detail: int) -> Sketch:
     """Groups 2n and 2n + 1 put together; their rows stand for segments of their own."""
     rows, count = (x.unflatten(2, (-1, 2)).flatten(3, 4) for x in (children.rows, children.count))
     size = rows.shape[-1]
-    width = {"box": size // 2, "peak": size // 2, "mean": size, "ball": size - 1}[score]
+    width = {"mean": size, "ball": size - 1}.get(score, size // 2)
     return _put_together(score, rows, count, detail, width)
 
 
@@ -176,6 +180,9 @@ def _put_together(score: str, rows: Tensor, count: Tensor, detail: int, width: i
         if score == "ball":
             radius = (first - mean[..., None, :]).norm(dim=-1, keepdim=True) + second
             found = torch.cat([mean, radius.masked_fill(~there, 0.0).amax(4)], -1)
+        if score == "learned":
+            spread = second + (first - mean[..., None, :]).square()
+            found = torch.cat([mean, (spread * share[..., None]).sum(4)], -1)
         if score == "peak":
             away = (second - mean[..., None, :]).square().sum(-1).masked_fill(~there[..., 0], -1.0)
             # the first of several as far: of two tokens rounding would choose
@@ -185,9 +192,14 @@ def _put_together(score: str, rows: Tensor, count: Tensor, detail: int, width: i
     return Sketch(found.masked_fill((total == 0)[..., None], 0.0), total)
 
 
-def asked(score: str, q: Float[Tensor, "B H T D"], scale: float) -> Float[Tensor, "B H T F"]:
-    """What a query's product with `told` makes the score: float32 or wider, no gradient."""
+def asked(
+    score: str, q: Float[Tensor, "B H T D"], scale: float, weight: Float[Tensor, "G D"] | None = None
+) -> Float[Tensor, "B H T F"]:
+    """What a query's product with `told` makes the score, float32 or wider; a gradient for the weight only."""
     x = q.detach().to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if weight is not None:
+        each = weight.to(x.dtype).repeat_interleave(q.shape[1] // weight.shape[0], 0)[:, None]
+        return torch.cat([x, each * x.square()], -1)
     if score == "box":
         return torch.cat([x, x.abs()], -1)
     return torch.cat([x, x.norm(dim=-1, keepdim=True)], -1) if score == "ball" else x
@@ -204,6 +216,45 @@ def told(score: str, levels: Sequence[Sketch]) -> tuple[Float[Tensor, "B G R F"]
     if score == "peak":
         rows = rows.chunk(2, -1)[1]
     return rows, count.log()
+
+
+def score_loss(
+    q: Float[Tensor, "B H t D"],
+    k: Float[Tensor, "B G S D"],
+    at: Int[Tensor, " t"],
+    weight: Float[Tensor, "G D"],
+    sketches: Sequence[Sketch],
+    *,
+    block: int,
+    radius: Sequence[int],
+    lead: int,
+    scale: float,
+) -> Float[Tensor, ""]:
+    """The divergence of the groups' shares by the learned score from their shares of exact attention, in nats.
+
+    KL(shares of the past far groups of a level by their tokens || by score), on average over the queries at positions
+    `at`, heads, and those levels that have two such groups or more. The first `lead` tokens are in no group. Gradients
+    go to the weight alone.
+    """
+    x, exact = asked("learned", q, scale, weight), asked("mean", q, scale)
+    repeat, tokens = q.shape[1] // k.shape[1], k.shape[2]
+    exact = exact @ k.detach().to(exact.dtype).repeat_interleave(repeat, 1).mT
+    exact = exact.masked_fill(torch.arange(tokens, device=k.device) < lead, float("-inf"))
+    total, many = x.sum() * 0, at.new_zeros(())
+    for height, level in enumerate(sketches):
+        width, groups = block << height, level.rows.shape[2]
+        own = torch.nn.functional.pad(exact, (0, groups * width - tokens), value=float("-inf"))
+        own = own.unflatten(-1, (groups, width)).logsumexp(-1)
+        rows, bias = told("learned", [level])
+        score = (x @ rows.repeat_interleave(repeat, 1).mT + bias[:, :, None]).unflatten(-1, (groups, -1)).amax(-1)
+        far = torch.arange(groups, device=k.device) < (at // width - radius[height])[:, None]
+        far = far & (level.count.sum(-1) > 0)[:, :, None]
+        far = far & (far.sum(-1, keepdim=True) > 1)
+        share, guess = (y.masked_fill(~far, float("-inf")).log_softmax(-1) for y in (own, score))
+        apart = share.exp() * (share - guess)
+        total = total + apart.masked_fill(~far, 0.0).sum(-1).mean((0, 1)).sum()
+        many = many + far.any(-1).sum((0, 1, 2)) // far.shape[0]
+    return total / many.clamp(min=1)
 
 
 def opened_lists(
