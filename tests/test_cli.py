@@ -314,6 +314,12 @@ def test_evaluate_prints_json(run, text):
     assert got["length"] == 160
     assert 0 < got["bits_per_byte"] < 12
     assert got["copy_probe"]
+    changed = json.loads(
+        farfield("evaluate", run, text, "--windows", 2, "--json", "-n", 160, "--model", "log_scale=16").stdout
+    )
+    assert changed["changes"] == {"log_scale": 16}
+    assert changed["bits_per_byte"] != got["bits_per_byte"]
+    assert "no field 'log_scal'" in complaint("evaluate", run, "--model", "log_scal=16")
 
 
 def test_generate_streams_text(run, tmp_path):

@@ -1,6 +1,7 @@
 """Layers and models: rotations, convolution, any chunking, packed documents, what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_extend_is_forward_in_any_chunking(name, chunks):
 
 
 @pytest.mark.parametrize("changes", [{"conv": 0}, {"qk_norm": False}, {"rope_share": 0.0}, {"rotate": "layer"},
-                                     {"tie": False}, {"kv_heads": None}])  # fmt: skip
+                                     {"tie": False}, {"kv_heads": None}, {"log_scale": 30}])  # fmt: skip
 @pytest.mark.parametrize("name", DECODERS)
 def test_extend_is_forward_with_other_options(name, changes):
     model, x = decoder(name, **changes), tokens()
@@ -232,6 +233,40 @@ def test_rotating_before_and_inside_the_mechanism():
     b = before(x)
     assert seen["rotary"] is None
     assert torch.equal(a, b)
+
+
+def test_queries_grow_with_the_log_of_their_position():
+    """The literal factor, beyond n only; and the gradient passes."""
+    seen = []
+
+    class Spy(Full):
+        def forward(self, q, k, v, *, group=None, rotary=None):
+            seen.append((q, k))
+            return super().forward(q, k, v, group=group)
+
+    plain, grown = (Attention(16, 2, mechanism=Spy(), log_scale=n).double() for n in (0, 12))
+    grown.load_state_dict(plain.state_dict())
+    x = normal(2, 30, 16)
+    a, b = plain(x), grown(x)
+    (q, k), (q2, k2) = seen
+    assert torch.equal(k, k2)
+    assert torch.equal(a[:, :12], b[:, :12])
+    factor = torch.tensor([max(1.0, math.log(t + 1) / math.log(12)) for t in range(30)], dtype=torch.float64)
+    assert factor[29] > 1.3
+    assert_within(q2, q * factor[:, None], terms=2)
+    assert not torch.equal(a[:, 12:], b[:, 12:])
+
+
+def test_log_scale_refuses_what_it_cannot_count():
+    with pytest.raises(ValueError, match="log_scale=1 and causal=True"):
+        Attention(16, 2, log_scale=1)
+    with pytest.raises(ValueError, match="causal=False"):
+        Attention(16, 2, mechanism="full", causal=False, log_scale=64)
+    layer = Attention(16, 2, mechanism="full", log_scale=4)
+    group = torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(NotImplementedError, match="log_scale=4 counts from the sequence's beginning"):
+        layer(torch.randn(1, 5, 16), group)
+    layer(torch.randn(1, 4, 16), group[:, :4])
 
 
 def test_norm_bounds_the_logits_by_the_gain():

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -271,6 +272,12 @@ def test_a_model_loads_from_a_step_or_a_run(trained):
         assert_same(model.state_dict(), weights(trained))
     other, _ = checkpoint.load_model(trained.checkpoint.parent / "step-000008")
     assert (other.embed.weight != trained.model.embed.weight).any()
+    wider, config = checkpoint.load_model(trained.checkpoint, changes={"rope_base": 500.0, "log_scale": 8})
+    assert config == replace(trained.model.config, rope_base=500.0, log_scale=8)
+    assert wider.blocks[0].attention.rope.base == 500.0
+    assert_same(wider.state_dict(), weights(trained))
+    with pytest.raises(ValueError, match="did you mean rope_base"):
+        checkpoint.load_model(trained.checkpoint, changes={"rop_base": 500.0})
 
 
 @pytest.mark.parametrize("fails", ["model", "optimizer", "state", "rename"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farfield.cli.options import examples, unset
+from farfield.cli.options import examples, parse, unset
 
 if TYPE_CHECKING:
     from farfield.train import Codec, Split
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "farfield evaluate runs/book",
     "farfield evaluate runs/book other.txt --tokens 8192",
+    "farfield evaluate runs/book --tokens 65536 --model log_scale=8192",
     "farfield evaluate runs/book/step-000500 --copy-probe --json > result.json",
 )
 
@@ -38,6 +39,9 @@ def evaluate(
     copy_probe: Annotated[
         bool, typer.Option("--copy-probe", help="Also: does the model copy strings seen once?")
     ] = False,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="Field of ModelConfig to change, NAME=VALUE; repeat.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -51,16 +55,18 @@ def evaluate(
     from farfield.train import evaluate as measure
 
     found = checkpoints.read(checkpoint)
-    model, _ = checkpoints.load_model(found.path, device=device)
-    if copy_probe and not isinstance(model, Decoder):
+    changes = parse(model, "--model")
+    trained, _ = checkpoints.load_model(found.path, device=device, changes=changes)
+    if copy_probe and not isinstance(trained, Decoder):
         raise ValueError("evaluate: the copy probe needs a decoder, and this checkpoint is an encoder")
     split = open_text(found, checkpoints.load_codec(found.path), text, tokens)
     console = Console(stderr=True)
     with console.status(f"{min(windows or split.windows, split.windows):,} windows of {split.tokens:,} tokens"):
-        result = measure(model, split, windows=windows, batch=batch, dtype=dtype, mask_share=found.train.mask_share)
-        copied = probe(model, split, dtype=dtype) if isinstance(model, Decoder) and copy_probe else None
+        result = measure(trained, split, windows=windows, batch=batch, dtype=dtype, mask_share=found.train.mask_share)
+        copied = probe(trained, split, dtype=dtype) if isinstance(trained, Decoder) and copy_probe else None
     if as_json:
-        about = {"checkpoint": str(found.path), "step": found.step, "attention": found.model.attention}
+        about = {"checkpoint": str(found.path), "step": found.step, "attention": trained.config.attention}
+        about |= {"changes": changes} if changes else {}
         typer.echo(json.dumps(about | result.to_dict() | ({} if copied is None else {"copy_probe": copied}), indent=1))
         return
     _print(result, copied)

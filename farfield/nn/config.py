@@ -27,6 +27,7 @@ class ModelConfig:
         other, other_options, every: every `every`-th block attends through `other` instead; None: no block does.
         rope_share, rope_base: rotary positions, see nn.Rope. Half of the width by default: with all of it rotated
             models learned to copy from afar late or never.
+        log_scale: tokens beyond which queries grow with the log of their position, see nn.Attention; 0: never.
         rotate: "mechanism" or "layer", see nn.Attention.
         qk_norm: unit-RMS q and k with a learned gain.
         conv: width of the short depthwise convolution before q, k and v; 0 for none. Centred in an encoder.
@@ -49,6 +50,7 @@ class ModelConfig:
     every: int = 4
     rope_share: float = 0.5
     rope_base: float = 10_000.0
+    log_scale: int = 0
     rotate: str = "mechanism"
     qk_norm: bool = True
     conv: int = 4
@@ -59,7 +61,7 @@ class ModelConfig:
     kind: str = "decoder"
 
     def __post_init__(self):
-        least = {"vocab": 2, "width": 1, "layers": 1, "heads": 1, "conv": 0, "every": 1}
+        least = {"vocab": 2, "width": 1, "layers": 1, "heads": 1, "conv": 0, "every": 1, "log_scale": 0}
         for name, low in least.items():
             if (value := getattr(self, name)) < low or value != int(value):
                 raise ValueError(f"ModelConfig: {name} must be a whole number of at least {low}, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,8 @@ class Attention(nn.Module):
         rope_share: share of D that carries rotary positions; 0 for none.
         rope_base: see Rope.
         qk_norm: q and k are brought to unit RMS per head, and q is multiplied by a learned gain per head, start 1.6.
+        log_scale: n; the query at position t >= n is multiplied by log(t + 1) / log(n), so that a softmax over more
+            tokens than it was trained with stays as sharp (Chiang, Cholak 2022, arXiv:2202.12172); 0 for never.
         rotate: who places the rotations. "mechanism": the mechanism does where it can (FMA rotates each summary to
             its centre), else the layer. "layer": always the layer, before any pooling.
     """
@@ -76,6 +79,7 @@ class Attention(nn.Module):
         rope_share: float = 0.5,
         rope_base: float = 10_000.0,
         qk_norm: bool = True,
+        log_scale: int = 0,
         rotate: str = "mechanism",
     ):
         super().__init__()
@@ -86,7 +90,12 @@ class Attention(nn.Module):
             raise ValueError(f"Attention: width {width} is not a multiple of {heads} heads; give head_width")
         if rotate not in ("mechanism", "layer"):
             raise ValueError(f'Attention: rotate must be "mechanism" or "layer", got {rotate!r}')
-        self.width, self.heads, self.kv_heads = width, heads, kv_heads
+        if log_scale and (log_scale < 2 or not causal):
+            raise ValueError(
+                "Attention: log_scale is the number of tokens that was trained with, at least 2, where a query sees "
+                f"what came before only; got log_scale={log_scale} and causal={causal}"
+            )
+        self.width, self.heads, self.kv_heads, self.log_scale = width, heads, kv_heads, log_scale
         self.head_width = head_width or width // heads
         self.mechanism = _mechanism(mechanism, options or {}, causal, heads, kv_heads, self.head_width)
         self.conv = ShortConv(width, conv, causal=causal) if conv else None
@@ -102,6 +111,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T W"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
         """Attention of every token. `group` as in Mechanism.forward: the convolution keeps documents apart too."""
+        if group is not None and 0 < self.log_scale < x.shape[1]:
+            raise NotImplementedError(
+                f"Attention: log_scale={self.log_scale} counts from the sequence's beginning, not from a document's; "
+                "give packed documents in sequences of at most as many tokens, or one by one"
+            )
         mixed = x if self.conv is None else self.conv(x, group)
         q, k, v, rotary = self._project(mixed, 0)
         return self._join(self.attended(q, k, v, group, rotary))
@@ -129,9 +143,14 @@ class Attention(nn.Module):
         q, k, v = (rearrange(p(x), "b t (h d) -> b h t d", d=self.head_width) for p in (self.q, self.k, self.v))
         if self.gain is not None:
             q, k = _unit(q, self.gain[:, None, None]), _unit(k)
-        if self.rope is None or self.inside:
+        grown = 0 < self.log_scale < start + x.shape[1]
+        position = torch.arange(start, start + x.shape[1], device=x.device) if grown or not self.inside else None
+        if grown and position is not None:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            factor = (position + 1).clamp(min=self.log_scale).to(wide).log() / math.log(self.log_scale)
+            q = (q * factor[:, None]).to(q.dtype)
+        if self.rope is None or self.inside or position is None:
             return q, k, v, self.rope
-        position = torch.arange(start, start + x.shape[1], device=x.device)
         return self.rope(q, position), self.rope(k, position), v, None
 
     def _join(self, out: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T W"]:

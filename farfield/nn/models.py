@@ -59,6 +59,7 @@ class Transformer(nn.Module):
             conv=c.conv,
             rope_share=c.rope_share,
             rope_base=c.rope_base,
+            log_scale=c.log_scale,
             qk_norm=c.qk_norm,
             rotate=c.rotate,
         )

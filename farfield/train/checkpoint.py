@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from farfield.nn import Decoder, Encoder, ModelConfig, build
+from farfield.nn.config import known
 from farfield.train.codec import Codec, Tokenizer, open_codec
 from farfield.train.config import TrainConfig, pick_device
 from farfield.train.optim import Optimizers
@@ -171,16 +173,22 @@ def read(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path / STATE}: damaged, {error} is missing; take another step or copy it again") from None
 
 
-def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decoder | Encoder, ModelConfig]:
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", changes: Mapping[str, Any] | None = None
+) -> tuple[Decoder | Encoder, ModelConfig]:
     """The model of a checkpoint (see read), with its weights, and its config.
+
+    Args:
+        changes: fields of the config that are to differ from what was trained.
 
     Raises:
         FileNotFoundError, ValueError: as `read`, or the weights do not fit the config.
     """
     found = read(path)
-    model = build(found.model)
+    config = replace(found.model, **known(ModelConfig, changes or {}))
+    model = build(config)
     load_weights(model, found.path)
-    return model.to(pick_device(device)), found.model
+    return model.to(pick_device(device)), config
 
 
 def load_codec(path: str | Path) -> Codec:
