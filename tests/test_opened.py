@@ -49,7 +49,14 @@ def test_none_opened_is_plain_bit_for_bit():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("score", opened.SCORES)
 @pytest.mark.parametrize(
-    "options", [{}, {"shared": False, "sinks": 4, "beam": 2}, {"rank": 4, "detail": 1, "sinks": 3}, {"hold": 4}]
+    "options",
+    [
+        {},
+        {"shared": False, "sinks": 4, "beam": 2},
+        {"rank": 4, "detail": 1, "sinks": 3},
+        {"hold": 4},
+        {"segments": "sum", "detail": 4, "sinks": 3},
+    ],
 )
 def test_the_choice_is_the_definition(causal, score, options):
     q, k, v = draw(93, seed=1)
@@ -282,6 +289,7 @@ def test_a_state_made_while_open_is_0():
         ({"open": 1, "score": "best"}, ValueError),
         ({"open": 1, "detail": 3}, ValueError),
         ({"open": 1, "hold": 3}, ValueError),
+        ({"open": 1, "segments": "all"}, ValueError),
         ({"level_bias": True, "kv_heads": 2}, ValueError),
         ({"open": 1, "queries": "pooled", "causal": False}, NotImplementedError),
     ],

@@ -188,7 +188,9 @@ class FMA(Mechanism):
         beam: groups of each coarser level that a query looks into on its way; at least `open`. Default 2 open.
         score: what a group could hide: "peak", "box", "ball", "mean", or "learned" with a weight for each key head and
             channel, which `score_loss` teaches; see farfield.select.opened.
-        detail: rows of a group's sketch, which scores what its best row scores; divides `block`. Default rank.
+        detail: rows of a group's sketch, each for a segment of it; divides `block`. Default rank.
+        segments: a group scores what the "best" of its segments scores, or their "sum" as the softmax has it, which
+            with means is nearer to what it holds.
         shared: the query heads of a key head open the same groups; otherwise each its own.
         hold: so many queries in a row open the same groups, chosen by the first of them; divides `block`. Choosing
             then costs 1 / hold, and with a multiple of 64 a GPU reads what is opened as it reads what is near.
@@ -221,6 +223,7 @@ class FMA(Mechanism):
                 "beam": 3,
                 "hold": 2,
                 "score": "box",
+                "segments": "sum",
                 "level_bias": True,
                 "kv_heads": 2,
                 "levels": 5,
@@ -250,6 +253,7 @@ class FMA(Mechanism):
         beam: int | None = None,
         score: str = "peak",
         detail: int | None = None,
+        segments: str = "best",
         shared: bool = True,
         hold: int = 1,
         level_bias: bool = False,
@@ -278,7 +282,7 @@ class FMA(Mechanism):
         self.block, self.near, self.rank, self.sinks = block, near, rank, sinks
         self.queries, self.rewind = queries, rewind
         self.open, self.beam, self.score, self.shared, self.hold = open, beam, score, shared, hold
-        self.detail = rank if detail is None else detail
+        self.detail, self.segments = rank if detail is None else detail, segments
         self._check_opening()
         if queries == "pooled":
             self.supports = replace(self.supports, packed=False)
@@ -311,6 +315,8 @@ class FMA(Mechanism):
             raise ValueError(f"fma: score must be one of {', '.join(opened.SCORES)}, got {self.score!r}")
         if self.detail < 1 or self.block % self.detail:
             raise ValueError(f"fma: detail must divide block={self.block}, got {self.detail}")
+        if self.segments not in ("best", "sum"):
+            raise ValueError(f"fma: segments must be 'best' or 'sum', got {self.segments!r}")
         if self.hold < 1 or self.block % self.hold:
             raise ValueError(f"fma: hold must divide block={self.block}, got {self.hold}")
         if self.open and self.queries == "pooled":
@@ -381,7 +387,7 @@ class FMA(Mechanism):
         """Opened attention by kernels of its own, None where they do not take it; q and the keys are rotated."""
         self._check_opening()
         plan = self.plan()
-        if self.score != "peak" or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
+        if self.score != "peak" or self.segments != "best" or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
             return None
         scale = q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
         chosen = on_gpu.choose(q, k, tree, plan, scale)
@@ -465,7 +471,8 @@ class FMA(Mechanism):
         sinks = -(-self.sinks // self.rank)
         picks = self.open + more
         beam = 2 * picks if self.beam is None else max(self.beam, picks)
-        opening = opened.Opening(picks, beam, self.shared, self.detail, sinks, self.causal)
+        summed = self.segments == "sum"
+        opening = opened.Opening(picks, beam, self.shared, self.detail, sinks, self.causal, summed)
         part, bound = opened.attend_opened(
             q,
             tokens,
@@ -927,7 +934,8 @@ class FMA(Mechanism):
                 parts.append(told)
                 found.append(score + (math.log(many) if many else 0.0))
             found += [torch.full(x.shape[:3], -math.inf)] * (-len(found) % d)
-            scores.append(torch.stack(found, -1).unflatten(-1, (-1, d)).amax(-1))
+            found = torch.stack(found, -1).unflatten(-1, (-1, d))
+            scores.append(found.exp().sum(-1).log() if self.segments == "sum" else found.amax(-1))
         i, kept = torch.arange(tokens)[:, None], torch.zeros(*x.shape[:3], tokens, dtype=torch.bool)
         for height in reversed(range(len(scores))):
             score, (width, radius) = scores[height], levels[height]

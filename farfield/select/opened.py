@@ -16,8 +16,9 @@ are. With x the scaled query and over the tokens j of a segment,
                                                               these means and variances, if they are normal
 
 (the radius of a group of groups is the least that covers their balls, its j* that of its two which is farther away),
-each + log(tokens of the segment); a group scores what its best segment scores. The box depends on the axes: with
-rotated keys it is that of the rotated ones, and the choice changes with a shift of all positions.
+each + log(tokens of the segment). A group scores what its best segment scores, or what they all do, summed as the
+softmax would sum them: log(sum of e^score). The box depends on the axes: with rotated keys it is that of the rotated
+ones, and the choice changes with a shift of all positions.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Opening(NamedTuple):
         detail: rows of a group's sketch.
         sink_groups: how many far groups hold the sinks of a document; a query that opens block 0 does not read them.
         causal: whether only the past is read.
+        summed: a group scores the sum of its segments, otherwise the best of them.
     """
 
     picks: int
@@ -77,6 +79,7 @@ class Opening(NamedTuple):
     detail: int
     sink_groups: int
     causal: bool
+    summed: bool = False
 
 
 class Where(NamedTuple):
@@ -288,8 +291,8 @@ def opened_lists(
 
 
 def _plan(numbers: Sequence[int]) -> Opening:
-    picks, beam, shared, detail, sink_groups, causal = numbers
-    return Opening(picks, beam, bool(shared), detail, sink_groups, bool(causal))
+    picks, beam, shared, detail, sink_groups, causal, summed = numbers
+    return Opening(picks, beam, bool(shared), detail, sink_groups, bool(causal), bool(summed))
 
 
 def _widths(opening: Opening, radius: Sequence[int], groups: Sequence[int]) -> tuple[int, int]:
@@ -434,7 +437,8 @@ def _scores(x: Tensor, rows: Tensor, bias: Tensor, at: Tensor, there: Tensor, pl
     logits = asking @ seen.mT  # [B, lists, t, stack, C * detail]
     known = bias.expand(batch, 1, many).reshape(-1)
     known = known[torch.arange(batch, device=x.device)[:, None, None, None] * many + row]
-    score = (logits + known[..., None, :]).unflatten(-1, (-1, plan.detail)).amax(-1)
+    score = (logits + known[..., None, :]).unflatten(-1, (-1, plan.detail))
+    score = score.logsumexp(-1) if plan.summed else score.amax(-1)
     score = score.masked_fill(~there[..., None, :], float("-inf"))
     if stack == 1:
         return score[..., 0, :]
