@@ -175,7 +175,8 @@ def literal_score_loss(mech, q, k, at):
                             y = k[b, head, own]
                             spread = mech.spread[head] * (y - y.mean(0)).square().mean(0)
                             each.append(x @ y.mean(0) + x.square() @ spread + math.log(len(own)))
-                        told.append(torch.stack(each).amax())
+                        each = torch.stack(each)
+                        told.append(each.logsumexp(0) if mech.segments == "sum" else each.amax())
                     exact, told = torch.stack(exact).log_softmax(0), torch.stack(told).log_softmax(0)
                     total = total + (exact.exp() * (exact - told)).sum() / (q.shape[0] * q.shape[1])
                 many += 1
@@ -183,10 +184,10 @@ def literal_score_loss(mech, q, k, at):
     return total / many
 
 
-@pytest.mark.parametrize("sinks", [0, 3, 4])
-def test_the_loss_of_a_learned_score_is_the_definition(sinks):
+@pytest.mark.parametrize(("sinks", "segments"), [(0, "best"), (3, "sum"), (4, "best")])
+def test_the_loss_of_a_learned_score_is_the_definition(sinks, segments):
     q, k, _ = (x.requires_grad_() for x in draw(83, batch=2))
-    mech = scored_by("learned", open=2, sinks=sinks, detail=2)
+    mech = scored_by("learned", open=2, sinks=sinks, detail=2, segments=segments)
     got = mech.score_loss(q, k, queries=9)
     exact = literal_score_loss(mech, q.detach(), k.detach(), torch.linspace(12, 82, 9).long().tolist())
     assert_within(got, exact.detach(), terms=83)

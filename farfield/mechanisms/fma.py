@@ -442,7 +442,16 @@ class FMA(Mechanism):
         at = torch.linspace(first, tokens - 1, min(queries, tokens - first), device=q.device).long()
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
         return opened.score_loss(
-            q[:, :, at], k, at, self.spread, sketches, block=self.block, radius=radius, lead=tree.lo, scale=scale
+            q[:, :, at],
+            k,
+            at,
+            self.spread,
+            sketches,
+            block=self.block,
+            radius=radius,
+            lead=tree.lo,
+            scale=scale,
+            summed=self.segments == "sum",
         )
 
     def _held(self, q: Tensor) -> Tensor:

@@ -232,12 +232,13 @@ def score_loss(
     radius: Sequence[int],
     lead: int,
     scale: float,
+    summed: bool = False,
 ) -> Float[Tensor, ""]:
     """The divergence of the groups' shares by the learned score from their shares of exact attention, in nats.
 
     KL(shares of the past far groups of a level by their tokens || by score), on average over the queries at positions
-    `at`, heads, and those levels that have two such groups or more. The first `lead` tokens are in no group. Gradients
-    go to the weight alone.
+    `at`, heads, and those levels that have two such groups or more. The first `lead` tokens are in no group;
+    `summed` as in Opening. Gradients go to the weight alone.
     """
     x, exact = asked("learned", q, scale, weight), asked("mean", q, scale)
     repeat, tokens = q.shape[1] // k.shape[1], k.shape[2]
@@ -249,7 +250,8 @@ def score_loss(
         own = torch.nn.functional.pad(exact, (0, groups * width - tokens), value=float("-inf"))
         own = own.unflatten(-1, (groups, width)).logsumexp(-1)
         rows, bias = told("learned", [level])
-        score = (x @ rows.repeat_interleave(repeat, 1).mT + bias[:, :, None]).unflatten(-1, (groups, -1)).amax(-1)
+        score = (x @ rows.repeat_interleave(repeat, 1).mT + bias[:, :, None]).unflatten(-1, (groups, -1))
+        score = score.logsumexp(-1) if summed else score.amax(-1)
         far = torch.arange(groups, device=k.device) < (at // width - radius[height])[:, None]
         far = far & (level.count.sum(-1) > 0)[:, :, None]
         far = far & (far.sum(-1, keepdim=True) > 1)
