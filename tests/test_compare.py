@@ -125,6 +125,10 @@ def test_finished_runs_are_kept_and_mechanisms_can_be_added(made, text, tmp_path
     for key, about in found["runs"].items():
         assert again["runs"][key] == about
     assert again["runs"]["window:width=8 seed 0"]["overall"] > 0
+    assert again["env"] == found["env"]
+    assert [sorted(x) for x in again["resumed"]] == [sorted(found["env"])]
+    assert again["runs"]["window:width=8 seed 0"]["sitting"] == 1
+    assert (tmp_path / "run" / "compare.md").read_text().count(", commit ") == 2
     with pytest.raises(ValueError, match=r"cannot go on with .*steps was 4 and is now 5"):
         run(text, tmp_path / "run", replace(TINY, steps=5), resume=True)
 

@@ -165,7 +165,11 @@ def compare(
 
 
 class Comparison:
-    """The stages of one comparison. `found` is what compare.json holds."""
+    """The stages of one comparison. `found` is what compare.json holds.
+
+    `env` there is that of the first sitting, `resumed` lists those of the further ones; a run that a further sitting
+    made or ended says which: `sitting`, from 1.
+    """
 
     file, free, subject = NAME, FREE, "text"
 
@@ -251,6 +255,7 @@ class Comparison:
                     f"cannot go on with {there}: {'; '.join(changed)}. Keep its values, or give another folder."
                 )
             self.found["settings"], self.found["failed"] = settings, {}
+            self.found.setdefault("resumed", []).append(records.environment(self.device))
         self._save()
 
     def plan(self, worker: Worker) -> None:
@@ -355,6 +360,8 @@ class Comparison:
         }  # fmt: skip
         if entry.other is not None:
             about["other"] = [entry.other[0], dict(entry.other[1])]
+        if sitting := len(self.found.get("resumed", ())):
+            about["sitting"] = sitting
         try:
             with self.lock:
                 self.under_way[who] = config.out

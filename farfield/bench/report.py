@@ -211,17 +211,20 @@ def _comparison_tables(run: Mapping[str, Any]) -> list[tuple[str, list[str], lis
 
 
 def provenance(run: Mapping[str, Any]) -> list[str]:
-    """What it takes to repeat a comparison, as lines of Markdown."""
-    env = run.get("env", {})
-    versions = ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items() if v)
-    return [
+    """What it takes to repeat a comparison, as lines of Markdown: one paragraph a sitting."""
+    lines = [
         f"Model: {', '.join(f'{k} {v}' for k, v in run.get('model', {}).items())}. "
         f"Training: {', '.join(f'{k} {v}' for k, v in run.get('train', {}).items())}.",
         "",
-        f"`{env.get('command', '')}`, commit {env.get('commit', 'unknown')}, {env.get('date', '')}, "
-        f"{_machine(env.get('machine', {}))}; {versions}.",
-        "",
     ]
+    for env in (run.get("env", {}), *run.get("resumed", ())):
+        versions = ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items() if v)
+        lines += [
+            f"`{env.get('command', '')}`, commit {env.get('commit', 'unknown')}, {env.get('date', '')}, "
+            f"{_machine(env.get('machine', {}))}; {versions}.",
+            "",
+        ]
+    return lines
 
 
 def comparison_figures(run: Mapping[str, Any]) -> dict[str, Any]:
