@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from farfield.mechanisms.fma import FMA
+from farfield.select import opened
 from farfield.testing.units import assert_within
 
 FOLDER = Path(__file__).parents[1] / "examples" / "controls"
@@ -40,15 +41,27 @@ def test_near_field_is_fma_without_far_field():
     assert near.rows_read(101) == pytest.approx(float(seen.sum()) / 101)
 
 
-@pytest.mark.parametrize("score", ["peak", "box"])
-def test_dense_fma_is_fma(score):
+@pytest.mark.parametrize(
+    "more", [{"score": "peak"}, {"score": "box", "shared": False}, {"score": "mean", "segments": "sum"}], ids=str
+)
+def test_dense_fma_is_fma(more, monkeypatch):
     kind = load("fma_dense").DenseFMA
-    options = {"block": 4, "near": 8, "rank": 2, "open": 3, "sinks": 3, "score": score}
+    options = {"block": 4, "near": 8, "rank": 2, "open": 3, "sinks": 2, **more}
     q, k, v = (torch.randn(1, heads, 333, 16, dtype=torch.float64) for heads in (6, 2, 2))
+    dense, rows = kind(**options), []
+    attend = opened.attend
+
+    def watch(asking, sources, **others):
+        rows.append(sum(layout.visible for _, layout in sources))
+        return attend(asking, sources, **others)
+
+    monkeypatch.setattr(opened, "attend", watch)
     wanted = FMA(**options)(q, k, v)
-    assert_within(kind(**options)(q.float(), k.float(), v.float()), wanted, terms=333)
+    assert_within(dense(q.float(), k.float(), v.float()), wanted, terms=333)
+    assert dense.rows_read(333) == pytest.approx(rows[0])
+    assert dense.rows_read(333) < dense.rows_read(334)
     with pytest.raises(NotImplementedError, match="one whole sequence"):
-        kind(**options, shared=False)(q, k, v)
+        dense(*(x.expand(2, -1, -1, -1) for x in (q, k, v)))
 
 
 GUESSES = {

@@ -1,8 +1,9 @@
 """FMA with open > 0, attended densely: the same choice, the same rows, the same softmax.
 
 On a CPU the lists of a query of its own cost more than all scores do, at a few thousand tokens. This subclass hides
-what a query does not read instead of gathering what it reads, so that many settings can be compared on one machine.
-Causal, in one piece, without gradients. To be found by FARFIELD_MECHANISMS=examples/controls.
+what a query does not read instead of gathering what it reads, so that many settings can be compared on one machine,
+and counts the rows that are read, where FMA tells the most that it can be. Causal, in one piece, without gradients.
+To be found by FARFIELD_MECHANISMS=examples/controls.
 """
 
 import torch
@@ -18,9 +19,11 @@ STEP = 256  # queries at a time
 class DenseFMA(FMA):
     """FMA whose opened groups are read through a mask; options as FMA's."""
 
+    _read = 0, 0.0
+
     def _attend_opened(self, q, tokens, far, sketches, where, starts, first=0, *, asking, more=0, boxes=None):
-        if first or boxes is not None or not self.causal or not self.shared or q.shape[0] != 1:
-            raise NotImplementedError("fma-dense: one whole sequence, causal, with shared choices")
+        if first or boxes is not None or not self.causal or q.shape[0] != 1:
+            raise NotImplementedError("fma-dense: one whole sequence, causal")
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
         rows, bias = opened.told(self.score, sketches)
         asked = opened.asked(self.score, asking, scale, self._weight())
@@ -31,7 +34,7 @@ class DenseFMA(FMA):
         stack = heads // kv_heads
         far_bias = torch.zeros(len(far), device=q.device) if far.bias is None else far.bias.reshape(-1)
         k, far_k, v, far_v = (x[0][:, None].expand(-1, stack, -1, -1) for x in (tokens.k, far.k, tokens.v, far.v))
-        out = q.new_empty(1, heads, q.shape[2], v.shape[3])
+        out, count = q.new_empty(1, heads, q.shape[2], v.shape[3]), 0.0
         for start in range(0, q.shape[2], STEP):
             stop = min(start + STEP, q.shape[2])
             at = torch.arange(start, stop, device=q.device)
@@ -45,35 +48,46 @@ class DenseFMA(FMA):
             near = (at // self.block)[:, None] - each[:blocks] <= radius[0]
             seen = (opens | near).repeat_interleave(self.block, -1)[..., :stop]
             seen = (seen | (each < self.sinks)) & (each <= at[:, None])
-            summaries = torch.zeros(kv_heads, stop - start, len(far), dtype=torch.bool, device=q.device)
+            summaries = seen.new_zeros(*seen.shape[:3], len(far))
             holds = kept[0]
             for height, size in enumerate(sizes):
                 above = pad(holds, (0, holds.shape[-1] % 2)).unflatten(-1, (-1, 2)).any(-1)
-                read = _listed(at // self.block, height, size, radius, above) & ~holds
+                rest = _listed(at // self.block, height, size, radius, above) & ~holds
                 begin = starts[height] * self.rank
-                summaries[..., begin : begin + size * self.rank] = read.repeat_interleave(self.rank, -1)
+                summaries[..., begin : begin + size * self.rank] = rest.repeat_interleave(self.rank, -1)
                 holds = above[..., : sizes[height + 1]] if height + 1 < len(sizes) else above
 
-            hidden = torch.zeros(kv_heads, 1, stop - start, stop + len(far), device=q.device)
+            read = torch.cat([seen, summaries], -1)
+            count += float(read.sum()) / (read.shape[0] * read.shape[1])
+            hidden = torch.zeros(*read.shape, device=q.device)
             hidden[..., stop:] = far_bias
-            hidden.masked_fill_(~torch.cat([seen, summaries], -1)[:, None], float("-inf"))
+            hidden.masked_fill_(~read, float("-inf"))
             rows_k, rows_v = (torch.cat([x[:, :, :stop], y], 2) for x, y in ((k, far_k), (v, far_v)))
             mine = q[0, :, start:stop].unflatten(0, (kv_heads, stack))
             found = scaled_dot_product_attention(mine, rows_k, rows_v, hidden, scale=scale)
             out[0, :, start:stop] = found.flatten(0, 1)
+        self._read = q.shape[2], count / q.shape[2]
         return out, None
 
+    def rows_read(self, tokens: int) -> float:
+        """What the last forward read, if it had as many tokens; otherwise the most that it can be, as FMA has it."""
+        return self._read[1] if self._read[0] == tokens else super().rows_read(tokens)
+
     def _kept(self, x, rows, bias, n, sizes, radius):
-        """Which groups of each level are kept on the way down, [G, t, groups]: of level 1 the opened ones."""
+        """Which groups of each level are kept on the way down: of level 1 the opened ones.
+
+        [G, 1, t, groups] where the heads of a key head share the choice, [G, H / G, t, groups] where each has its own.
+        """
         beam = 2 * self.open if self.beam is None else self.beam
         kept, above = [], None
         for height in reversed(range(len(sizes))):
             part = slice(sum(sizes[:height]) * self.detail, sum(sizes[: height + 1]) * self.detail)
-            score = (x @ rows[:, None, part].mT + bias[part]).unflatten(-1, (-1, self.detail)).amax(-1)
+            score = (x @ rows[:, None, part].mT + bias[part]).unflatten(-1, (-1, self.detail))
+            score = score.logsumexp(-1) if self.segments == "sum" else score.amax(-1)
             seen = _listed(n, height, sizes[height], radius, above)
-            score = score.masked_fill(~seen[:, None] if seen.dim() == 3 else ~seen, float("-inf"))
-            score = score.log_softmax(-1).logsumexp(1) if x.shape[1] > 1 else score[:, 0]
-            score = score.nan_to_num(nan=float("-inf"))
+            score = score.masked_fill(~seen, float("-inf"))
+            if self.shared and x.shape[1] > 1:
+                score = score.log_softmax(-1).logsumexp(1, keepdim=True).nan_to_num(nan=float("-inf"))
             best = score.topk(min(beam if height else self.open, sizes[height]), -1)
             above = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best.indices, best.values > float("-inf"))
             kept.insert(0, above)
@@ -81,7 +95,7 @@ class DenseFMA(FMA):
 
 
 def _listed(n, height, groups, radius, above):
-    """Groups of a level that are no neighbours of block n's, and whose parents are, or are kept: [(G,) t, groups]."""
+    """Groups of a level that are no neighbours of block n's, and whose parents are, or are kept: [(G, s,) t, groups]."""
     own, j = (n >> height)[:, None], torch.arange(groups, device=n.device)
     inside = (own // 2 - j // 2) <= radius[height + 1]
     if above is not None:
