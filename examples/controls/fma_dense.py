@@ -95,7 +95,7 @@ class DenseFMA(FMA):
 
 
 def _listed(n, height, groups, radius, above):
-    """Groups of a level that are no neighbours of block n's, and whose parents are, or are kept: [(G, s,) t, groups]."""
+    """Groups of a level that are no neighbours of block n's, and whose parents are, or are kept: [(G, s,) t, N]."""
     own, j = (n >> height)[:, None], torch.arange(groups, device=n.device)
     inside = (own // 2 - j // 2) <= radius[height + 1]
     if above is not None:
