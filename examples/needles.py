@@ -40,12 +40,14 @@ def main(
     near=128,
     rank=4,
     detail=4,
+    segments="best",
     width=64,
     trials=20,
     out=None,
     quiet=False,
 ):
     setting = {"block": block, "near": near, "rank": rank, "detail": detail, "beam": beam, "width": width}
+    setting["segments"] = segments
     table = []
     for n in tokens:
         for sigma in sigmas:
@@ -114,7 +116,8 @@ def _readings(keys, query, at, picks, setting):
         weight = torch.full((1, keys.shape[3]), 0.5) if score == "learned" else None
         x = opened.asked(score, query, scale, weight)
         for k in picks if score != "mean" else (0, *picks):
-            opening = opened.Opening(k, max(setting["beam"], k), True, setting["detail"], 0, True)
+            summed = setting["segments"] == "sum"
+            opening = opened.Opening(k, max(setting["beam"], k), True, setting["detail"], 0, True, summed)
             lists = opened.opened_lists(x, *sketches, where, opening, **options)
             (index, count), (far_index, far_count) = lists
             sources = [
@@ -155,6 +158,9 @@ if __name__ == "__main__":
         ("trials", 20, "key sets, each with its own query and needle"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)")
+    parser.add_argument(
+        "--segments", default="best", choices=("best", "sum"), help="what a group scores (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="folder for the record; default: none is written")
     given = vars(parser.parse_args())
     lists = {name: _numbers(given.pop(name), int) for name in ("tokens", "picks")}
