@@ -23,6 +23,8 @@ class OpenedFMA(FMA):
             return None
         if self.score not in ("peak", "mean"):
             raise NotImplementedError(f"fma-opened: score must be peak or mean on a GPU, got {self.score!r}")
+        if self.segments != "best":
+            raise NotImplementedError(f"fma-opened: segments must be 'best' on a GPU, got {self.segments!r}")
         plan = self.plan()
         if why := on_gpu.refusal(q, k, v, tree, plan):
             raise NotImplementedError(f"fma-opened: on a GPU it {why}")
