@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import farfield as ff
+from farfield.testing.calls import Problem, arguments
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -81,15 +82,8 @@ def small(q, sources, dtype):
 
 def taken(q, sources) -> bool:
     from farfield.kernels import attend_hopper
-    from farfield.ops.attend import Call, Plan
 
-    none, rows, layouts = q.new_empty(0), [r for r, _ in sources], [p for _, p in sources]
-    absent = [none] * len(sources)
-    plans = [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks) for p in layouts]
-    bias = [none if r.bias is None else r.bias for r in rows]
-    index, count = [p.index for p in layouts], [p.count for p in layouts]
-    keys, values = [r.k for r in rows], [r.v for r in rows]
-    return attend_hopper.wants(Call(q, keys, values, bias, absent, absent, none, none, index, count, plans, 1.0))
+    return attend_hopper.wants(arguments(Problem(q, sources)))
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
