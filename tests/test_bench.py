@@ -746,11 +746,22 @@ def test_break_even(ratios, even):
     assert found == (pytest.approx(even) if even else even)
 
 
-def test_a_gpu_call_that_compiles_at_its_second_turn_is_not_timed_by_it(monkeypatch):
-    took = iter([9.0, 5.0, 0.001])
+@pytest.mark.parametrize(
+    ("takes", "counts"),
+    [
+        ([9.0, 5.0, 0.001, 0.001], 0.001),  # compiles at the second call
+        ([0.4, 0.05, 0.001, 0.001], 0.001),  # records at the second call, in less than a long call
+        ([9.0, 2.3, 2.3], 2.3),  # long, and agreed on
+        ([2.3, 2.2], 2.2),
+    ],
+)
+def test_first_calls_of_a_gpu_do_not_say_what_a_call_costs(takes, counts, monkeypatch):
+    took, costs = iter(takes), []
     monkeypatch.setattr(runner.memory, "measure", lambda call, device: memory.Usage(0, None, next(took)))
-    monkeypatch.setattr(runner, "_samples", lambda *_: [0.001])
+    monkeypatch.setattr(runner, "_samples", lambda call, device, repeats, cost: costs.append(cost) or [cost])
     found = runner.compare({"own": lambda: None}, device="cuda", seconds=0.1)["own"]
-    assert found.usage.seconds == 0.001
-    assert all(x == [0.001] for x in found.rounds)
-    assert len(found.rounds) > 1
+    assert found.usage.seconds == counts
+    assert found.rounds == ([[counts]] if counts > 1 else [[x] for x in costs])
+    assert next(took, None) is None
+    assert all(x == counts for x in costs)
+    assert bool(costs) == (counts < 1)

@@ -197,8 +197,8 @@ def compare(
     """Time several calls interleaved; a call that raises keeps its reason and the others go on.
 
     The first call of each warms up, reads memory and tells how many rounds fit into `seconds`. A first call longer
-    than `once` is also its only sample; on the GPU, where the first ones may compile (a recording does so at the second
-    call), one of the next three.
+    than `once` is also its only sample; on the GPU, where the first ones may compile or record (a recording is made at
+    the second call), one of the next three: what a call costs decides how it is timed.
 
     Args:
         seconds: for all rounds together; three rounds are made if they take no more than three times as long.
@@ -211,12 +211,11 @@ def compare(
     for name, call in calls.items():
         try:
             usage = memory.measure(call, device)
-            if usage.seconds < 1.0 or device.type == "cuda":
-                # the first call also loads code and fills caches; the second one counts
-                usage = memory.measure(call, device)
-            for _ in range(2 if device.type == "cuda" else 0):
-                if usage.seconds >= once:
-                    usage = memory.measure(call, device)
+            # the first call also loads code and fills caches; on a GPU the second may compile or record, too
+            for _ in range(3 if device.type == "cuda" else int(usage.seconds < 1.0)):
+                before, usage = usage, memory.measure(call, device)
+                if once <= usage.seconds >= 0.9 * before.seconds:
+                    break
         except Exception as error:
             found[name].error = reason(error)
             continue
