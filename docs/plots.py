@@ -27,8 +27,15 @@ NAMES = {
     "near-field:near=128": "near field alone",
     "window:width=256": "window 256",
     CHOSEN.format(4, 16).replace("mean", "peak"): "fma, 4 groups opened by peaks",
+    CHOSEN.format(5, 32).replace("rank=4", "rank=1"): "fma, 5 groups opened, 1 row a group",
+    f"fma:rank=16,near=128/{CHOSEN.format(16, 32)}": "fma; every fourth layer 16 groups opened",
 }
-"""The labels that the plots show, and what they call them."""
+"""The labels that the plots show, and what they call them; those that the record has."""
+
+MECHANISMS = (
+    "nsa", "moba", "hip", "s2-attention", "power-attention", "scfa", "lightning-attention", "aaren",
+)  # fmt: skip
+"""The other mechanisms of the library, with their defaults."""
 
 
 def shown(record: Path = RECORD) -> dict[str, dict[str, Any]]:
@@ -37,19 +44,31 @@ def shown(record: Path = RECORD) -> dict[str, dict[str, Any]]:
     return {name: models[label] for label, name in NAMES.items() if label in models}
 
 
+def others(record: Path = RECORD) -> dict[str, dict[str, Any]]:
+    """Full attention, FMA and the other mechanisms, as far as the record has these."""
+    models = merged(json.loads(record.read_text(encoding="utf-8")))
+    found = {name: models[name] for name in MECHANISMS if name in models}
+    mine = {name: m for name, m in shown(record).items() if name in ("full", "fma", "fma, 4 groups opened")}
+    return mine | found if found else {}
+
+
 def at_length(models: dict[str, dict[str, Any]], length: int) -> dict[str, Any]:
     """Bits per byte by position in windows of this length, of the models that were scored there."""
-    found = {name: x for name, m in models.items() for x in m["lengths"] if x["length"] == length}
+    found = {name: x for name, m in models.items() for x in m.get("lengths", ()) if x["length"] == length}
     return {name: x["by_position"] for name, x in found.items() if "by_position" in x}
 
 
 def figures(models: dict[str, dict[str, Any]]) -> dict[str, Figure]:
     """Every plot by its file's name."""
-    return {
+    rows = {name: (m["rows"], m["overall"]) for name, m in (models | others()).items() if m["rows"] is not None}
+    found = {
         "quality-repeat": plots.repeat_figure({name: m["by_repeat"] for name, m in models.items()}),
-        "quality-rows": plots.rows_figure({name: (m["rows"], m["overall"]) for name, m in models.items()}),
+        "quality-rows": plots.rows_figure(rows),
         "quality-length": plots.position_figure(at_length(models, 1 << 17)),
     }
+    if more := others():
+        found["quality-mechanisms"] = plots.repeat_figure({name: m["by_repeat"] for name, m in more.items()})
+    return found
 
 
 if __name__ == "__main__":

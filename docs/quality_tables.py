@@ -1,0 +1,163 @@
+"""The tables of docs/quality.md that are read off records: python docs/quality_tables.py writes them.
+
+Each stands between two comment lines that name it; a test compares. Runs that were cut are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from farfield.bench import recall
+from farfield.bench.compare import merged
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "quality.md"
+RESULTS = ROOT / "results" / "h200"
+COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar-long.json"
+BUCKETS = ("none", "1-128", "128-512", "512-1k", ">1k")
+SPOT = "<!-- {}: {}, written by docs/quality_tables.py -->"
+
+Models = Mapping[str, Mapping[str, Any]]
+
+
+def name(label: str) -> str:
+    """What a label of a comparison is called on the page."""
+    first, slash, other = label.partition("/")
+    if slash:
+        return f"{name(first)}; every fourth layer {name(other).removeprefix('fma, ')}"
+    kind, _, given = label.partition(":")
+    options = dict(pair.split("=") for pair in given.split(",") if pair)
+    if kind == "fma-opened":
+        said = f"fma, {options['open']} groups opened"
+        said += " by peaks" if options["score"] == "peak" else ""
+        return said if options["rank"] == "4" else f"{said}, {_rows(options['rank'])} a group"
+    if kind == "window":
+        return f"window {options['width']}"
+    if kind == "near-field":
+        return "near field alone"
+    if kind == "fma":
+        more = [f"{_rows(options['rank'])} a group"] if options.get("rank", "16") != "16" else []
+        more += [f"near {options['near']}"] if options.get("near", "128") != "128" else []
+        more += [f"pool {options['pool']}"] if "pool" in options else []
+        return ", ".join(["fma", *more])
+    return label
+
+
+def _rows(rank: str) -> str:
+    return "1 row" if rank == "1" else f"{rank} rows"
+
+
+def models(path: Path = COMPARED) -> dict[str, dict[str, Any]]:
+    """The complete runs of a comparison by their labels, the best first."""
+    found = merged(json.loads(path.read_text(encoding="utf-8")))
+    there = {label: m for label, m in found.items() if ", cut at " not in label}
+    return dict(sorted(there.items(), key=lambda item: item[1]["overall"]))
+
+
+def scores(found: Models) -> str:
+    """Bits per byte by position and by repeat, each seed's where there are several."""
+    share = {bucket: part for bucket, _, part in next(iter(found.values()))["by_repeat"]}
+    headings = ["attention", "rows", "all", "first 512", "from 4,096", "gap closed"]
+    headings += [f"{b} ({share.get(b, 0):.0%})" for b in BUCKETS]
+    body = []
+    for label, m in found.items():
+        by = {bucket: bits for bucket, bits, _ in m["by_repeat"]}
+        each = " / ".join(f"{bits:.3f}" for bits in m["seeds"].values())
+        gap = "" if m.get("gap") is None else f"{m['gap']:.0%}"
+        body.append([name(label), _whole(m["rows"]), each, f"{m['early']:.3f}", f"{m['late']:.3f}", gap,
+                     *(_bits(by.get(b)) for b in BUCKETS)])  # fmt: skip
+    return table(headings, body)
+
+
+def copies(found: Models) -> str:
+    """Bits per byte of the first and the second copy."""
+    probes = next(m["copies"] for m in found.values() if m["copies"])
+    kinds = {"text": "code"}
+    headings = [f"{kinds.get(p['kind'], p['kind'])} {p['length']} at {p['distance']:,}" for p in probes]
+    body = [[name(label), *(f"{p['first']:.2f} to {p['second']:.2f}" for p in m["copies"])]
+            for label, m in found.items() if m["copies"]]  # fmt: skip
+    return table(["attention", *headings], body)
+
+
+def costs(found: Models) -> str:
+    """Tokens a second of training and the memory of a step."""
+    body = [[name(label), _whole(m["speed"]), m["memory_shown"]] for label, m in found.items()]
+    return table(["attention", "tokens/s", "memory"], body)
+
+
+def lengths(found: Models) -> str:
+    """Bits per byte in longer windows, rows and speed at the longest, state at 128k."""
+    all_of_them = sorted({x["length"] for m in found.values() for x in m.get("lengths", ())})
+    last = all_of_them[-1]
+    headings = ["attention", *(_short(n) for n in all_of_them), f"rows at {_short(last)}", "state at 128k",
+                f"tokens/s at {_short(last)}"]  # fmt: skip
+    body = []
+    for label, m in found.items():
+        at = {x["length"]: x for x in m.get("lengths", ()) if x.get("overall") is not None}
+        if at:
+            state, end = at.get(1 << 17, {}).get("state"), at.get(last, {})
+            body.append([
+                name(label), *(_bits(at.get(n, {}).get("overall")) for n in all_of_them), _whole(end.get("rows")),
+                "" if not state else f"{state / 2**20:,.1f} MiB", _whole(end.get("speed")),
+            ])  # fmt: skip
+    return table(headings, body)
+
+
+def answers(path: Path = ASKED) -> str:
+    """Share of right answers by length."""
+    found = recall.merged(json.loads(path.read_text(encoding="utf-8")))
+    tested = sorted({n for m in found.values() for n in m["lengths"]})
+    body = []
+    for label, m in found.items():
+        at = m["lengths"]
+        body.append([name(label), *(f"{at[n]['accuracy']:.1%}" if n in at else "" for n in tested),
+                     *(_whole(at[n]["rows"]) if n in at else "" for n in (tested[0], tested[-1]))])  # fmt: skip
+    headings = [*(f"{n:,}" for n in tested), f"rows at {tested[0]:,}", f"rows at {tested[-1]:,}"]
+    return table(["attention", *headings], body)
+
+
+def written() -> dict[str, str]:
+    """Every table by the name of its spot; those whose record is there."""
+    found = {}
+    if COMPARED.exists():
+        all_of_them = models()
+        found |= {spot: make(all_of_them) for spot, make in
+                  (("scores", scores), ("copies", copies), ("costs", costs), ("lengths", lengths))}  # fmt: skip
+    if ASKED.exists():
+        found["answers"] = answers()
+    return found
+
+
+def put(page: str, tables: Mapping[str, str]) -> str:
+    """`page` with the tables in their spots; a spot that the page lacks is not made."""
+    for spot, text in tables.items():
+        start, stop = SPOT.format(spot, "start"), SPOT.format(spot, "stop")
+        between = re.compile(f"{re.escape(start)}.*?{re.escape(stop)}", re.S)
+        page = between.sub(lambda _, text=text, start=start, stop=stop: f"{start}\n\n{text}\n\n{stop}", page)
+    return page
+
+
+def table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
+    page = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)])
+    return re.sub(r"(?<=\d)%", " %", page)
+
+
+def _bits(x: float | None) -> str:
+    return "" if x is None else f"{x:.3f}"
+
+
+def _whole(x: float | None) -> str:
+    return "" if x is None else f"{x:,.0f}"
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(put(PAGE.read_text(encoding="utf-8"), written()), encoding="utf-8")
