@@ -23,6 +23,7 @@ from farfield.kernels import (
     choose,
     choose_backward,
     compress,
+    fan,
     hashed,
     launch,
     lists,
@@ -336,6 +337,8 @@ def mixing(width, tokens=5000):
     mix.mix((q, q, q), q, *weights, None)
     with torch.device("meta"):
         mix.mix_gradients((q, q, q), q, *weights, None, q)
+    rows = empty(1, 16, tokens // 16 - 1, width, dtype=torch.float32)
+    fan.spread((q, q), (q, q), (rows, rows), 16, 32, 0.5)
 
 
 NSA = Scoring(64, 16, 16, 32, 1, 2)

@@ -1,7 +1,12 @@
 """Backward of the attention over rows that end: queries first, then rows; no atomics, every sum in one order.
 
-With p = exp(s - lse) recomputed:  dv = p' dout,  ds = p (dout v' - delta),  delta = sum(dout out) - dlse,
+With p = exp(s - lse) recomputed:  dv = p' dout,  ds = p (dout v' - delta),  delta = sum(p dout v') - dlse,
 dq = scale ds k,  dk = scale ds' q.
+
+delta is made of the weights, not of the out that was kept in 16 bits. Gradients of what all rows share (the learned
+places of a compression) are sums of dk over the rows, in which ds of a query cancels but for what is wrong with delta.
+Queries go through the rows once all the same: with a delta' of the rounded out
+dq = scale (sum(p (dout v' - delta') k) + (delta' - delta) sum(p k)).
 
 The scores are made of float32 rows, as lse was: each row is two numbers of the queries' dtype. Rows that were rounded
 once would give weights that do not fit lse, beyond all bounds where logits are large.
@@ -25,7 +30,7 @@ PROGRAMS = 768  # so many at least, where the sequence is long enough
 SHORTEST = 256  # queries of a piece
 
 # queries, rows and warps of a program that makes dq, by width
-QUERIES = {64: (128, 64, 8), 128: (64, 32, 4)}
+QUERIES = {64: (128, 64, 8), 128: (64, 32, 8)}
 ROWS = {64: (64, 64, 8), 128: (64, 32, 4)}  # rows, queries and warps of one that makes dk and dv
 
 VARIES = ["heads", "tokens", "tiles", "rows", "stride", "span", "first", "plane", "q_b", "q_h", "q_t"]
@@ -39,7 +44,7 @@ def ended_queries(
     REPEAT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
     D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta, and lse in units of log 2: inf where nothing was read, so that weights are 0."""
+    """dq, delta of the weights, and lse in units of log 2: inf where nothing was read, so that weights are 0."""
     pid = tl.program_id(0).to(tl.int64)
     bh = pid // tiles
     tile = tiles - 1 - pid % tiles
@@ -53,14 +58,14 @@ def ended_queries(
     line = bh * tokens + i
     out_tile = tl.load(out + line[:, None] * E + values, mask=mask_e, other=0.0)
     less = tl.sum(out_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
-    if d_lse is not None:
-        less -= tl.load(d_lse + line, mask=asked, other=0.0)
     total = tl.load(lse + line, mask=asked, other=float("-inf"))
     empty = total == float("-inf")
-    less = tl.where(empty, 0.0, less)
     total = tl.where(empty, float("inf"), total * LOG2E)
-    tl.store(delta + line, less, mask=asked)
     tl.store(shift + line, total, mask=asked)
+    exact = tl.zeros([BQ], tl.float32)
+    if d_lse is not None:
+        exact -= tl.where(empty, 0.0, tl.load(d_lse + line, mask=asked, other=0.0))
+    less += exact
 
     at_head = (b * (heads // REPEAT) + h // REPEAT) * rows
     k += at_head * D
@@ -69,6 +74,7 @@ def ended_queries(
     last = tl.minimum(tl.maximum(first + tl.minimum(tile * BQ + BQ, tokens) - span + stride, 0) // stride, rows)
     whole = tl.minimum(tl.maximum(first + tile * BQ + 1 - span + stride, 0) // stride, last) // BK * BK
     acc = tl.zeros([BQ, D_TILE], tl.float32)
+    mean = tl.zeros([BQ, D_TILE], tl.float32)
     for masked in tl.static_range(2):
         for begin in range(whole if masked else 0, last if masked else whole, BK):
             at = begin + tl.arange(0, BK)
@@ -82,10 +88,13 @@ def ended_queries(
             weights = tl.exp2(scores * (scale * LOG2E) - total[:, None])
             if masked:
                 weights = tl.where((at[None, :] < seen[:, None]) & there[None, :], weights, 0.0)
-            d_scores = weights * (tl.dot(d_tile, v_tile.T) - less[:, None])
-            d_low = d_scores.to(hi.dtype)
-            acc = tl.dot(d_low, lo, acc)
-            acc = tl.dot(d_low, hi, acc)
+            d_weights = tl.dot(d_tile, v_tile.T)
+            exact += tl.sum(weights * d_weights, 1)
+            d_scores = weights * (d_weights - less[:, None])
+            acc = tl.dot(d_scores.to(hi.dtype), hi, acc)
+            mean = tl.dot(weights.to(hi.dtype), hi, mean)
+    tl.store(delta + line, exact, mask=asked)
+    acc += (less - exact)[:, None] * mean
     tl.store(d_q + line[:, None] * D + dims, (acc * scale).to(d_q.dtype.element_ty), mask=mask_d)
 
 

@@ -26,10 +26,11 @@ from torch.nn.functional import gelu
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, check_qkv, no_tokens
 from farfield.ops.attend import attend
+from farfield.ops.branches import branches
+from farfield.ops.branches import takes as together
 from farfield.ops.compress import MLP, compress, takes
 from farfield.ops.fan import fan
 from farfield.ops.mix import mix
-from farfield.ops.replayed import replayed
 from farfield.select.scored import Scoring, attend_and_choose, attend_chosen, check, choose, recent, tokens_read
 from farfield.types import Layout, Rows
 
@@ -177,9 +178,9 @@ class NSA(Mechanism):
         self._check(q, k, v, gates, compression, window, group=group, rotary=rotary)
         if not q.shape[2]:
             return no_tokens(q, v)
-        if gates is compression is window is None and takes(k, v, self._mlp(), self.scoring.span):
-            weights = (*(self._mlp() or ()), self.gate, self.gate_bias) if self.learned else ()
-            return replayed(_together, (q, k, v, *weights), self.scoring, self.window, self.scale)
+        if gates is compression is window is None and together(q, k, v, self.weights(), self.scoring):
+            scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+            return branches(q, k, v, self.weights(), self.scoring, self.window, scale)
         return self._attend(q, (k, v), self._compressed(*(compression or (k, v))), window or (k, v), gates, 0)
 
     def extend(
@@ -280,11 +281,16 @@ class NSA(Mechanism):
             weights = {"gate": self.gate, "bias": self.gate_bias}
         return _branches(q, rows, compressed, window, self.scoring, self.window, self.scale, first, weights)
 
-    def _mlp(self) -> MLP | None:
+    def weights(self) -> tuple[Tensor, ...]:
+        """Those of the compression, of keys and of values, then gate and bias; none without parameters."""
         if not self.learned:
-            return None
+            return ()
         names = "inner", "position", "outer"
-        return MLP(*[getattr(x, name) for name in names for x in (self.compress_k, self.compress_v)])
+        mlp = [getattr(x, name) for name in names for x in (self.compress_k, self.compress_v)]
+        return *mlp, self.gate, self.gate_bias
+
+    def _mlp(self) -> MLP | None:
+        return MLP(*self.weights()[:6]) if self.learned else None
 
     def _compressed(self, k: Tensor, v: Tensor) -> Pair:
         """The compressions of the complete blocks, float32 or wider."""
@@ -306,17 +312,6 @@ class NSA(Mechanism):
             return block.mean(2)
         mlp = getattr(self, name)
         return block.mean(2) + gelu((block + mlp.position).flatten(2) @ mlp.inner) @ mlp.outer
-
-
-def _together(q: Tensor, k: Tensor, v: Tensor, *given) -> Tensor:
-    """The whole forward where every branch has the same keys and values; weights, then Scoring, window and scale."""
-    *weights, scoring, window, scale = given
-    mlp = MLP(*weights[:6]) if weights else None
-    rows = _complete(k.shape[2], scoring.stride, scoring.span)
-    (k, k1, k2), (v, v1, v2) = fan(k, 3), fan(v, 3)
-    compressed = compress(k, v, mlp, stride=scoring.stride, span=scoring.span, rows=rows)
-    gates: dict[str, Tensor] = {"gate": weights[6], "bias": weights[7]} if weights else {}
-    return _branches(q, (k1, v1), compressed, (k2, v2), scoring, window, scale, 0, gates)
 
 
 def _branches(

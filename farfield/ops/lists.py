@@ -52,3 +52,9 @@ def recent_lists(
         # decoding: no two calls are alike
         return recent(tokens, rows, width, block, picks, device)
     return plans.lists(recent, tokens, rows, width, block, picks, device=device)
+
+
+def recent_sizes(rows: int, width: int) -> tuple[int, int]:
+    """Rows of a block of select.scored.recent, and entries of a list at most."""
+    block = 128 if width >= 256 else 64
+    return block, min(-(-rows // block), (width + 2 * block - 3) // block + 1)

