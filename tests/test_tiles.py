@@ -4,7 +4,6 @@ Tensors are on the device "meta", so what asks for a value on the host raises he
 """
 
 import os
-from unittest import mock
 
 import pytest
 import torch
@@ -59,10 +58,10 @@ SPILLS: dict[str, int] = {
     "backward-blocks64-128": 40,
     "backward-blocks128-64": 8,
     # what the whole walk keeps of its lengths and places, read once a query block or more seldom
-    **dict.fromkeys(("walk", "walk-fp16", "walk-128"), 64),
+    **dict.fromkeys(("walk", "walk-fp16", "walk-128", "walk-128-long"), 64),
     "walk-long": 128,
-    **dict.fromkeys(("walk-halves-64-5000", "walk-halves-64-60000"), 240),
-    **dict.fromkeys(("walk-halves-128-5000", "walk-halves-128-60000"), 112),
+    **dict.fromkeys(("walk-halves-64-5000", "walk-halves-64-100000"), 240),
+    **dict.fromkeys(("walk-halves-128-5000", "walk-halves-128-100000"), 112),
     **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128", "listed-64", "listed-16-64"), _ONCE),
     # numbers of a run and of the whole kernel, kept once and read once a tile of queries
     "listed-128": 32,
@@ -256,9 +255,7 @@ def walking(tokens=5000, dtype="bf16", width=64, field=(64, 64, 4, 0)):
     x, tree = empty(1, 4, tokens, width, dtype=DTYPES[dtype]), tree_of(tokens, field)
     far, lse = empty(1, 4, tree.rows, width, dtype=DTYPES[dtype]), empty(1, 4, tokens, dtype=torch.float32)
     if field.block == 64:
-        # heads of 128 are off
-        with mock.patch.dict(multipole_backward.MOST, {(64, 128): 1}):
-            assert multipole_backward.wants(x, x, field.near, tree)
+        assert multipole_backward.wants(x, x, field.near, tree)
         multipole_backward.backward(x, x, x, x, x, lse, far, far, tree, 0.125)
     else:
         assert multipole_backward.wants_halves(x, x, field.near, tree)
@@ -400,10 +397,11 @@ LAUNCHES = {
     "walk-fp16": lambda: walking(dtype="fp16"),
     "walk-long": lambda: walking(100_000),
     "walk-128": lambda: walking(width=128),
+    "walk-128-long": lambda: walking(100_000, width=128),
     **{
         f"walk-halves-{d}-{n}": (lambda d=d, n=n: walking(n, width=d, field=(128, 128, 16, 0)))
         for d in (64, 128)
-        for n in (5000, 60_000)
+        for n in (5000, 100_000)
     },
     **{f"scan-{name}": (lambda case=case: scanning(case)) for name, case in SCAN.items()},
     **{f"scan-back-{name}": (lambda case=case: differentiating(case)) for name, case in GRADIENTS.items()},
@@ -454,7 +452,7 @@ FEW = (
     "forward-fma-fp32-256", "forward-everything-fp32",
     "backward-fma-64", "backward-fma-128", "backward-blocks64-128",
     "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "walk-128",
-    "walk-halves-64-60000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
+    "walk-halves-64-100000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
@@ -517,9 +515,8 @@ AT_LENGTH = {
     "decode": lambda n: decode((held(n), ONE)),
     # one kernel for up to 64 far rows, and one for more
     "walk": walking,
-    # as long as they take the call; there is no far field before
-    "walk-128": lambda n: walking(min(n, 1 << 15), width=128),
-    "walk-halves": lambda n: walking(min(max(n, 257), 1 << 16), field=(128, 128, 16, 0)),
+    "walk-128": lambda n: walking(n, width=128),
+    "walk-halves": lambda n: walking(max(n, 257), field=(128, 128, 16, 0)),
     "lists": lambda n: listing(True, n),
     "lists-patterns": patterned,
     "listed": lambda n: listed(64, 64, tokens=n),

@@ -67,10 +67,13 @@ def _load_blocks(
     block_rows, index, count, picks, batch_lists, head_lists,
     far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows, items, blocks, heads,
     REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
-    BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
-    FAR: gl.constexpr, K_BLOCK: gl.constexpr,
+    BK: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, FAR: gl.constexpr, K_BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Queries and the blocks of the first source, by one warp."""
+    """Queries and the blocks of the first source, SPLIT tiles of each, by one warp.
+
+    CAUSAL: rows behind the last query are not read, in the last block of a list at least.
+    """
     BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
     PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -79,7 +82,13 @@ def _load_blocks(
         b, h, n, tile = _place(item, blocks, heads, TILES)
         g = h // REPEAT
         at = _list(b, h, n, batch_lists, head_lists)
-        filled = gl.load(count + at)
+        list_at = index + at * picks
+        named = gl.load(count + at)
+        filled = named * SPLIT
+        if SPLIT > 1 and CAUSAL:
+            end = gl.load(list_at + named - 1, mask=named > 0, other=0) * (BK * SPLIT) + BK * SPLIT
+            behind = end - (n * Q_BLOCK + (tile + 1) * GROUPS * 64)
+            filled -= gl.where(named > 0, gl.minimum(gl.maximum(behind // BK, 0), SPLIT), 0)
         # an empty list reads one block behind the last row, which is hidden: with a branch around these products
         # (Triton 3.6, sm_90) those of the second source read from outside shared memory
         listed = gl.maximum(filled, 1)
@@ -87,7 +96,6 @@ def _load_blocks(
         if FAR:
             far_at = _list(b, h, n, far_batch_lists, far_head_lists)
             far_listed = _rows_of(far_index, far_count, far_at, far_picks, far_rows, K_BLOCK)
-        list_at = index + at * picks
         for group in gl.static_range(GROUPS):
             mbarrier.wait(q_empty.index(turn % Q_STAGES * GROUPS + group), turn // Q_STAGES & 1 ^ 1)
         which = gl.arange(0, 2, PAIR)
@@ -100,7 +108,8 @@ def _load_blocks(
             tma.async_copy_global_to_shared(q, [b, h, first, 0], q_full.index(slot), q_ring.index(slot))
         turn += 1
         for j in range(listed):
-            row = gl.where(j < filled, gl.load(list_at + j, mask=j < filled, other=0) * BK, rows)
+            block = gl.load(list_at + j // SPLIT, mask=j < filled, other=0)
+            row = gl.where(j < filled, block * (BK * SPLIT) + j % SPLIT * BK, rows)
             s, phase = step % STAGES, step // STAGES & 1
             mbarrier.wait(k_empty.index(s), phase ^ 1)
             block_rows.index(s).store(gl.full([1], row, gl.int32, ONE))
@@ -373,8 +382,8 @@ def attend_hopper(
     far_batch_lists, far_head_lists, far_rows,
     items, blocks, heads, tokens, rows, reach, sinks, scale,
     REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
-    BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, REACH: gl.constexpr, POSITION: gl.constexpr,
+    BK: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, REACH: gl.constexpr, POSITION: gl.constexpr,
     FAR: gl.constexpr, K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr,
     SEGMENT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -435,7 +444,8 @@ def attend_hopper(
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 block_rows, index, count, picks, batch_lists, head_lists,
                 far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
-                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
+                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, D, E, Q_STAGES, STAGES,
+                CAUSAL and not POSITION, FAR, K_BLOCK,
             )),
         ], [2, 1], [REGISTERS, REGISTERS])  # fmt: skip
     elif GROUPS == 1:
@@ -451,7 +461,8 @@ def attend_hopper(
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 block_rows, index, count, picks, batch_lists, head_lists,
                 far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
-                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
+                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, D, E, Q_STAGES, STAGES,
+                CAUSAL and not POSITION, FAR, K_BLOCK,
             )),
         ], [1], [24])  # fmt: skip
     elif FAR:
@@ -479,7 +490,8 @@ def attend_hopper(
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 block_rows, index, count, picks, batch_lists, head_lists,
                 far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
-                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
+                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, D, E, Q_STAGES, STAGES,
+                CAUSAL and not POSITION, FAR, K_BLOCK,
             )),
         ], [4, 2, 1], [(504 - REGISTERS) // 16 * 8, REGISTERS, REGISTERS])  # fmt: skip
     else:
@@ -502,7 +514,8 @@ def attend_hopper(
                 q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 block_rows, index, count, picks, batch_lists, head_lists,
                 far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
-                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, FAR, K_BLOCK,
+                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, D, E, Q_STAGES, STAGES,
+                CAUSAL and not POSITION, FAR, K_BLOCK,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -517,6 +530,7 @@ class Tiles(NamedTuple):
         programs: programs a multiprocessor.
         registers: of a thread at the start of the kernel; None: all there are.
         loading: registers of a thread that loads. The computing ones get the rest.
+        split: tiles of a block of the first source.
     """
 
     groups: int
@@ -527,6 +541,7 @@ class Tiles(NamedTuple):
     far_rows: int = 64
     far_stages: int = 2
     loading: int = 24
+    split: int = 1
 
 
 # (width, queries of a block, rows of a block, second source) -> tiles, by measurements on an H200; 64 stands for the
@@ -538,7 +553,7 @@ TILES = {
     (128, 64, 64, False): Tiles(1, 2, programs=2, registers=128),
     (64, 64, 64, True): Tiles(1, 1, programs=3, registers=80, loading=40),
     (128, 64, 64, True): Tiles(1, 1, programs=2, registers=128, far_rows=32, loading=40),
-    (64, 128, 128, True): Tiles(1, 1, programs=2, registers=128, loading=40),
+    (64, 128, 128, True): Tiles(1, 1, programs=3, registers=80, loading=40, split=2),
     (128, 128, 128, True): Tiles(2, 1, q_stages=1, far_stages=3, loading=56),
     # not measured: they fit
     (64, 64, 128, False): Tiles(1, 2, programs=2, registers=128),
@@ -588,6 +603,7 @@ def forward(call: Call, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     tiles = TILES[width, 64 if near.q_block % 128 else 128, near.k_block, two]
     parts = near.q_block // (64 * tiles.groups)
     items = batch * heads * blocks * parts
+    tile_rows = near.k_block // tiles.split
     near_lists = _lists(index[0], count[0])
     far_lists = _lists(index[1], count[1]) if two else near_lists
     positioned = position.dim() > 1 and bool(near.causal)
@@ -601,13 +617,13 @@ def forward(call: Call, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     start(
         attend_hopper, (min(items, _processors(q.device) * tiles.programs),),
-        _descriptor(q, 64), _descriptor(k[0], near.k_block), _descriptor(v[0], near.k_block), _descriptor(out, 64),
+        _descriptor(q, 64), _descriptor(k[0], tile_rows), _descriptor(v[0], tile_rows), _descriptor(out, 64),
         lse, *near_lists[:2], k[-1], v[-1], far_bias, *far_lists[:2],
         k[-1].stride(), v[-1].stride(), position if positioned else lse, *(at if positioned else (0, 0)),
         *near_lists[2:], *bias_strides, *far_lists[2:], k[-1].shape[2],
         items, blocks, heads, tokens, k[0].shape[2], near.reach, near.sinks, scale,
-        REPEAT=heads // k[0].shape[1], TILES=parts, GROUPS=tiles.groups, Q_BLOCK=near.q_block, BK=near.k_block,
-        D=width, E=width, Q_STAGES=tiles.q_stages, STAGES=tiles.stages, CAUSAL=bool(near.causal),
+        REPEAT=heads // k[0].shape[1], TILES=parts, GROUPS=tiles.groups, Q_BLOCK=near.q_block, BK=tile_rows,
+        SPLIT=tiles.split, D=width, E=width, Q_STAGES=tiles.q_stages, STAGES=tiles.stages, CAUSAL=bool(near.causal),
         REACH=near.reach >= 0, POSITION=positioned, FAR=two, K_BLOCK=far.k_block if two else 1, BF=tiles.far_rows,
         FAR_STAGES=tiles.far_stages, BIAS=weighted, SEGMENT=SEGMENT, REGISTERS=tiles.loading,
         num_warps=4, **bounds,

@@ -7,8 +7,8 @@ levels above, which `sum_runs` adds up in the order of the runs. The gradients o
 block that reads it has gone by; the blocks at the border of two runs are multiplied twice, by the run that owns the
 queries for dq and by the run that owns the keys for dk and dv.
 
-Blocks of 64 go through one walk (`multipole_walk`); the far rows of blocks of 128 go through walks of their own
-(`multipole_walk_far`), which add to dq.
+Blocks of 64 go through one walk (`multipole_walk`); far rows that it has no room for, and all those of blocks of 128,
+go through walks of their own (`multipole_walk_far`), which add to dq.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import multipole_tree, pool
 from farfield.kernels import multipole_walk as walk
 from farfield.kernels import multipole_walk_far as far_field
 from farfield.kernels import multipole_walk_near as near_field
-from farfield.kernels import pool
 from farfield.kernels.attend_hopper import _descriptor, _processors
 from farfield.kernels.replay import start
 from farfield.ops.pool import Tree
@@ -49,9 +49,12 @@ def statistics(
     tl.store(delta + unit * padded + i, tl.where(empty, 0.0, total), mask=own)
 
 
-@triton.jit(do_not_specialize=["runs", "blocks", "own_levels", "done", "levels", "far_count", "groups", "radius"])
+SUMS_VARY = ["units", "runs", "blocks", "own_levels", "done", "levels", "far_count", "groups", "radius"]
+
+
+@triton.jit(do_not_specialize=SUMS_VARY)
 def sum_runs(
-    piece_k, piece_v, d_far_k, d_far_v, runs, blocks, own_levels, done, levels, far_count, groups, radius,
+    piece_k, piece_v, d_far_k, d_far_v, units, runs, blocks, own_levels, done, levels, far_count, groups, radius,
     D: tl.constexpr, RANK: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one group from the pieces of the runs that read it; 0 where none did.
@@ -61,7 +64,8 @@ def sum_runs(
     """
     SIZE: tl.constexpr = RANK * D
     pid = tl.program_id(0).to(tl.int64)
-    unit, x = pid // groups, pid % groups
+    # those of the highest levels take longest: they go first
+    unit, x = pid % units, groups - 1 - pid // units
     start = tl.full([], 0, tl.int64)
     size = done.to(tl.int64)
     level = 0
@@ -109,10 +113,9 @@ def sum_runs(
         tl.store(d_far_v + target, tl.sum(acc_v, 0).to(d_far_v.dtype.element_ty))
 
 
+LEVELS = multipole_tree.LEVELS.value
 RUN = 4  # log2 of the query blocks of a run at most
-# (block, width) -> tiles of 64 far rows of a query block at most, by what has been compared with float64. Heads of 128
-# in blocks of 64 fit one, and wait for that: what `tests/gpu` says of this kernel is not known yet
-MOST = {(64, 64): 2, (64, 128): 0, (128, 64): 4, (128, 128): 4}
+WALKED = {64: 2, 128: 1}  # width -> tiles of 64 far rows of a query block that fit beside its near field
 
 
 def wants(q: Tensor, k: Tensor, near: int, tree: Tree) -> bool:
@@ -125,7 +128,7 @@ def wants(q: Tensor, k: Tensor, near: int, tree: Tree) -> bool:
         and near == tree.block == 64
         and tree.lo == 0
         and tree.rank == 4
-        and _far_tiles(tree) <= MOST[64, q.shape[3]]
+        and tree.levels <= LEVELS
     )
 
 
@@ -167,7 +170,7 @@ def gradients(
     pieces = units * runs * (levels - own_levels) * 2 * rank * width
     piece_k, piece_v = (torch.empty(max(pieces, 1), dtype=torch.float32, device=q.device) for _ in range(2))
     items = units * runs
-    count = _far_tiles(tree)
+    count = min(_far_tiles(tree), WALKED[width])
     tiles = walk.TILES[width, count]
     start(
         walk.multipole_walk, (min(items, _processors(q.device)),),
@@ -179,6 +182,7 @@ def gradients(
         AHEAD=tiles.ahead, STEP=tiles.step, NEAR_REGISTERS=tiles.near, FAR_REGISTERS=tiles.far,
         LOADING=tiles.loading, num_warps=4, maxnreg=128,
     )  # fmt: skip
+    _far_walks(q, d_out, shift, delta, far_k, far_v, d_q, d_far_k, d_far_v, piece_k, piece_v, tree, scale, count)
     _sum_runs(piece_k, piece_v, d_far_k, d_far_v, runs, blocks, own_levels, tree, units)
     return (d_q, d_k, d_v), (d_far_k, d_far_v)
 
@@ -187,7 +191,7 @@ def _sum_runs(piece_k, piece_v, d_far_k, d_far_v, runs: int, blocks: int, own_le
     groups = 2 * own_levels + sum(tree.groups[own_levels:])
     far_count, width = d_far_k.shape[2:]
     start(
-        sum_runs, (units * groups,), piece_k, piece_v, d_far_k, d_far_v, runs, blocks, own_levels, tree.blocks,
+        sum_runs, (units * groups,), piece_k, piece_v, d_far_k, d_far_v, units, runs, blocks, own_levels, tree.blocks,
         tree.levels, far_count, groups, 1, D=width, RANK=tree.rank, MANY=min(16, 8192 // (tree.rank * width)),
         num_warps=4,
     )  # fmt: skip
@@ -203,7 +207,7 @@ def wants_halves(q: Tensor, k: Tensor, near: int, tree: Tree) -> bool:
         and near == tree.block == 128
         and tree.lo == 0
         and tree.rank == 16
-        and _far_tiles(tree) <= MOST[128, q.shape[3]]
+        and tree.levels <= LEVELS
     )
 
 
@@ -238,21 +242,20 @@ def far_gradients(
     d_far_k, d_far_v = torch.empty_like(far_k), torch.empty_like(far_v)
     pieces = units * runs * (levels - own_levels) * 2 * rank * width
     piece_k, piece_v = (torch.empty(max(pieces, 1), dtype=torch.float32, device=q.device) for _ in range(2))
-    _far_walks(q, d_out, shift, delta, far_k, far_v, d_q, d_far_k, d_far_v, piece_k, piece_v, tree, scale)
+    _far_walks(q, d_out, shift, delta, far_k, far_v, d_q, d_far_k, d_far_v, piece_k, piece_v, tree, scale, 0)
     _sum_runs(piece_k, piece_v, d_far_k, d_far_v, runs, blocks, own_levels, tree, units)
     return d_far_k, d_far_v
 
 
 def _far_walks(
     q: Tensor, d_out: Tensor, shift: Tensor, delta: Tensor, far_k: Tensor, far_v: Tensor, d_q: Tensor, d_far_k: Tensor,
-    d_far_v: Tensor, piece_k: Tensor, piece_v: Tensor, tree: Tree, scale: float,
+    d_far_v: Tensor, piece_k: Tensor, piece_v: Tensor, tree: Tree, scale: float, first: int,
 ) -> None:  # fmt: skip
-    """All far rows, in as many walks as they take."""
+    """The far rows from tile `first` on, in as many walks as they take."""
     batch, heads, tokens, width = q.shape
     rank, blocks, own_levels = tree.rank, -(-tokens // tree.block), min(RUN, tree.levels)
     runs = -(-blocks >> own_levels)
     items = batch * heads * runs
-    first = 0
     while (left := _far_tiles(tree) - first) > 0:
         count = min(1 << (left - 1).bit_length(), far_field.MOST[width])
         tiles = far_field.TILES[width, count]

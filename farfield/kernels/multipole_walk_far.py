@@ -217,7 +217,7 @@ def _sums(
     PER: gl.constexpr = (TILES + 1) // 2
     T0: gl.constexpr = GROUP * PER
     # tiles from here on hold levels that are wider than any run
-    WIDER: gl.constexpr = RUN * 2 * RANK // 64
+    WIDER: gl.constexpr = (RUN * 2 * RANK + 63) // 64
     queries = 0
     # a single tile leaves one of the groups nothing to do
     items = items if T0 < TILES else 0
