@@ -42,13 +42,18 @@ def test_near_field_is_fma_without_far_field():
 
 
 @pytest.mark.parametrize(
-    "more", [{"score": "peak"}, {"score": "box", "shared": False}, {"score": "mean", "segments": "sum"}], ids=str
+    "more",
+    [{"score": "peak"}, {"score": "box", "shared": False}, {"score": "mean", "segments": "sum", "level_bias": -1.0}],
+    ids=str,
 )
 def test_dense_fma_is_fma(more, monkeypatch):
     kind = load("fma_dense").DenseFMA
-    options = {"block": 4, "near": 8, "rank": 2, "open": 3, "sinks": 2, **more}
+    options = {"block": 4, "near": 8, "rank": 2, "open": 3, "sinks": 2, "kv_heads": 2, "levels": 8, **more}
     q, k, v = (torch.randn(1, heads, 333, 16, dtype=torch.float64) for heads in (6, 2, 2))
-    dense, rows = kind(**options), []
+    dense, fma, rows = kind(**options), FMA(**options).double(), []
+    if fma.biased:
+        for each in (dense, fma):
+            each.level_bias.data[1] = 0.5
     attend = opened.attend
 
     def watch(asking, sources, **others):
@@ -56,7 +61,7 @@ def test_dense_fma_is_fma(more, monkeypatch):
         return attend(asking, sources, **others)
 
     monkeypatch.setattr(opened, "attend", watch)
-    wanted = FMA(**options)(q, k, v)
+    wanted = fma(q, k, v)
     assert_within(dense(q.float(), k.float(), v.float()), wanted, terms=333)
     assert dense.rows_read(333) == pytest.approx(rows[0])
     assert dense.rows_read(333) < dense.rows_read(334)

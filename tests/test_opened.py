@@ -335,6 +335,9 @@ def test_level_bias_starts_at_0_and_learns(open):
     plain = FMA(**SMALL, open=open)
     mech = FMA(**SMALL, open=open, level_bias=True, kv_heads=2, levels=4).double()
     assert torch.equal(mech(q, k, v), plain(q, k, v))
+    discounted = FMA(**SMALL, open=open, level_bias=-1.5, kv_heads=2, levels=4).double()
+    assert_within(discounted(q, k, v), discounted.reference(q, k, v), terms=90)
+    assert (discounted.level_bias == -1.5).all()
     (grad,) = torch.autograd.grad(mech(q, k, v).square().sum(), mech.level_bias)
     assert (grad != 0).all()
     with torch.no_grad():

@@ -13,7 +13,7 @@ from farfield.mechanisms.fma import FMA
 from farfield.select import opened
 from farfield.select.static import radii
 
-STEP = 256  # queries at a time
+STEP = 512  # queries at a time
 
 
 class DenseFMA(FMA):
@@ -32,7 +32,7 @@ class DenseFMA(FMA):
         heads = q.shape[1]
         kv_heads = tokens.k.shape[1]
         stack = heads // kv_heads
-        far_bias = torch.zeros(len(far), device=q.device) if far.bias is None else far.bias.reshape(-1)
+        far_bias = torch.zeros(len(far), device=q.device) if far.bias is None else far.bias.reshape(-1, 1, 1, len(far))
         k, far_k, v, far_v = (x[0][:, None].expand(-1, stack, -1, -1) for x in (tokens.k, far.k, tokens.v, far.v))
         out, count = q.new_empty(1, heads, q.shape[2], v.shape[3]), 0.0
         for start in range(0, q.shape[2], STEP):

@@ -195,7 +195,8 @@ class FMA(Mechanism):
         hold: so many queries in a row open the same groups, chosen by the first of them; divides `block`. Choosing
             then costs 1 / hold, and with a multiple of 64 a GPU reads what is opened as it reads what is near.
         tolerance: opens so many more groups that no output is farther from full attention's than this; see `certify`.
-        level_bias: a learned number for each key head and level, added to the logits of its summaries; starts at 0.
+        level_bias: a learned number for each key head and level, added to the logits of its summaries. It starts at 0,
+            or at the number that is given, such as -1 for a model that was trained without summaries.
         kv_heads, width, value_width, levels: G, D, E and the number of levels, for what has parameters:
             learned (kv_heads), softmax (kv_heads, width), conv (width, value_width, levels), level_bias (kv_heads,
             levels), score="learned" (kv_heads, width).
@@ -256,7 +257,7 @@ class FMA(Mechanism):
         segments: str = "best",
         shared: bool = True,
         hold: int = 1,
-        level_bias: bool = False,
+        level_bias: bool | float = False,
         tolerance: float | None = None,
         causal: bool = True,
         scale: float | None = None,
@@ -292,15 +293,16 @@ class FMA(Mechanism):
             self.supports = replace(self.supports, heads_apart=not shared, relative=relative)
         sizes = {"kv_heads": kv_heads, "width": width, "value_width": value_width, "levels": levels}
         self.pool = pool if isinstance(pool, Pool) else make_pool(pool, block, rank, sizes)
-        self.biased, self.tolerance = level_bias, tolerance
+        self.biased, self.tolerance = level_bias is not False, tolerance
         if tolerance is not None:
             if tolerance < 0:
                 raise ValueError(f"fma: tolerance must not be negative, got {tolerance}")
             self.supports = replace(self.supports, packed=False, rotary=False, decode=False)
-        if level_bias:
+        if self.biased:
             if kv_heads is None or levels is None:
                 raise ValueError("fma: level_bias has parameters and needs kv_heads and levels")
-            self.level_bias = nn.Parameter(torch.zeros(kv_heads, levels))
+            begin = 0.0 if level_bias is True else float(level_bias)
+            self.level_bias = nn.Parameter(torch.full((kv_heads, levels), begin))
         if score == "learned":
             if kv_heads is None or width is None:
                 raise ValueError("fma: score='learned' has parameters and needs kv_heads and width")
