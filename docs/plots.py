@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 HERE = ROOT / "docs" / "plots"
 RECORD = ROOT / "results" / "h200" / "compare-csource.json"
 
+# as the record has it; fma with the same options today
 CHOSEN = "fma-opened:rank=4,near=128,open={},beam={},detail=16,score=mean"
 NAMES = {
     "full": "full",

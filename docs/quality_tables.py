@@ -31,10 +31,11 @@ def name(label: str) -> str:
         return f"{name(first)}; every fourth layer {name(other).removeprefix('fma, ')}"
     kind, _, given = label.partition(":")
     options = dict(pair.split("=") for pair in given.split(",") if pair)
-    if kind == "fma-opened":
+    # `fma-opened` was a control of the time of the first records: fma with these options
+    if kind == "fma-opened" or (kind == "fma" and options.get("open", "0") != "0"):
         said = f"fma, {options['open']} groups opened"
-        said += " by peaks" if options["score"] == "peak" else ""
-        return said if options["rank"] == "4" else f"{said}, {_rows(options['rank'])} a group"
+        said += " by peaks" if options.get("score") == "peak" else ""
+        return said if options.get("rank") == "4" else f"{said}, {_rows(options.get('rank', '16'))} a group"
     if kind == "window":
         return f"window {options['width']}"
     if kind == "near-field":

@@ -121,15 +121,3 @@ def test_chosen_blocks(score, more):
     assert mech.rows_read(76) is None
     with pytest.raises(ValueError, match="detail must divide block"):
         load("chosen").Chosen(block=8, detail=3)
-
-
-@pytest.mark.parametrize("tokens", [300, 333])
-def test_means_are_those_of_the_sketches(tokens):
-    module = load("fma_opened")
-    fma = module.OpenedFMA(block=8, near=16, rank=4, open=2, detail=4, score="mean")
-    q, k, v = (torch.randn(1, heads, tokens, 16, dtype=torch.float64) for heads in (4, 2, 2))
-    tree = fma._tree(tokens, -(-tokens // 8), fma._levels(-(-tokens // 8))[0], 2)
-    wanted = torch.cat([x.rows.flatten(2, 3) for x in fma._sketches(k, tree, fma._present(tree, k.device))], 2)
-    assert_within(module.means_of(k.float(), tree, 4), wanted, terms=tokens)
-    # where there are no kernels it is FMA
-    assert torch.equal(fma(q, k, v), FMA(block=8, near=16, rank=4, open=2, detail=4, score="mean")(q, k, v))

@@ -29,6 +29,7 @@ from farfield.kernels import (
     mix,
     multipole_backward,
     opened,
+    opened_search,
     patterns,
     pool,
     prefix,
@@ -40,6 +41,8 @@ from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
 from farfield.ops.choose import Scoring
 from farfield.ops.multipole import Field, tree_of
+from farfield.ops.opened import SCORES
+from farfield.ops.opened import Plan as OpenedPlan
 from farfield.ops.pool import Tree
 from farfield.ring import FMARing
 from farfield.select import static
@@ -77,7 +80,9 @@ SPILLS: dict[str, int] = {
     "scan-128": 40,
     "scan-back-128": 80,
     # four searches a multiprocessor: they wait most of the time
-    **dict.fromkeys((f"opened-{n}" for n in ("2-64", "2-128", "16-64", "16-128", "shared-64", "runs-64")), 1280),
+    # numbers of a tile of queries, and sums of a piece of the far rows
+    **dict.fromkeys(("opened-2-64", "opened-16-64", "opened-shared-64"), 24),
+    **dict.fromkeys(("opened-2-128", "opened-16-128"), 216),
     # a third stage of loads, which was faster
     "scan-80": 64,
     "prefix-256": 272,
@@ -372,14 +377,14 @@ def prefixes(case, given, tokens=5000):
     prefix.backward(out, row if given else None, rows if given else None, scores, v, out, rest, lse, mass)
 
 
-def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, tokens=5000):
+def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, tokens=5000, score="mean", detail=16):
     field = Field(block, 128, rank, 3)
     tree = tree_of(max(tokens, 3 * block + 1), field)
     q, k = (empty(1, n, tokens, width) for n in (heads, kv_heads))
-    peaks = opened.peaks_of(k, tree, rank)
-    leaves, count = opened.choose(q, peaks, tree, field.near, rank, picks, 2 * picks, True, 0.125, hold)
+    plan = OpenedPlan(field.near, detail, picks, 2 * picks, 1, hold, SCORES.index(score))
+    leaves, count = opened_search.chosen(q, k, tree, plan, 0.125)
     if hold > 1:
-        opened.lists_of_runs(leaves, count, tree, field.near, hold, tokens)
+        opened.lists_of_runs(leaves, count, tree, plan, tokens)
         return
     far, bias = empty(1, kv_heads, tree.rows, width), empty(1, 1, tree.rows, dtype=torch.float32)
     about = q, k, k, far, far, bias, leaves, count

@@ -89,7 +89,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Bench:
-    """A registered case. `axis` is what a figure draws along; `dtypes` and `passes` are what a plain run measures."""
+    """A registered case. `axis` is what a figure draws along; `dtypes` and `passes` are what a plain run measures, and
+    `longest` the seconds that a call of a baseline takes at most in one.
+    """
 
     name: str
     make: Callable[..., Work]
@@ -98,6 +100,7 @@ class Bench:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     passes: tuple[str, ...] = PASSES
     axis: str = "tokens"
+    longest: float = math.inf
 
     @property
     def about(self) -> str:
@@ -117,6 +120,7 @@ def bench(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     passes: Sequence[str] = PASSES,
     axis: str = "tokens",
+    longest: float = math.inf,
 ):
     """Register a case: a function (tokens, device, dtype, **options) -> Work.
 
@@ -125,11 +129,12 @@ def bench(
         against: baselines, by their names in `baseline` or in the work's `rivals`.
         dtypes, passes: what a plain run measures. Passes of ("step",) run the call as it is.
         axis: the option that figures draw along.
+        longest: a baseline's call that is expected to take more seconds is skipped in a plain run.
     """
 
     def register(make: Callable[..., Work]) -> Callable[..., Work]:
         rivals = (against,) if isinstance(against, str) else tuple(against)
-        BENCHES[name] = Bench(name, make, over, rivals, tuple(dtypes), tuple(passes), axis)
+        BENCHES[name] = Bench(name, make, over, rivals, tuple(dtypes), tuple(passes), axis, longest)
         return make
 
     return register
@@ -289,7 +294,7 @@ def run(
     seconds: float = 5.0,
     most: int = 30,
     once: float | None = None,
-    max_baseline_seconds: float = math.inf,
+    max_baseline_seconds: float | None = None,
     out: Path | str | None = "results",
     progress: Callable[[str], None] | None = None,
     on_record: Callable[[Record], None] | None = None,
@@ -303,7 +308,7 @@ def run(
         against: the baselines to measure, in place of all of the case's.
         seconds, most, once: see `compare`.
         max_baseline_seconds: a baseline whose call is expected to take longer, going by its time at the length before,
-            is skipped and recorded as skipped.
+            is skipped and recorded as skipped; the case's `longest` by default.
         out: folder of results, None records nothing.
         progress: called with what is being measured.
         on_record: called with every record as it is made.
@@ -315,6 +320,7 @@ def run(
     case = get(name)
     where = _device(device)
     dtypes, passes = dtypes or case.dtypes, passes or case.passes
+    longest = case.longest if max_baseline_seconds is None else max_baseline_seconds
     allowed = STEP if case.passes == STEP else ALL_PASSES
     rivals = () if against is None else against
     for what, given, known in (
@@ -339,8 +345,9 @@ def run(
         for point in itertools.product(*axes.values()):
             params = dict(zip(axes, point, strict=True))
             if progress:
-                progress(f"{name} {which} {dtype} n={params['tokens']}")
-            for record in _point(case, params, where, dtype, which, seconds, most, once, max_baseline_seconds, past):
+                rest = "".join(f" {key}={value}" for key, value in params.items() if key != "tokens")
+                progress(f"{name} {which} {dtype} n={params['tokens']}{rest}")
+            for record in _point(case, params, where, dtype, which, seconds, most, once, longest, past):
                 made.append(record)
                 if out is not None:
                     append(results_path(name, out, where), record)

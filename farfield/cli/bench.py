@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,9 +120,9 @@ def bench(
             passes=tuple(passes) if passes else None,
             against=None if against is None else tuple(x for x in against if x != "none"),
             seconds=seconds,
-            max_baseline_seconds=math.inf if longest is None else longest,
+            max_baseline_seconds=longest,
             out=out if record else None,
-            progress=status.update,
+            progress=status.update if console.is_terminal else _say,
             **grid,
         )
     title = f"{name}, {records.machine_name(device)}"
@@ -144,6 +145,11 @@ def bench(
             console.print(f"{what:<8} {plots.save(figure, path.with_name(f'{path.stem}-{what}.svg'))}", soft_wrap=True)
     if any(r.status == "failed" and r.contender == r.bench for r in made):
         raise typer.Exit(1)
+
+
+def _say(what: str) -> None:
+    """Progress where no line can be rewritten."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def run_mechanisms(
@@ -179,7 +185,7 @@ def run_mechanisms(
             limit=limit,
             resume=resume,
             out=out,
-            progress=status.update,
+            progress=status.update if console.is_terminal else _say,
         )
     # as wide as it is: a file or a pager scrolls
     wide = Console(highlight=False, width=max(console.width, 180))

@@ -186,9 +186,11 @@ class FMA(Mechanism):
         open: k, groups of level 1 that each query opens; may be changed at any time (`mech.open = 0`), except that
             a state made with 0 cannot go on with more.
         beam: groups of each coarser level that a query looks into on its way; at least `open`. Default 2 open.
-        score: what a group could hide: "peak", "box", "ball", "mean", or "learned" with a weight for each key head and
-            channel, which `score_loss` teaches; see farfield.select.opened.
-        detail: rows of a group's sketch, each for a segment of it; divides `block`. Default rank.
+        score: what a group could hide: "mean", "peak", "box", "ball", or "learned" with a weight for each key head and
+            channel, which `score_loss` teaches; see farfield.select.opened. Trained models do best with means; "peak"
+            finds the single key that is like no other near it.
+        detail: rows of a group's sketch, each for a segment of it; divides `block`. Default 16, means of 4 keys in
+            blocks of 64; of other blocks the largest number that divides both.
         segments: a group scores what the "best" of its segments scores, or their "sum" as the softmax has it, which
             with means is nearer to what it holds.
         shared: the query heads of a key head open the same groups; otherwise each its own.
@@ -252,7 +254,7 @@ class FMA(Mechanism):
         rewind: int = 0,
         open: int = 0,
         beam: int | None = None,
-        score: str = "peak",
+        score: str = "mean",
         detail: int | None = None,
         segments: str = "best",
         shared: bool = True,
@@ -283,7 +285,7 @@ class FMA(Mechanism):
         self.block, self.near, self.rank, self.sinks = block, near, rank, sinks
         self.queries, self.rewind = queries, rewind
         self.open, self.beam, self.score, self.shared, self.hold = open, beam, score, shared, hold
-        self.detail, self.segments = rank if detail is None else detail, segments
+        self.detail, self.segments = math.gcd(16, block) if detail is None else detail, segments
         self._check_opening()
         if queries == "pooled":
             self.supports = replace(self.supports, packed=False)
@@ -353,7 +355,6 @@ class FMA(Mechanism):
             far_k = found.far_k if rotary is None else rotary(found.far_k, found.span.double().mean(0))
             far = Rows(far_k, found.far_v, bias=self._bias(found.bias, tree.lead, tree.groups))
             starts = list(accumulate(tree.groups[:-1], initial=tree.lead // self.rank))
-        near_list, far_list = self._lists(starts if kept else (), blocks, q.device)
         turned = q
         if rotary is not None:
             at = torch.arange(q.shape[2], device=q.device)
@@ -365,6 +366,7 @@ class FMA(Mechanism):
             sketches = self._sketches(k, tree, self._present(tree, q.device))
             where = opened.place(0, q.shape[2], self.block, q.device)
             return self._attend_opened(turned, Rows(k, v), far, sketches, where, starts, asking=self._held(turned))[0]
+        near_list, far_list = self._lists(starts if kept else (), blocks, q.device)
         sources = [(Rows(k, v), _layout(near_list, q, k, self.block, self.block, self.causal))]
         if far is not None and (kept or self.sinks):
             sources.append((far, _layout(far_list, q, far.k, self.block, self.rank)))
@@ -389,7 +391,7 @@ class FMA(Mechanism):
         """Opened attention by kernels of its own, None where they do not take it; q and the keys are rotated."""
         self._check_opening()
         plan = self.plan()
-        if self.score != "peak" or self.segments != "best" or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
+        if self.score not in on_gpu.SCORES or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
             return None
         scale = q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
         chosen = on_gpu.choose(q, k, tree, plan, scale)
@@ -408,7 +410,9 @@ class FMA(Mechanism):
     def plan(self) -> on_gpu.Plan:
         """How groups are opened, for the kernels."""
         beam = 2 * self.open if self.beam is None else self.beam
-        return on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared), self.hold)
+        score = on_gpu.SCORES.index(self.score) if self.score in on_gpu.SCORES else 0
+        summed = int(self.segments == "sum")
+        return on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared), self.hold, score, summed)
 
     def _weight(self) -> Tensor | None:
         """Of the learned score, which the choice passes no gradient to."""

@@ -10,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
+from farfield.ops.eager import eager
 from farfield.ops.pool import Tree
 
+SCORES = ("peak", "mean")  # of select.opened.SCORES, those that there are kernels for
 RANKS = (1, 2, 4, 8, 16, 32)
 MOST = 64  # groups opened, and looked into on a level
 LONGEST = 1 << 16  # tokens where each query, or few together, have lists of their own
@@ -26,6 +28,8 @@ class Plan(NamedTuple):
         detail: rows of a group's sketch.
         picks, beam, shared: as in select.opened.Opening.
         hold: queries in a row that open the same groups.
+        score: number of the score in SCORES.
+        summed: a group scores the log of the sum of what its rows score, e^score each, instead of the best of them.
     """
 
     near: int
@@ -34,6 +38,8 @@ class Plan(NamedTuple):
     beam: int
     shared: int
     hold: int = 1
+    score: int = 0
+    summed: int = 0
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | None:
@@ -58,8 +64,11 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | No
 def choose(
     q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G T D"], tree: Tree, plan: Plan, scale: float
 ) -> tuple[Int[Tensor, "B lists N k"], Int[Tensor, "B lists N"]]:
-    """The groups of level 1 that each run of queries opens by the score "peak", ascending, and how many."""
-    leaves, count = _choose(q.detach(), k.detach(), list(tree), list(plan), scale)
+    """The groups of level 1 that each run of queries opens, ascending, and how many."""
+    q, k = q.detach(), k.detach()
+    if eager(q, k):
+        return _chosen(q, k, tree, plan, scale)
+    leaves, count = _choose(q, k, list(tree), list(plan), scale)
     return leaves, count
 
 
@@ -67,7 +76,10 @@ def lists(
     leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, tokens: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The near and far lists of runs of queries, each as index [B, lists, runs, P] and count."""
-    near, near_count, far, far_count = _lists(leaves, count, list(tree), list(plan), tokens)
+    if eager(leaves, count):
+        near, near_count, far, far_count = _listed(leaves, count, tree, plan, tokens)
+    else:
+        near, near_count, far, far_count = _lists(leaves, count, list(tree), list(plan), tokens)
     return (near, near_count), (far, far_count)
 
 
@@ -102,13 +114,13 @@ def _tree(numbers: Sequence[int]) -> Tree:
 
 @custom_op("farfield::choose_opened", mutates_args=())
 def _choose(q: Tensor, k: Tensor, tree: Sequence[int], plan: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    from farfield.kernels import opened
+    return _chosen(q, k, _tree(tree), Plan(*plan), scale)
 
-    whole, about = _tree(tree), Plan(*plan)
-    peaks = opened.peaks_of(k, whole, about.detail)
-    return opened.choose(
-        q, peaks, whole, about.near, about.detail, about.picks, about.beam, bool(about.shared), scale, about.hold
-    )
+
+def _chosen(q: Tensor, k: Tensor, tree: Tree, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    from farfield.kernels import opened_search, plans
+
+    return plans.plainly(opened_search.chosen, (q, k), tree, plan, scale)
 
 
 @_choose.register_fake
@@ -122,11 +134,15 @@ def _(q, k, tree, plan, scale):
 def _lists(
     leaves: Tensor, count: Tensor, tree: Sequence[int], plan: Sequence[int], tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from farfield.kernels import opened
+    return _listed(leaves, count, _tree(tree), Plan(*plan), tokens)
 
-    about = Plan(*plan)
-    near, far = opened.lists_of_runs(leaves, count, _tree(tree), about.near, about.hold, tokens)
-    return *near, *far
+
+def _listed(
+    leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from farfield.kernels import opened, plans
+
+    return plans.plainly(opened.lists_of_runs, (leaves, count), tree, plan, tokens)
 
 
 @_lists.register_fake

@@ -1,10 +1,11 @@
-"""Opened FMA on the GPU: numbers, gradients and causality there, and a CUDA graph of the forward."""
+"""Opened FMA on the GPU: choices, numbers, gradients and causality there, and CUDA graphs of it."""
 
 import pytest
 import torch
 
 from farfield.mechanisms.fma import FMA
 from farfield.ops import opened as on_gpu
+from farfield.select import opened
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
@@ -24,7 +25,7 @@ def draw(tokens, dtype, *, heads=8, kv_heads=2, width=64):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("score", ["peak", "box"])
+@pytest.mark.parametrize("score", ["mean", "peak", "box"])
 def test_forward_and_backward(dtype, shared, score):
     mech = FMA(**OPTIONS, shared=shared, score=score)
     exact_in = [x.requires_grad_() for x in draw(1003, torch.float64)]
@@ -43,6 +44,8 @@ CASES = {
     "many": ({"open": 16, "rank": 4, "sinks": 64, "shared": False}, 4, 2, 2600, 64),
     "few together": ({"open": 2, "rank": 4, "hold": 16}, 4, 2, 1003, 64),
     "runs": ({"open": 4, "rank": 4, "hold": 64, "sinks": 3}, 4, 4, 1700, 64),
+    "peaks": ({"open": 4, "rank": 4, "hold": 64, "sinks": 3, "score": "peak", "detail": 1}, 4, 4, 1700, 64),
+    "sums of segments": ({"open": 4, "rank": 4, "hold": 64, "segments": "sum"}, 4, 2, 1700, 64),
     "runs of shared heads": ({"open": 4, "rank": 8, "hold": 64, "detail": 2}, 8, 2, 1700, 128),
     "wide blocks": ({"block": 128, "open": 4, "rank": 8, "sinks": 5}, 8, 2, 2100, 128),
 }
@@ -71,6 +74,47 @@ def test_kernels_of_its_own(case, monkeypatch):
         assert_within(got, want, terms=tokens, name=name)
 
 
+CHOICES = {
+    "means": {},
+    "means, heads apart": {"shared": False, "sinks": 5},
+    "peaks": {"score": "peak", "detail": 4},
+    "sums": {"segments": "sum", "hold": 64},
+    "few": {"hold": 64, "detail": 1, "beam": 4},
+}
+
+
+@pytest.mark.parametrize("tokens", [5000, 17_000])
+@pytest.mark.parametrize("case", CHOICES)
+def test_the_choice_is_that_in_float64(case, tokens, monkeypatch):
+    """Level by level down the tree, of more queries than are searched for at once too."""
+    mech, x = FMA(near=128, rank=4, open=4, **{"beam": 9, **CHOICES[case]}), draw(tokens, torch.bfloat16, heads=4)
+    kept, made = {}, []
+    original, lists = on_gpu.choose, opened.opened_lists
+
+    def keep(*given):
+        kept["chosen"] = original(*given)
+        return kept["chosen"]
+
+    def watch(*given, **more):
+        found = lists(*given, **more)
+        made.append(found[0])
+        return found
+
+    monkeypatch.setattr(on_gpu, "choose", keep)
+    mech(*x)
+    monkeypatch.setattr(opened, "opened_lists", watch)
+    monkeypatch.setattr(opened, "_STEP", 1 << 26)
+    mech(*(t.double() for t in x))
+    leaves, count = kept["chosen"]
+    index, listed = (torch.cat(parts, 2)[:, :, :: mech.hold] for parts in zip(*made, strict=True))
+    near = (torch.arange(tokens, device="cuda")[:: mech.hold] // 64).clamp(max=2) + 1
+    assert torch.equal(count, (listed - near).int())
+    there = torch.arange(mech.open, device="cuda") < count[..., None]
+    alike = (leaves == index[..., : mech.open]) | ~there
+    # two scores nearer to each other than their rounding
+    assert alike.all(-1).float().mean() > 0.999
+
+
 @pytest.mark.parametrize("open", [2, 16])
 def test_it_compiles(open):
     mech, x = FMA(near=128, rank=4, open=open), [t.requires_grad_() for t in draw(1003, torch.bfloat16)]
@@ -95,8 +139,9 @@ def test_the_future_reaches_no_output():
     assert torch.equal(after[:, :, :600], mech(*x)[:, :, :600])
 
 
-def test_a_graph_replays_it():
-    mech, x = FMA(**OPTIONS), draw(1003, torch.bfloat16)
+@pytest.mark.parametrize("hold", [1, 64])
+def test_a_graph_replays_it(hold):
+    mech, x = FMA(**OPTIONS, hold=hold), draw(1003, torch.bfloat16)
     with torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -110,3 +155,28 @@ def test_a_graph_replays_it():
             t.copy_(t.flip(1))
         graph.replay()
         assert torch.equal(out, mech(*x))
+
+
+@pytest.mark.parametrize("hold", [1, 64])
+def test_a_graph_replays_a_training_step(hold):
+    mech, x = FMA(**OPTIONS, hold=hold), [t.requires_grad_() for t in draw(3003, torch.bfloat16)]
+    weights = torch.randn(1, 8, 3003, 64, generator=torch.Generator().manual_seed(1)).bfloat16().to("cuda")
+
+    def step():
+        out = mech(*x)
+        return out.detach(), *torch.autograd.grad(out, x, weights)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        for t in x:
+            t.copy_(t.flip(1))
+    graph.replay()
+    for got, want in zip(found, step(), strict=True):
+        assert torch.equal(got, want)

@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
 
-from farfield.kernels import attend_opened
+from farfield.kernels import attend_opened, opened_search
 from farfield.kernels import opened as kernels
 from farfield.mechanisms.fma import FMA
 from farfield.select import opened
@@ -16,9 +16,14 @@ from farfield.summarize import pyramid
 from farfield.testing.units import assert_within
 
 CASES = {
-    "heads together": ({"near": 64, "rank": 4, "open": 2, "beam": 2, "detail": 2, "sinks": 3}, 4, 1, 523),
-    "heads apart": ({"near": 128, "rank": 16, "open": 1, "detail": 1, "shared": False}, 2, 1, 650),
-    "no first block": ({"near": 64, "rank": 32, "open": 3, "beam": 3, "sinks": 64}, 2, 2, 448),
+    "heads together": (
+        {"near": 64, "rank": 4, "open": 2, "beam": 2, "detail": 2, "sinks": 3, "score": "peak"},
+        4,
+        1,
+        523,
+    ),
+    "heads apart": ({"near": 128, "rank": 16, "open": 1, "detail": 1, "shared": False, "score": "peak"}, 2, 1, 650),
+    "no first block": ({"near": 64, "rank": 32, "open": 3, "beam": 3, "sinks": 64, "detail": 32}, 2, 2, 448),
 }
 
 
@@ -35,15 +40,16 @@ def test_choice_and_attention(name, monkeypatch):
         return found["near"], found["far"]
 
     monkeypatch.setattr(opened, "opened_lists", watch)
+    # the interpreter takes as long for a small program as for a large one
+    monkeypatch.setattr(opened_search, "KEPT", 128)
+    monkeypatch.setattr(opened_search, "PROGRAMS", 8)
     wide = [x.double().requires_grad_() for x in (q, k, v)]
     exact = mech(*wide)
 
     blocks = -(-tokens // 64)
     levels, radius = mech._levels(blocks)
     tree = mech._tree(tokens, blocks, levels, radius[0])
-    beam = 2 * mech.open if mech.beam is None else mech.beam
-    peaks = kernels.peaks_of(k, tree, mech.detail)
-    leaves, count = kernels.choose(q, peaks, tree, mech.near, mech.detail, mech.open, beam, mech.shared, 0.25)
+    leaves, count = opened_search.chosen(q, k, tree, mech.plan(), 0.25)
     index, listed = found["near"]
     local = (torch.arange(tokens) // 64).clamp(max=mech.near // 64) + 1
     assert torch.equal(count, listed - local)
@@ -73,8 +79,9 @@ def test_choice_and_attention(name, monkeypatch):
 
 
 RUNS = {
-    "together": ({"rank": 4, "open": 3, "sinks": 3}, 2, 1),
-    "apart": ({"rank": 16, "open": 2, "beam": 6, "detail": 1, "shared": False}, 2, 1),
+    "together": ({"rank": 4, "open": 3, "sinks": 3, "score": "mean"}, 2, 1),
+    "sums": ({"rank": 4, "open": 2, "score": "mean", "detail": 4, "segments": "sum"}, 2, 2),
+    "apart": ({"rank": 16, "open": 2, "beam": 6, "detail": 1, "shared": False, "score": "peak"}, 2, 1),
 }
 
 
@@ -96,12 +103,9 @@ def test_lists_of_runs(name, monkeypatch):
     blocks = -(-tokens // 64)
     levels, radius = mech._levels(blocks)
     tree = mech._tree(tokens, blocks, levels, radius[0])
-    beam = 2 * mech.open if mech.beam is None else mech.beam
-    peaks = kernels.peaks_of(k, tree, mech.detail)
-    chosen = kernels.choose(q, peaks, tree, 128, mech.detail, mech.open, beam, mech.shared, 0.25, 64)
-    for (index, count), name in zip(
-        kernels.lists_of_runs(*chosen, tree, 128, 64, tokens), ("near", "far"), strict=True
-    ):
+    chosen = opened_search.chosen(q, k, tree, mech.plan(), 0.25)
+    lists = kernels.lists_of_runs(*chosen, tree, mech.plan(), tokens)
+    for (index, count), name in zip((lists[:2], lists[2:]), ("near", "far"), strict=True):
         want, wanted = (x[:, :, ::64] for x in found[name])
         assert torch.equal(count, wanted)
         used = torch.arange(want.shape[3]) < wanted[..., None]
