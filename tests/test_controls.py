@@ -11,6 +11,7 @@ import torch
 
 from farfield.mechanisms.fma import FMA
 from farfield.select import opened
+from farfield.testing import oracles
 from farfield.testing.units import assert_within
 
 FOLDER = Path(__file__).parents[1] / "examples" / "controls"
@@ -67,6 +68,20 @@ def test_dense_fma_is_fma(more, monkeypatch):
     assert dense.rows_read(333) < dense.rows_read(334)
     with pytest.raises(NotImplementedError, match="one whole sequence"):
         dense(*(x.expand(2, -1, -1, -1) for x in (q, k, v)))
+
+
+def test_dense_fma_with_exact_weights():
+    options = {"block": 4, "near": 8, "rank": 2, "open": 2, "sinks": 3, "score": "mean"}
+    q, k = (3 * torch.randn(1, heads, 99, 8) for heads in (4, 2))
+    v = torch.eye(99).expand(1, 2, -1, -1)
+    wanted = oracles.full(q.double(), k.double(), v.double(), causal=True)[0]
+    i = torch.arange(99)
+    far = (i >= 3) & (i // 4 < i[:, None] // 4 - 2)
+    # the values of a group are averaged, its weight is that of its tokens
+    got = load("fma_dense").DenseFMA(**options, exact=True)(q, k, v)
+    for part in (far, ~far):
+        assert_within((got * part).sum(-1), (wanted * part).sum(-1), terms=99)
+    assert (got - wanted).abs().max() > 0.01
 
 
 GUESSES = {

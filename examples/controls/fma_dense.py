@@ -6,6 +6,8 @@ and counts the rows that are read, where FMA tells the most that it can be. Caus
 To be found by FARFIELD_MECHANISMS=examples/controls.
 """
 
+import inspect
+
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -16,10 +18,25 @@ from farfield.select.static import radii
 STEP = 512  # queries at a time
 
 
-class DenseFMA(FMA):
-    """FMA whose opened groups are read through a mask; options as FMA's."""
+_OPTIONS = inspect.signature(FMA).parameters.values()
+_EXACT = inspect.Parameter("exact", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
 
+
+class DenseFMA(FMA):
+    """FMA whose opened groups are read through a mask.
+
+    Args:
+        exact: a summary has the weight that its tokens have together, log(sum of e^logit), and still their mean value;
+            a level_bias is not added to it.
+        options: as FMA's.
+    """
+
+    __signature__ = inspect.Signature([*_OPTIONS, _EXACT])
     _read = 0, 0.0
+
+    def __init__(self, *, exact: bool = False, **options):
+        super().__init__(**options)
+        self.exact = exact
 
     def _attend_opened(self, q, tokens, far, sketches, where, starts, first=0, *, asking, more=0, boxes=None):
         if first or boxes is not None or not self.causal or q.shape[0] != 1:
@@ -59,8 +76,12 @@ class DenseFMA(FMA):
 
             read = torch.cat([seen, summaries], -1)
             count += float(read.sum()) / (read.shape[0] * read.shape[1])
-            hidden = torch.zeros(*read.shape, device=q.device)
+            hidden = torch.zeros(kv_heads, stack, *read.shape[2:], device=q.device)
             hidden[..., stop:] = far_bias
+            if self.exact:
+                asking = q[0, :, start:stop].unflatten(0, (kv_heads, stack)) * scale
+                sums = self._sums(asking @ k[:, :, :stop].mT, starts, sizes, len(far))
+                hidden[..., stop:] = sums - asking @ far_k.mT
             hidden.masked_fill_(~read, float("-inf"))
             rows_k, rows_v = (torch.cat([x[:, :, :stop], y], 2) for x, y in ((k, far_k), (v, far_v)))
             mine = q[0, :, start:stop].unflatten(0, (kv_heads, stack))
@@ -68,6 +89,16 @@ class DenseFMA(FMA):
             out[0, :, start:stop] = found.flatten(0, 1)
         self._read = q.shape[2], count / q.shape[2]
         return out, None
+
+    def _sums(self, logits, starts, sizes, rows):
+        """Of each row of the far buffer log(sum of e^logit) over its tokens; of a future one anything."""
+        found = logits.new_zeros(*logits.shape[:3], rows)
+        logits = logits.masked_fill(torch.arange(logits.shape[3], device=logits.device) < self.sinks, float("-inf"))
+        for height, (start, groups) in enumerate(zip(starts, sizes, strict=True)):
+            first, many, width = start * self.rank, groups * self.rank, (self.block << height) // self.rank
+            own = pad(logits, (0, max(many * width - logits.shape[3], 0)), value=float("-inf"))
+            found[..., first : first + many] = own[..., : many * width].unflatten(-1, (many, width)).logsumexp(-1)
+        return found
 
     def rows_read(self, tokens: int) -> float:
         """What the last forward read, if it had as many tokens; otherwise the most that it can be, as FMA has it."""
