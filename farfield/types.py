@@ -90,6 +90,8 @@ class Layout:
         causal: rows that end after the query's position are hidden.
         reach: rows that end `reach` or more positions away from the query are hidden; None hides none.
         sinks: the first `sinks` rows are exempt from `reach`.
+        own: a promise that makes reading faster and changes nothing else: q_block is 1, query i stands at position i,
+            and each list ends with the block of row i.
     """
 
     index: Int[Tensor, "#B #H N P"]
@@ -101,10 +103,17 @@ class Layout:
     causal: bool = False
     reach: int | None = None
     sinks: int = 0
+    own: bool = False
 
     def __post_init__(self):
         if self.q_block < 1 or self.k_block < 1:
             raise ValueError(f"Layout: blocks must be at least 1, got q_block={self.q_block}, k_block={self.k_block}")
+        if self.own and (self.q_block > 1 or not self.causal or self.reach is not None or self.tokens > self.rows):
+            raise ValueError(
+                "Layout: own=True is for causal lists of single queries without reach that stand among the rows, got "
+                f"q_block={self.q_block}, causal={self.causal}, reach={self.reach}, {self.tokens} queries, "
+                f"{self.rows} rows"
+            )
         blocks = -(-self.tokens // self.q_block)
         if self.index.shape[-2] != blocks:
             raise ValueError(

@@ -115,11 +115,11 @@ JOINING = ["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u"
 
 @triton.jit(do_not_specialize=JOINING)
 def join_parts(
-    parts, masses, place, count, out, lse,
+    parts, masses, place, count, begun, begun_lse, out, lse,
     units, tokens, first, all_tokens, picks, list_b, list_u, rep_b, rep_u, entries, total,
     STACK: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The parts of each query as one softmax. A row is a unit, a query of it and a head of it."""
+    """The parts of each query as one softmax, with the one that is there. A row is a unit, a query and a head of it."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < total
     r, query = row % STACK, row // STACK
@@ -130,9 +130,14 @@ def join_parts(
     filled = tl.load(count + line, mask=there, other=0)
     place += line * picks
     from_ = (b * rep_b + u * rep_u) * entries
+    to = (unit * STACK + r) * all_tokens + first + n
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, E_TILE], tl.float32)
+    if begun is not None:
+        peak = tl.load(begun_lse + to, mask=there, other=float("-inf")) * LOG2E
+        mass = tl.where(peak == float("-inf"), 0.0, 1.0)
+        acc = tl.load(begun + to[:, None] * E + values, mask=there[:, None] & (values < E), other=0.0).to(tl.float32)
     slot = tl.arange(0, AT_ONCE)[None, :]
     for begin in range(0, tl.max(filled, 0), AT_ONCE):
         used = begin + slot < filled[:, None]
@@ -152,9 +157,8 @@ def join_parts(
             acc += part.to(tl.float32) * weight[:, None]
         peak = higher
     acc *= (1.0 / tl.where(mass > 0, mass, 1.0))[:, None]
-    at = (unit * STACK + r) * all_tokens + first + n
-    tl.store(out + at[:, None] * E + values, acc.to(out.dtype.element_ty), mask=there[:, None] & (values < E))
-    tl.store(lse + at, (peak + tl.log2(mass)) * LN2, mask=there)
+    tl.store(out + to[:, None] * E + values, acc.to(out.dtype.element_ty), mask=there[:, None] & (values < E))
+    tl.store(lse + to, (peak + tl.log2(mass)) * LN2, mask=there)
 
 
 def wants(call: Call) -> bool:
@@ -169,8 +173,8 @@ def wants(call: Call) -> bool:
     return bool(call.q.numel()) and call.q.shape[2] >= FEWEST and lists_of(call)[1] <= 64
 
 
-def attend_listed(call: Call) -> tuple[Tensor, Tensor]:
-    """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's."""
+def attend_listed(call: Call, begun: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's. `begun`: those of other rows, to be joined."""
     q, (k,), (v,), _, _, _, _, _, (index,), (count,), (plan,), scale = call
     batch, heads, tokens, width = q.shape
     kv_heads, rows, value_width = k.shape[1], k.shape[2], v.shape[3]
@@ -215,7 +219,7 @@ def attend_listed(call: Call) -> tuple[Tensor, Tensor]:
         total, some = batch * heads * many, max(1, (1024 if stack > 1 and e_tile > 64 else 2048) // e_tile)
         start(
             join_parts, (-(-total // some),),
-            parts, masses, found.place, filled, out, lse, units, many, first, tokens, picks, seg_b * many,
+            parts, masses, found.place, filled, *(begun or (None, None)), out, lse, units, many, first, tokens, picks, seg_b * many,
             seg_u * many, rep_b, rep_u, listed.numel(), total, stack, value_width, e_tile, ROWS=some,
             AT_ONCE=min(AT_ONCE, padded(picks, 1)), num_warps=4,
         )  # fmt: skip

@@ -11,6 +11,8 @@ atomics, every sum in one order. What attend_listed_backward_hopper takes is rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from farfield.kernels import attend_listed_backward_hopper as hopper
 from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
+from farfield.kernels.attend_hopper import _descriptor
 from farfield.kernels.attend_listed import FEWEST, _unit, piece_size
+from farfield.kernels.replay import start
 from farfield.kernels.transpose import counted, counts, piece_of, placed, transpose
 from farfield.ops.attend import Call
 
@@ -189,9 +193,9 @@ def join_pieces(
 @triton.jit(do_not_specialize=["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "total"])
 def join_queries(
     parts, count, d_q, units, tokens, first, all_tokens, picks, list_b, list_u, total, scale,
-    STACK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, ROWS: tl.constexpr,
+    STACK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dq: the entries of each query added up."""
+    """dq: the entries of each query added up, and to what d_q holds if ADD."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < total
     r, query = row % STACK, row // STACK
@@ -204,18 +208,25 @@ def join_queries(
         part_at = parts + (place + p * STACK)[:, None] * D + dims
         acc += tl.load(part_at, mask=(p < filled)[:, None] & (dims < D), other=0.0).to(tl.float32)
     at = ((unit * STACK + r) * all_tokens + first + n)[:, None] * D + dims
-    tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=there[:, None] & (dims < D))
+    acc *= scale
+    if ADD:
+        acc += tl.load(d_q + at, mask=there[:, None] & (dims < D), other=0.0).to(tl.float32)
+    tl.store(d_q + at, acc.to(d_q.dtype.element_ty), mask=there[:, None] & (dims < D))
 
 
 def attend_listed_backward(
-    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor,
+    begun: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, for calls that attend_listed.wants."""
+    """Gradients of q, k and v, for calls that attend_listed.wants.
+
+    `begun`: those of other rows, contiguous, which are added to and may be overwritten; one list a key head then.
+    """
     q, (k,), (v,), _, _, _, _, _, (index,), (count,), (plan,), scale = call
     batch, heads, tokens, width = q.shape
     kv_heads, rows, value_width = k.shape[1], k.shape[2], v.shape[3]
     units, stack = lists_of(call)
-    d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    d_q = torch.empty_like(q, memory_format=torch.contiguous_format) if not begun else begun[0]
     picks, row_blocks = index.shape[3], -(-rows // plan.k_block)
     stack_tile, d_tile, e_tile = padded(stack, 1), padded(width), padded(value_width)
 
@@ -227,7 +238,8 @@ def attend_listed_backward(
     delta, shift = torch.empty_like(lse), torch.empty_like(lse)
     total, some = batch * heads * tokens, max(1, 2048 // e_tile)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    prepare[(-(-total // some),)](
+    start(
+        prepare, (-(-total // some),),
         out.contiguous(), d_out.contiguous(), lse, d_lse, delta, shift, tokens, total, stack, value_width, e_tile, some
     )  # fmt: skip
 
@@ -236,16 +248,18 @@ def attend_listed_backward(
     step = min(plan.k_block, 64) if tiles is None else tiles.rows
     # shares of dq that an entry leaves
     cuts = 1 if tiles is None else plan.k_block // step
-    each = batch * heads * picks * cuts * width * q.element_size()
-    chunk = min(tokens, max(FEWEST, PARTS // max(1, each)))
+    chunk = min(tokens, _chunk(call, cuts))
     part_rows = batch * heads * chunk * picks
     parts = q.new_empty(cuts * part_rows, width)
     # float32 where something is still to be added
     add = chunk < tokens
     made = torch.zeros if add else torch.empty
     dtype = torch.float32 if add or units != kv_heads else q.dtype
-    d_k = made(batch, units, rows, width, dtype=dtype, device=q.device)
-    d_v = made(batch, units, rows, value_width, dtype=dtype, device=q.device)
+    if not begun:
+        d_k = made(batch, units, rows, width, dtype=dtype, device=q.device)
+        d_v = made(batch, units, rows, value_width, dtype=dtype, device=q.device)
+    else:
+        d_k, d_v, add = begun[1].to(dtype), begun[2].to(dtype), True
     whole = step == plan.k_block
     for first in range(0, tokens, chunk):
         many = min(chunk, tokens - first)
@@ -261,10 +275,13 @@ def attend_listed_backward(
         piece_k, piece_v = (delta.new_empty(max(held, 1), n) for n in (width, value_width))
         if tiles is not None:
             token = torch.empty_like(found.reader)
-            hopper.tokens_of[(-(-token.numel() // 1024),)](found.reader, token, first, picks, token.numel(), 1024)
-            hopper.read_blocks_backward_hopper[(cuts * batch * units * (row_blocks + found.pieces),)](
-                q, k, v, d_out, shift, delta, token, parts, d_k, d_v, piece_k, piece_v,
-                found.start, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
+            start(
+                hopper.tokens_of, (-(-token.numel() // 1024),), found.reader, token, first, picks, token.numel(), 1024
+            )  # fmt: skip
+            start(
+                hopper.read_blocks_backward_hopper, (cuts * batch * units * (row_blocks + found.pieces),),
+                q, k, v, d_out, shift, delta, token, _descriptor(parts[None, None], tiles.queries), parts, d_k, d_v,
+                piece_k, piece_v, found.start, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
                 many * picks, tokens, rows, row_blocks, part_rows,
                 *[n // 8 for n in (*q_at, *d_at, *k_at, *v_at)], scale,
                 STACK=stack, REPEAT=heads // kv_heads, K_BLOCK=plan.k_block, ROWS=step, CAUSAL=bool(plan.causal),
@@ -274,7 +291,8 @@ def attend_listed_backward(
             tile = max(1, (64 if max(d_tile, e_tile) <= 64 else 32) // stack_tile)
             for of_rows, of_queries in ((True, True),) if whole else ((True, False), (False, True)):
                 programs = batch * units * (row_blocks + found.pieces) * (plan.k_block // step if of_rows else 1)
-                read_blocks_backward[(programs,)](
+                start(
+                    read_blocks_backward, (programs,),
                     q, k, v, d_out, delta, shift, parts, d_k, d_v, piece_k, piece_v,
                     found.start, found.reader, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
                     many, first, tokens, rows, row_blocks, picks, *[n // d_unit for n in q_at],
@@ -284,22 +302,40 @@ def attend_listed_backward(
                     num_warps=8, num_stages=2,
                 )  # fmt: skip
         if found.pieces:
-            join_pieces[(plan.k_block // step * batch * units * row_blocks,)](
+            start(
+                join_pieces, (plan.k_block // step * batch * units * row_blocks,),
                 d_k, d_v, piece_k, piece_v, found.start, seg_b, seg_u, found.most, found.pieces, units, rows,
                 row_blocks, plan.k_block, width, value_width, d_tile, e_tile, step, ADD=add, num_warps=8,
             )  # fmt: skip
         total, some = batch * heads * many, max(1, 2048 // d_tile)
         if tiles is not None:
-            hopper.join_places[(-(-total // some),)](
+            start(
+                hopper.join_places, (-(-total // some),),
                 parts, found.place, found.start, filled, d_q, units, many, first, tokens, picks, row_blocks, seg_b,
                 seg_u, part_rows, total, scale, stack, cuts, width, some,
-                AT_ONCE=min(max(1, 8 // cuts), padded(picks, 1)), num_warps=4,
+                AT_ONCE=min(max(1, 8 // cuts), padded(picks, 1)), ADD=bool(begun), num_warps=4,
             )  # fmt: skip
         else:
-            join_queries[(-(-total // some),)](
+            start(
+                join_queries, (-(-total // some),),
                 parts, filled, d_q, units, many, first, tokens, picks, seg_b * many, seg_u * many, total, scale,
-                stack, width, d_tile, some, num_warps=4,
+                stack, width, d_tile, some, ADD=bool(begun), num_warps=4,
             )  # fmt: skip
     if units != kv_heads:
         d_k, d_v = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (d_k, d_v))
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def at_once(call: Call) -> bool:
+    """Whether the gradients of a call that attend_listed.wants are launches alone: one chunk of queries, and no sort."""
+    block = call.plans[0].k_block
+    # no tile has fewer rows
+    whole = call.index[0].shape[2] <= _chunk(call, max(1, block // 64))
+    return whole and counts(call.index[0], -(-call.k[0].shape[2] // block))
+
+
+def _chunk(call: Call, cuts: int) -> int:
+    """Queries whose shares of dq, `cuts` an entry, take PARTS bytes."""
+    q = call.q
+    each = q.shape[0] * q.shape[1] * call.index[0].shape[3] * cuts * q.shape[3] * q.element_size()
+    return max(FEWEST, PARTS // max(1, each))

@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -89,7 +90,7 @@ VARIES += ["q_b", "q_h", "q_t", "d_b", "d_h", "d_t", "k_b", "k_h", "k_r", "v_b",
 
 @gluon.jit(do_not_specialize=VARIES)
 def read_blocks_backward_hopper(
-    q, k, v, d_out, shift, delta, token, parts, d_k, d_v, piece_k, piece_v, start, key,
+    q, k, v, d_out, shift, delta, token, parts, loose, d_k, d_v, piece_k, piece_v, start, key,
     base, seg_b, seg_u, most, pieces, units, per, all_tokens, rows, row_blocks, part_rows,
     q_b, q_h, q_t, d_b, d_h, d_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, K_BLOCK: gl.constexpr, ROWS: gl.constexpr, CAUSAL: gl.constexpr,
@@ -138,7 +139,7 @@ def read_blocks_backward_hopper(
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         k_tile = gl.allocate_shared_memory(dtype, [ROWS, D], rows_shared)
         v_tile = gl.allocate_shared_memory(dtype, [ROWS, D], rows_shared)
-        q_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], rows_shared)
+        q_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BQ, D], parts.layout)
         d_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], rows_shared)
         ds_tile = gl.allocate_shared_memory(dtype, [ROWS, BQ], gl.NVMMASharedLayout(2 * BQ, 16, 2))
         shift_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
@@ -174,8 +175,8 @@ def read_blocks_backward_hopper(
         _sync()
         for t in gl.static_range(STAGES - 1):
             _gather(
-                q_ring.index(t), d_ring.index(t), shift_ring.index(t), delta_ring.index(t), token_ring.index(t),
-                q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last, STACK, BQ, D, WARPS,
+                q_ring.index(t).reshape([BQ, D]), d_ring.index(t), shift_ring.index(t), delta_ring.index(t),
+                token_ring.index(t), q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last, STACK, BQ, D, WARPS,
             )  # fmt: skip
             _name(token_ring, t + STAGES - 1, token, first + (t + STAGES - 1) * EACH, last, STACK, BQ, WARPS)
             async_copy.commit_group()
@@ -194,7 +195,7 @@ def read_blocks_backward_hopper(
             # these copies were ordinary writes to shared memory; the tensor cores read it another way
             fence_async_shared()
             _sync()
-            q_tile = q_ring.index(s)
+            q_tile = q_ring.index(s).reshape([BQ, D])
             d_tile = d_ring.index(s)
             scores = gl.zeros([ROWS, BQ], gl.float32, score)
             d_weights = gl.zeros([ROWS, BQ], gl.float32, score)
@@ -220,12 +221,14 @@ def read_blocks_backward_hopper(
             sum_of_k = warpgroup_mma(d_operand, q_tile, acc_k, is_async=True)
             ds_tile.store(d_scores)
             fence_async_shared()
+            # the dq of the tile before has left by now
+            tma.store_wait(0)
             _sync()
             ahead = t + STAGES - 1
             if ahead < tiles:
                 to = ahead % STAGES
                 _gather(
-                    q_ring.index(to), d_ring.index(to), shift_ring.index(to), delta_ring.index(to),
+                    q_ring.index(to).reshape([BQ, D]), d_ring.index(to), shift_ring.index(to), delta_ring.index(to),
                     token_ring.index(ahead % NAMES), q, d_out, shift, delta, q_h, q_t, d_h, d_t,
                     first + ahead * EACH, last, STACK, BQ, D, WARPS,
                 )  # fmt: skip
@@ -247,11 +250,18 @@ def read_blocks_backward_hopper(
             # the queries are done with: their place in shared memory is where dq leaves from
             _sync()
             place.store(d_queries.to(dtype))
-            _sync()
-            to_row = cut.to(gl.int64) * part_rows + (unit.to(gl.int64) * per + first - zero + t * EACH) * STACK
-            spot = gl.arange(0, BQ, gl.SliceLayout(1, across))
-            here = (t * EACH + spot // STACK < count)[:, None]
-            gl.store(parts + ((to_row + spot) * D)[:, None] + columns, q_tile.load(across), mask=here)
+            to_row = cut * part_rows + (unit * per + first - zero + t * EACH) * STACK
+            if (t + 1) * EACH <= count:
+                fence_async_shared()
+                _sync()
+                tma.async_copy_shared_to_global(parts, [0, 0, to_row, 0], q_ring.index(s))
+            else:
+                # what comes after these rows is not this piece's
+                _sync()
+                spot = gl.arange(0, BQ, gl.SliceLayout(1, across))
+                here = (t * EACH + spot // STACK < count)[:, None]
+                gl.store(loose + ((to_row + spot).to(gl.int64) * D)[:, None] + columns, q_tile.load(across), mask=here)
+        tma.store_wait(0)
 
         below = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
         of_row = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
@@ -264,8 +274,8 @@ def read_blocks_backward_hopper(
             to = (unit.to(gl.int64) * rows + below)[:, None] * D + of_row
             kept = (below < rows)[:, None]
             if ADD:
-                acc_k += gl.load(d_k + to, mask=kept, other=0.0)
-                acc_v += gl.load(d_v + to, mask=kept, other=0.0)
+                acc_k += gl.load(d_k + to, mask=kept, other=0.0).to(gl.float32)
+                acc_v += gl.load(d_v + to, mask=kept, other=0.0).to(gl.float32)
             gl.store(d_k + to, acc_k.to(d_k.dtype.element_ty), mask=kept)
             gl.store(d_v + to, acc_v.to(d_v.dtype.element_ty), mask=kept)
 
@@ -279,8 +289,9 @@ def join_places(
     parts, place, start, count, d_q, units, tokens, first, all_tokens, picks, row_blocks, seg_b, seg_u, part_rows,
     total, scale,
     STACK: tl.constexpr, CUTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
-    """dq: what each query got from its entries, added up in their order."""
+    """dq: what each query got from its entries, added up in their order, and to what d_q holds if ADD."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < total
     r, query = row % STACK, row // STACK
@@ -301,7 +312,10 @@ def join_places(
                 part_at = parts + (cut * part_rows + line)[:, None] * D + dims
                 acc += tl.load(part_at, mask=used[:, None], other=0.0).to(tl.float32)
     at = ((unit * STACK + r) * all_tokens + first + n)[:, None] * D + dims
-    tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=there[:, None])
+    acc *= scale
+    if ADD:
+        acc += tl.load(d_q + at, mask=there[:, None], other=0.0).to(tl.float32)
+    tl.store(d_q + at, acc.to(d_q.dtype.element_ty), mask=there[:, None])
 
 
 class Tiles(NamedTuple):

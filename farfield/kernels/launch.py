@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farfield.kernels import attend_decode, attend_hopper, attend_listed
+from farfield.kernels import attend_decode, attend_hopper, attend_listed, attend_own
 from farfield.kernels.attend import Tiles, launch, lists_of, padded
 from farfield.ops.attend import Call
 
@@ -20,6 +20,11 @@ def attend_forward(call: Call) -> tuple[Tensor, Tensor]:
     if attend_decode.wants(call):
         return attend_decode.attend_decode(call)
     if attend_listed.wants(call):
+        if attend_own.wants(call):
+            dense, others = attend_own.parts(call)
+            begun = attend_forward(dense)
+            out, lse = attend_listed.attend_listed(others, begun)
+            return out.view(begun[0].shape), lse.view(begun[1].shape)
         return attend_listed.attend_listed(call)
     if attend_hopper.wants(call):
         return attend_hopper.forward(call)

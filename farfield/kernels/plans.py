@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from farfield.kernels import attend_backward, attend_listed, pool
+from farfield.kernels import attend_backward, attend_listed, attend_own, pool
+from farfield.kernels.attend_listed_backward import at_once, attend_listed_backward
 from farfield.kernels.launch import attend_forward
 from farfield.kernels.replay import Recorded, Refused
 from farfield.ops.attend import Call, Plan
@@ -50,7 +51,9 @@ def backward(
     call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> list[Tensor]:
     """kernels.attend_backward.attend_backward."""
-    if not _takes(call) or attend_listed.wants(call):
+    if attend_listed.wants(call):
+        return [*_listed(call, d_out, d_lse, out, lse), torch.zeros_like(call.bias[0])]
+    if not _takes(call):
         return attend_backward.attend_backward(call, d_out, d_lse, out, lse, bias_grad)
     tensors, numbers = _parts(call)
     signature = _signature(tensors, numbers)
@@ -67,6 +70,41 @@ def backward(
         grads.append(found[at:end])
         at = end
     return attend_backward.gather(call, d_q, grads)
+
+
+def _listed(
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> Sequence[Tensor]:  # fmt: skip
+    """Gradients of q, k and v, of lists of a query's own."""
+    # what is copied is not recorded
+    d_out, out, lse = d_out.contiguous(), out.contiguous(), lse.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    if not attend_own.wants(call):
+        return _read(call, d_out, d_lse, out, lse)
+    dense, others = attend_own.parts(call)
+    begun = backward(dense, d_out, d_lse, out, lse, False)[:3]
+    *folded, width = others.q.shape
+    begun[0] = begun[0].view(*folded, width)
+    d_q, d_k, d_v = _read(
+        others, d_out.view(*folded, -1), None if d_lse is None else d_lse.view(folded), out.view(*folded, -1),
+        lse.view(folded), begun,
+    )  # fmt: skip
+    return d_q.view(call.q.shape), d_k, d_v
+
+
+def _read(
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, begun: Sequence[Tensor] = ()
+) -> Sequence[Tensor]:
+    """attend_listed_backward. A recording adds to `begun` in place, so that nothing else comes back."""
+    if not (0 < call.index[0].shape[2] <= LONGEST and at_once(call)):
+        return attend_listed_backward(call, d_out, d_lse, out, lse, begun)
+    tensors, numbers = _parts(call)
+    given = [d_out, out, lse, *begun]
+    if d_lse is not None:
+        given.append(d_lse)
+    key = _listed_gradients, form(d_out), len(begun), d_lse is None, *_signature(tensors, numbers)
+    found = run(_memory.of(key), _listed_gradients, [*given, *tensors], numbers, len(given), len(begun))
+    return begun or found
 
 
 def pooled(k: Tensor, v: Tensor, filters: Tensor, tree: Tree) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -176,6 +214,14 @@ def _gradients(*given: Any) -> list[Tensor]:
     read = attend_backward.sorted_readers(call, ordered, order)
     sources, d_q, grads = attend_backward.gradients(call, d_out, d_lse[0] if d_lse else None, out, lse, bias_grad, read)
     return [d_q, *[x for grad in attend_backward.kept(sources, grads) for x in grad]]
+
+
+def _listed_gradients(*given: Any) -> Sequence[Tensor]:
+    *tensors, numbers, own, many = given
+    d_out, out, lse, *more = tensors[:own]
+    d_lse = more[many] if len(more) > many else None
+    found = attend_listed_backward(_call(tensors[own:], numbers), d_out, d_lse, out, lse, more[:many])
+    return () if many else found
 
 
 def _built(none: Tensor, build: Callable[..., Any], options: tuple[Any, ...]) -> Any:

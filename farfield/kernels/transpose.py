@@ -181,13 +181,15 @@ def _ones(x):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["row_blocks", "words"])
-def _before(masks, before, totals, row_blocks, words, DOWN: tl.constexpr, ACROSS: tl.constexpr):
-    """Readers of each row block in the words before each, and in all."""
-    segment = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["row_blocks", "words", "span", "spans"])
+def _before(
+    masks, before, totals, row_blocks, words, span, spans, DOWN: tl.constexpr, ACROSS: tl.constexpr
+):  # fmt: skip
+    """Readers of each row block in the words of a span before each, and in the span."""
+    segment, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     m = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
     carry = tl.zeros([ACROSS], tl.int32)
-    for begin in range(0, words, DOWN):
+    for begin in range(part * span, tl.minimum(part * span + span, words), DOWN):
         w = begin + tl.arange(0, DOWN)
         at = (segment * words + w)[:, None] * row_blocks + m[None, :]
         there = (w < words)[:, None] & (m < row_blocks)[None, :]
@@ -195,22 +197,29 @@ def _before(masks, before, totals, row_blocks, words, DOWN: tl.constexpr, ACROSS
         tl.store(before + at, tl.cumsum(ones, 0) - ones + carry[None, :], mask=there)
         carry += tl.sum(ones, 0)
     # the number behind the row blocks is that of what is not used: nothing
-    tl.store(totals + segment * (row_blocks + 1) + m, tl.where(m < row_blocks, carry, 0), mask=m <= row_blocks)
+    to = totals + (segment * spans + part) * (row_blocks + 1) + m
+    tl.store(to, tl.where(m < row_blocks, carry, 0), mask=m <= row_blocks)
 
 
-@triton.jit(do_not_specialize=["bounds"])
-def _starts(totals, start, bounds, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["row_blocks", "spans", "bounds"])
+def _starts(totals, start, row_blocks, spans, bounds, SIZE: tl.constexpr):
+    """Where the readers of each row block start, and how many are in the spans before each, in place of its total."""
     carry = 0
     for begin in range(0, bounds, SIZE):
         at = begin + tl.arange(0, SIZE)
-        many = tl.load(totals + at, mask=at < bounds, other=0)
+        from_ = totals + at // (row_blocks + 1) * (spans * (row_blocks + 1)) + at % (row_blocks + 1)
+        many = tl.zeros([SIZE], tl.int32)
+        for part in range(spans):
+            more = tl.load(from_ + part * (row_blocks + 1), mask=at < bounds, other=0)
+            tl.store(from_ + part * (row_blocks + 1), many, mask=at < bounds)
+            many += more
         tl.store(start + at, tl.cumsum(many, 0) - many + carry, mask=at < bounds)
         carry += tl.sum(many, 0)
 
 
-@triton.jit(do_not_specialize=COUNTED)
+@triton.jit(do_not_specialize=[*COUNTED, "span", "spans"])
 def _place(
-    index, count, masks, before, start, reader, key, place, tokens, picks, row_blocks, words,
+    index, count, masks, before, totals, start, reader, key, place, tokens, picks, row_blocks, words, span, spans,
     TOKENS: tl.constexpr, PICKS: tl.constexpr,
 ):  # fmt: skip
     """Entries at their places."""
@@ -218,7 +227,9 @@ def _place(
     word = (segment * words + n // 32)[:, None] * row_blocks + m
     earlier = tl.load(masks + word, mask=used, other=0) & ((1 << n % 32) - 1)[:, None]
     number = segment * (row_blocks + 1) + m
-    to = tl.load(start + number, mask=used, other=0) + tl.load(before + word, mask=used, other=0) + _ones(earlier)
+    spot = (segment * spans + n // 32 // span)[:, None] * (row_blocks + 1) + m
+    to = tl.load(start + number, mask=used, other=0) + tl.load(totals + spot, mask=used, other=0)
+    to += tl.load(before + word, mask=used, other=0) + _ones(earlier)
     entry = n[:, None] * picks + p[None, :]
     tl.store(place + segment * tokens * picks + entry, to, mask=used)
     tl.store(reader + to, entry, mask=used)
@@ -246,6 +257,7 @@ def placed(found: Readers, shape: Sequence[int], row_blocks: int) -> Readers:
 
 
 MASKS = 1 << 28  # bytes of masks; what would take more is sorted
+PROGRAMS = 512  # that add up masks, about
 
 
 def counts(index: Tensor, row_blocks: int) -> bool:
@@ -265,20 +277,24 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int) -> Readers
     segments, words, bounds = batches * heads, -(-tokens // 32), batches * heads * (row_blocks + 1)
     masks = torch.empty(segments * words * row_blocks, dtype=torch.int32, device=device)
     launch(_clear, (-(-masks.numel() // 4096),), masks, masks.numel(), SIZE=4096)
-    before, totals = torch.empty_like(masks), torch.empty(bounds, dtype=torch.int32, device=device)
-    start, (reader, key, place) = torch.empty_like(totals), [totals.new_empty(index.numel()) for _ in range(3)]
     wide = 1 << max(picks - 1, 0).bit_length()
-    some, sizes, across = max(1, 1024 // wide), (tokens, picks, row_blocks, words), 16
+    some, sizes, down, across = max(1, 1024 // wide), (tokens, picks, row_blocks, words), 128, 16
+    tiles = row_blocks // across + 1
+    # long ways along the queries are cut where there are few of them
+    span = max(down, -(-words * segments * tiles // (PROGRAMS * down)) * down)
+    spans = max(1, -(-words // span))
+    before, totals = torch.empty_like(masks), torch.empty(bounds * spans, dtype=torch.int32, device=device)
+    start, (reader, key, place) = totals.new_empty(bounds), [totals.new_empty(index.numel()) for _ in range(3)]
     launch(_mark, (-(-tokens // some), segments), index, count, masks, *sizes, TOKENS=some, PICKS=wide)
     # one more than there are row blocks: the number of what is not used
     launch(
-        _before, (segments, row_blocks // across + 1), masks, before, totals, row_blocks, words, DOWN=128,
+        _before, (segments, tiles, spans), masks, before, totals, row_blocks, words, span, spans, DOWN=down,
         ACROSS=across,
     )  # fmt: skip
-    launch(_starts, (1,), totals, start, bounds, SIZE=4096)
+    launch(_starts, (1,), totals, start, row_blocks, spans, bounds, SIZE=4096)
     launch(
-        _place, (-(-tokens // some), segments), index, count, masks, before, start, reader, key, place, *sizes,
-        TOKENS=some, PICKS=wide,
+        _place, (-(-tokens // some), segments), index, count, masks, before, totals, start, reader, key, place, *sizes,
+        span, spans, TOKENS=some, PICKS=wide,
     )  # fmt: skip
     cut = tokens > most
     strides = heads if batches > 1 else 0, 1 if heads > 1 else 0

@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     causal: int
     reach: int  # -1: no limit
     sinks: int
+    own: int = 0  # each list ends with the block of its single query
 
 
 class Call(NamedTuple):
@@ -103,7 +104,7 @@ def attend(
         none if group is None else _per_head(group),
         [p.index for _, p in sources],
         [p.count for _, p in sources],
-        [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks) for _, p in sources],
+        [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks, p.own) for _, p in sources],
         q.shape[3] ** -0.5 if scale is None else float(scale),
     )
     weighed = q, *call.k, *call.v, *call.bias
@@ -319,6 +320,7 @@ def _key(
             return None
         tensors += rows.k, rows.v, rows.end, rows.bias, rows.group, layout.index, layout.count
         key += layout.q_block, layout.k_block, layout.tokens, layout.rows, layout.causal, layout.reach, layout.sinks
+        key.append(layout.own)
     for x in tensors:
         if x is None:
             key.append(None)

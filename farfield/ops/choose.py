@@ -169,7 +169,7 @@ def attend_chosen(
         q = q.reshape(batch * lists, heads // lists, tokens, q.shape[3])
         k, v = (x.reshape(batch * lists, 1, *x.shape[2:]) for x in (k, v))
         index, count = (x.flatten(0, 1)[:, None] for x in choice)
-    layout = Layout(index, count, 1, block, tokens, k.shape[2], True)
+    layout = Layout(index, count, 1, block, tokens, k.shape[2], True, own=not first)
     position = torch.arange(first, first + tokens, device=q.device) if first else None
     found = attend(q, Rows(k, v), layout, scale=scale, position=position)
     return Partial(found.out.view(batch, heads, tokens, v.shape[3]), found.lse.view(batch, heads, tokens))

@@ -202,7 +202,7 @@ def _entries(layout: Layout) -> Int[Tensor, "B H N P"]:
 def _from_entries(like: Layout, listed: Int[Tensor, "B H N P"]) -> Layout:
     listed = listed.sort(-1).values
     used = listed != _UNUSED
-    return replace(like, index=listed.masked_fill(~used, 0), count=used.sum(-1, dtype=torch.int32))
+    return replace(like, index=listed.masked_fill(~used, 0), count=used.sum(-1, dtype=torch.int32), own=False)
 
 
 def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

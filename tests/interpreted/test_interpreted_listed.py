@@ -10,7 +10,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import farfield as ff
 from farfield.cpu.choose import choose
-from farfield.kernels import attend_listed, attend_listed_backward, attend_listed_hopper, transpose
+from farfield.kernels import (
+    attend_listed,
+    attend_listed_backward,
+    attend_listed_hopper,
+    attend_own,
+    launch,
+    plans,
+    transpose,
+)
 from farfield.kernels import choose as on_gpu
 from farfield.ops.attend import Call, Plan
 from farfield.ops.choose import Scoring
@@ -81,6 +89,37 @@ def test_listed(name, monkeypatch):
     plain = attend_listed_backward.attend_listed_backward(call, d_out.to(dtype), None, out, lse)
     for which, got, right in zip(("dq", "dk", "dv"), plain, torch.autograd.grad(exact[0], x, d_out), strict=True):
         assert_within(got, right, terms=layout.rows, name=f"{which} without d_lse")
+
+
+@pytest.mark.parametrize("picks", [2, 3])
+def test_own_blocks_apart(picks, monkeypatch):
+    """The block that a query stands in by tiles, the others by their readers, and what both add up to."""
+    monkeypatch.setattr(attend_own, "TILE", 16)
+    monkeypatch.setattr(attend_listed, "FEWEST", 16)
+    batch, heads, kv_heads, tokens, block = 2, 4, 2, 75, 32
+    gen = torch.Generator().manual_seed(picks)
+    q, k, v, d_out = (torch.randn(batch, h, tokens, 16, generator=gen) for h in (heads, kv_heads, kv_heads, heads))
+    own = torch.arange(tokens) // block
+    score = torch.rand(batch, heads, tokens, 3, generator=gen)
+    score = score.masked_fill(torch.arange(3) == own[:, None], 2).masked_fill(torch.arange(3) > own[:, None], -1)
+    count = (own + 1).clamp(max=picks).expand(batch, heads, -1)
+    index = score.topk(picks).indices.masked_fill(torch.arange(picks) >= count[..., None], 9).sort(-1).values
+    index = index.masked_fill(index == 9, 0)
+    layout = ff.Layout(index.int(), count.int(), 1, block, tokens, tokens, True, own=True)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = oracles.attend(wide[0], [(ff.Rows(*wide[1:]), layout)])
+    wanted = torch.autograd.grad(exact[0], wide, d_out.double())
+    none = q.new_empty(0)
+    call = Call(
+        q, [k], [v], [none], [none], [none], none, none, [layout.index], [layout.count],
+        [Plan(1, block, True, -1, 0, True)], 0.25,
+    )  # fmt: skip
+    monkeypatch.setattr(attend_own, "wants", lambda call: bool(call.plans[0].own))
+    out, lse = launch.attend_forward(call)
+    assert_within(out, exact[0], terms=tokens)
+    assert_within(lse, exact[1], terms=tokens, name="lse")
+    for name, got, right in zip("qkv", plans.backward(call, d_out, None, out, lse, False)[:3], wanted, strict=True):
+        assert_within(got, right, terms=tokens, name=f"d{name}")
 
 
 def some_lists(batch, heads, tokens, picks, blocks):

@@ -1,0 +1,72 @@
+"""attend for lists of a query's own that end with the block which the query stands in.
+
+That block is read by all of its queries, so that it goes to the kernels for whole blocks: dense attention over what is
+before each query, which begins the softmax that joins the parts of the other entries. Of these a query sees all rows,
+and nothing depends on where it stands: the query heads of a key head are one long row of queries.
+
+Backward: with out and lse of the whole, each part has the gradients of its own rows without knowing of the other, and
+what the readers of lists add begins with the gradients of the other part.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farfield.kernels import attend_hopper, attend_listed_hopper
+from farfield.kernels.replay import start
+from farfield.ops.attend import Call, Plan
+
+TILE = 128  # queries and rows of a block of the dense part
+SIZE = 1024  # entries of a program
+
+
+@triton.jit(do_not_specialize=["picks", "tiles", "lines", "entries"])
+def divide(
+    index, count, own_index, own_count, past_index, past_count, picks, tiles, lines, entries,
+    SPLIT: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Lists of the blocks of SPLIT tiles that tiles of queries stand in, and the others' without their last entries."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    left = picks - 1
+    line = at // left
+    block = tl.load(index + line * picks + at % left, mask=at < entries, other=0)
+    tl.store(past_index + at, block, mask=at < entries)
+    many = tl.load(count + at, mask=at < lines, other=0)
+    tl.store(past_count + at, tl.maximum(many - 1, 0), mask=at < lines)
+    n = at // SPLIT
+    tl.store(own_index + at, (n // SPLIT * SPLIT + at % SPLIT).to(tl.int32), mask=n < tiles)
+    tl.store(own_count + at, (at % SPLIT + 1).to(tl.int32), mask=at < tiles)
+
+
+def wants(call: Call) -> bool:
+    """Whether `parts` of what attend_listed.wants are faster than the whole: large blocks on a Hopper GPU."""
+    plan, q = call.plans[0], call.q
+    if not plan.own or plan.k_block < 2 * TILE or call.index[0].shape[3] < 2:
+        return False
+    if q.shape[2] > call.k[0].shape[2] or call.index[0].shape[:2] != q.shape[:2]:
+        return False
+    return attend_hopper.wants(_dense(call, *call.index, *call.count)) and attend_listed_hopper.wants(call, q.shape[1], 1)
+
+
+def parts(call: Call) -> tuple[Call, Call]:
+    """The dense part, and the other entries, for the query heads of a key head as one row of queries."""
+    q, index, count, plan = call.q, call.index[0], call.count[0], call.plans[0]
+    batch, heads, tokens, width = q.shape
+    kv_heads, picks, split, tiles = call.k[0].shape[1], index.shape[3], plan.k_block // TILE, -(-tokens // TILE)
+    own, filled = index.new_empty(1, 1, tiles, split), index.new_empty(1, 1, tiles)
+    line = batch, kv_heads, heads // kv_heads * tokens
+    past, some = index.new_empty(*line, picks - 1), index.new_empty(line)
+    entries = past.numel()
+    start(
+        divide, (-(-max(entries, tiles * split) // SIZE),),
+        index.contiguous(), count.contiguous(), own, filled, past, some, picks, tiles, some.numel(), entries,
+        SPLIT=split, SIZE=SIZE, num_warps=4,
+    )  # fmt: skip
+    others = call._replace(q=q.reshape(*line, width), index=[past], count=[some], plans=[Plan(1, plan.k_block, 0, -1, 0)])
+    return _dense(call, own, filled), others
+
+
+def _dense(call: Call, index: Tensor, count: Tensor) -> Call:
+    return call._replace(index=[index], count=[count], plans=[Plan(TILE, TILE, 1, -1, 0)])
