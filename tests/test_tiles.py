@@ -19,6 +19,7 @@ from farfield.kernels import (
     attend_listed,
     attend_listed_backward,
     attend_opened,
+    attend_own,
     choose,
     choose_backward,
     compress,
@@ -31,6 +32,7 @@ from farfield.kernels import (
     opened,
     opened_search,
     patterns,
+    plans,
     pool,
     prefix,
     scan,
@@ -68,6 +70,7 @@ SPILLS: dict[str, int] = {
     **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128", "listed-64", "listed-16-64"), _ONCE),
     # numbers of a run and of the whole kernel, kept once and read once a tile of queries
     "listed-128": 32,
+    "listed-own-backward-128": 32,
     "listed-512-128": 96,
     # what belongs to a tile of queries, outside the loop over rows (those of Triton 3.6, which keeps more)
     **dict.fromkeys(("choose-64", "choose-128"), 96),
@@ -316,6 +319,17 @@ def listed(block, width, *, lists=1, heads=4, backward=False, tokens=5000):
         attend_listed.attend_listed(made)
 
 
+def own_blocks(width, *, backward=False, tokens=5000):
+    """Lists that end with the block of their query."""
+    made = call([source(512, causal=True, picks=3, heads=16)], tokens=tokens, width=width, heads=16, kv_heads=4, q_block=1)
+    made = made._replace(plans=[made.plans[0]._replace(own=1)])
+    assert attend_own.wants(made)
+    if backward:
+        plans.backward(made, made.q, None, made.q, empty(*made.q.shape[:3], dtype=torch.float32), False)
+    else:
+        launch.attend_forward(made)
+
+
 def choosing(scoring, width, dtype="bf16", tokens=5000, values=False, backward=False):
     q, rows = empty(1, 16, tokens, width, dtype=DTYPES[dtype]), (tokens - scoring.span) // scoring.stride + 1
     keys = empty(1, 4, rows, width, dtype=torch.float32)
@@ -422,6 +436,8 @@ LAUNCHES = {
     **{f"listed-{d}": (lambda d=d: listed(64, d)) for d in (64, 128)},
     **{f"listed-backward-{d}": (lambda d=d: listed(64, d, backward=True)) for d in (64, 128)},
     "listed-16-64": lambda: listed(16, 64),
+    **{f"listed-own-{d}": (lambda d=d: own_blocks(d)) for d in (64, 128)},
+    **{f"listed-own-backward-{d}": (lambda d=d: own_blocks(d, backward=True)) for d in (64, 128)},
     # what the kernel for Hopper does not take
     "listed-40": lambda: listed(64, 40),
     "listed-512-40": lambda: listed(512, 40, lists=16, heads=16),

@@ -55,6 +55,7 @@ def test_layout_counts_blocks():
     ("change", "message"),
     [
         ({"tokens": 5}, "5 queries in blocks of 2 are 3 query blocks, but index has 2"),
+        ({"own": True}, r"own=True is for causal lists of single queries .*, got q_block=2, causal=False"),
         ({"q_block": 0}, "blocks must be at least 1, got q_block=0, k_block=3"),
         ({"k_block": -1}, "blocks must be at least 1, got q_block=2, k_block=-1"),
         ({"count": (1, 1, 1)}, r"count has shape \(1, 1, 3\), expected \(1, 1, 2\)"),

@@ -11,8 +11,6 @@ atomics, every sum in one order. What attend_listed_backward_hopper takes is rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -23,20 +21,21 @@ from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
 from farfield.kernels.attend_hopper import _descriptor
 from farfield.kernels.attend_listed import FEWEST, _unit, piece_size
 from farfield.kernels.replay import start
-from farfield.kernels.transpose import counted, counts, piece_of, placed, transpose
+from farfield.kernels.transpose import WHOLE, counted, counts, piece_of, placed, transpose
 from farfield.ops.attend import Call
 
 PARTS = 1 << 31  # bytes: with fewer at a time, blocks have too few readers to be worth a program
 
 
-@triton.jit(do_not_specialize=["tokens", "total"])
+@triton.jit(do_not_specialize=["tokens", "total", "line"])
 def prepare(
-    out, d_out, lse, d_lse, delta, shift, tokens, total,
-    STACK: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr,
+    out, d_out, lse, d_lse, delta, shift, own_delta, own_shift, tokens, total, line,
+    STACK: tl.constexpr, E: tl.constexpr, E_TILE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """delta, and lse in units of log 2: inf where nothing was read, so that weights are exp(s - inf) = 0.
 
-    They are kept query by query, the heads of a unit side by side, as they are read.
+    They are kept query by query, the heads of a unit side by side, as they are read; with HEADS once more for so many
+    heads that lie one behind the other in a row of queries.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < total
@@ -51,8 +50,14 @@ def prepare(
     empty = mass == float("-inf")
     head = row // tokens
     to = (head // STACK * tokens + row % tokens) * STACK + head % STACK
-    tl.store(delta + to, tl.where(empty, 0.0, found), mask=there)
-    tl.store(shift + to, tl.where(empty, float("inf"), mass * LOG2E), mask=there)
+    found = tl.where(empty, 0.0, found)
+    mass = tl.where(empty, float("inf"), mass * LOG2E)
+    tl.store(delta + to, found, mask=there)
+    tl.store(shift + to, mass, mask=there)
+    if HEADS:
+        to = head * tokens + row % line * HEADS + row % tokens // line
+        tl.store(own_delta + to, found, mask=there)
+        tl.store(own_shift + to, mass, mask=there)
 
 
 VARIES = ["base", "seg_b", "seg_u", "most", "pieces", "units", "tokens", "first", "all_tokens", "rows", "row_blocks"]
@@ -193,9 +198,9 @@ def join_pieces(
 @triton.jit(do_not_specialize=["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "total"])
 def join_queries(
     parts, count, d_q, units, tokens, first, all_tokens, picks, list_b, list_u, total, scale,
-    STACK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    STACK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dq: the entries of each query added up, and to what d_q holds if ADD."""
+    """dq: the entries of each query added up."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < total
     r, query = row % STACK, row // STACK
@@ -208,25 +213,24 @@ def join_queries(
         part_at = parts + (place + p * STACK)[:, None] * D + dims
         acc += tl.load(part_at, mask=(p < filled)[:, None] & (dims < D), other=0.0).to(tl.float32)
     at = ((unit * STACK + r) * all_tokens + first + n)[:, None] * D + dims
-    acc *= scale
-    if ADD:
-        acc += tl.load(d_q + at, mask=there[:, None] & (dims < D), other=0.0).to(tl.float32)
-    tl.store(d_q + at, acc.to(d_q.dtype.element_ty), mask=there[:, None] & (dims < D))
+    tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=there[:, None] & (dims < D))
 
 
 def attend_listed_backward(
     call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor,
-    begun: Sequence[Tensor] = (),
+    folded: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, for calls that attend_listed.wants.
 
-    `begun`: those of other rows, contiguous, which are added to and may be overwritten; one list a key head then.
+    Args:
+        folded: q holds so many query heads of a key head, one behind the other, of which each reads its own block up to
+            itself too; for calls that attend_own.wants.
     """
     q, (k,), (v,), _, _, _, _, _, (index,), (count,), (plan,), scale = call
     batch, heads, tokens, width = q.shape
     kv_heads, rows, value_width = k.shape[1], k.shape[2], v.shape[3]
     units, stack = lists_of(call)
-    d_q = torch.empty_like(q, memory_format=torch.contiguous_format) if not begun else begun[0]
+    d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     picks, row_blocks = index.shape[3], -(-rows // plan.k_block)
     stack_tile, d_tile, e_tile = padded(stack, 1), padded(width), padded(value_width)
 
@@ -236,11 +240,13 @@ def attend_listed_backward(
     d_out, d_at = _dense(d_out)
     d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(q, value_width, *v_at, *d_at)
     delta, shift = torch.empty_like(lse), torch.empty_like(lse)
+    own_delta, own_shift = (torch.empty_like(lse), torch.empty_like(lse)) if folded else (None, None)
     total, some = batch * heads * tokens, max(1, 2048 // e_tile)
     d_lse = None if d_lse is None else d_lse.contiguous()
     start(
         prepare, (-(-total // some),),
-        out.contiguous(), d_out.contiguous(), lse, d_lse, delta, shift, tokens, total, stack, value_width, e_tile, some
+        out.contiguous(), d_out.contiguous(), lse, d_lse, delta, shift, own_delta, own_shift, tokens, total,
+        tokens // max(1, folded), stack, value_width, e_tile, some, folded,
     )  # fmt: skip
 
     on_hopper = hopper.wants(q, k, v, d_out, plan.k_block, stack)
@@ -253,13 +259,33 @@ def attend_listed_backward(
     parts = q.new_empty(cuts * part_rows, width)
     # float32 where something is still to be added
     add = chunk < tokens
-    made = torch.zeros if add else torch.empty
+    # the readers of own blocks leave something everywhere
+    made = torch.zeros if add and not folded else torch.empty
     dtype = torch.float32 if add or units != kv_heads else q.dtype
-    if not begun:
-        d_k = made(batch, units, rows, width, dtype=dtype, device=q.device)
-        d_v = made(batch, units, rows, value_width, dtype=dtype, device=q.device)
-    else:
-        d_k, d_v, add = begun[1].to(dtype), begun[2].to(dtype), True
+    d_k = made(batch, units, rows, width, dtype=dtype, device=q.device)
+    d_v = made(batch, units, rows, value_width, dtype=dtype, device=q.device)
+    own_parts = own_start = None
+    line = split = per = 0
+    if folded:
+        line, split, add = tokens // folded, plan.k_block // tiles.rows, True
+        per = line // plan.k_block * (tiles.rows * split * (split + 1) // 2)
+        per += sum(max(0, line % plan.k_block - j * tiles.rows) for j in range(split))
+        tile_rows = -(-rows // tiles.rows)
+        own_start, token = (torch.empty(n, dtype=torch.int32, device=q.device) for n in (tile_rows + 1, per))
+        own_parts = q.new_empty(batch * heads * folded * per, width)
+        start(
+            hopper.own_readers, (-(-max(per, tile_rows + 1) // 1024),),
+            own_start, token, line, tile_rows + 1, per, tiles.rows, split, 1024,
+        )  # fmt: skip
+        start(
+            hopper.read_blocks_backward_hopper, (batch * units * tile_rows,),
+            q, k, v, d_out, own_shift, own_delta, token, _descriptor(own_parts[None, None], tiles.queries), own_parts,
+            d_k, d_v, own_shift, own_shift, own_start, token, 0, 0, 0, WHOLE, 0, units, per, line, rows, tile_rows, 0,
+            q_at[0] // 8, line * q_at[2] // 8, q_at[2] // 8, d_at[0] // 8, line * d_at[2] // 8, d_at[2] // 8,
+            *[n // 8 for n in (*k_at, *v_at)], scale,
+            STACK=folded, REPEAT=1, K_BLOCK=tiles.rows, ROWS=tiles.rows, CAUSAL=True, D=width, BQ=tiles.queries,
+            STAGES=tiles.stages, ADD=False, WARPS=tiles.warps, num_warps=tiles.warps,
+        )  # fmt: skip
     whole = step == plan.k_block
     for first in range(0, tokens, chunk):
         many = min(chunk, tokens - first)
@@ -311,15 +337,16 @@ def attend_listed_backward(
         if tiles is not None:
             start(
                 hopper.join_places, (-(-total // some),),
-                parts, found.place, found.start, filled, d_q, units, many, first, tokens, picks, row_blocks, seg_b,
-                seg_u, part_rows, total, scale, stack, cuts, width, some,
-                AT_ONCE=min(max(1, 8 // cuts), padded(picks, 1)), ADD=bool(begun), num_warps=4,
+                parts, found.place, found.start, filled, own_parts, own_start, d_q, units, many, first, tokens, picks,
+                row_blocks, seg_b, seg_u, part_rows, total, line, per, scale, stack, cuts, width, some,
+                AT_ONCE=min(max(1, 8 // cuts), padded(picks, 1)), HEADS=folded, TILE=tiles.rows, SPLIT=max(1, split),
+                num_warps=4,
             )  # fmt: skip
         else:
             start(
                 join_queries, (-(-total // some),),
                 parts, filled, d_q, units, many, first, tokens, picks, seg_b * many, seg_u * many, total, scale,
-                stack, width, d_tile, some, ADD=bool(begun), num_warps=4,
+                stack, width, d_tile, some, num_warps=4,
             )  # fmt: skip
     if units != kv_heads:
         d_k, d_v = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (d_k, d_v))

@@ -45,6 +45,35 @@ def tokens_of(reader, token, first, picks, total, SIZE: tl.constexpr):
     tl.store(token + at, first + tl.load(reader + at, mask=there, other=0) // picks, mask=there)
 
 
+@triton.jit(do_not_specialize=["tokens", "bounds", "entries"])
+def own_readers(
+    start, token, tokens, bounds, entries, TILE: tl.constexpr, SPLIT: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """Readers of tiles of rows by the queries of their block, those from the tile's first on: where they start, who.
+
+    A block is SPLIT tiles. Of whole blocks all numbers follow from the place.
+    """
+    PER: tl.constexpr = TILE * SPLIT * (SPLIT + 1) // 2
+    BLOCK: tl.constexpr = TILE * SPLIT
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    whole = tl.minimum(at // SPLIT, tokens // BLOCK)
+    begin = whole * PER
+    rest = tl.minimum(tokens - whole * BLOCK, BLOCK)
+    inside = at % PER
+    tile = tl.zeros([SIZE], tl.int32)
+    skipped = tl.zeros([SIZE], tl.int32)
+    # of the block that entry number `at` lies in
+    many = tl.minimum(tokens - at // PER * BLOCK, BLOCK)
+    passed = 0
+    for j in tl.static_range(SPLIT):
+        begin += tl.where((at // SPLIT > whole) | (at % SPLIT > j), tl.maximum(rest - j * TILE, 0), 0)
+        tile = tl.where(inside >= passed, j, tile)
+        skipped = tl.where(inside >= passed, passed, skipped)
+        passed = passed + tl.maximum(many - j * TILE, 0)
+    tl.store(start + at, begin, mask=at < bounds)
+    tl.store(token + at, at // PER * BLOCK + tile * TILE + inside - skipped, mask=at < entries)
+
+
 @gluon.jit
 def _name(
     token_ring, slot, token, at, last, STACK: gl.constexpr, BQ: gl.constexpr, WARPS: gl.constexpr
@@ -281,17 +310,17 @@ def read_blocks_backward_hopper(
 
 
 JOIN_VARIES = ["units", "tokens", "first", "all_tokens", "picks", "row_blocks", "seg_b", "seg_u"]
-JOIN_VARIES += ["part_rows", "total"]
+JOIN_VARIES += ["part_rows", "total", "line", "per"]
 
 
 @triton.jit(do_not_specialize=JOIN_VARIES)
 def join_places(
-    parts, place, start, count, d_q, units, tokens, first, all_tokens, picks, row_blocks, seg_b, seg_u, part_rows,
-    total, scale,
+    parts, place, start, count, own_parts, own_start, d_q, units, tokens, first, all_tokens, picks, row_blocks,
+    seg_b, seg_u, part_rows, total, line, per, scale,
     STACK: tl.constexpr, CUTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
-    ADD: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """dq: what each query got from its entries, added up in their order, and to what d_q holds if ADD."""
+    """dq: what each query got from its entries, added up in their order, and before it from its own block if HEADS."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < total
     r, query = row % STACK, row // STACK
@@ -303,19 +332,26 @@ def join_places(
     base = unit * tokens * picks - tl.load(start + segment * (row_blocks + 1), mask=there, other=0)
     filled = tl.load(count + nth, mask=there, other=0)
     acc = tl.zeros([ROWS, D], tl.float32)
+    if HEADS:
+        # the heads lie one behind the other in a row of queries, and side by side in the parts
+        head, token = (first + n) // line, (first + n) % line
+        tile = token // TILE
+        for o in tl.static_range(SPLIT):
+            m = tile // SPLIT * SPLIT + o
+            read = there & (m <= tile)
+            spot = unit * per + tl.load(own_start + m, mask=read, other=0) + token - m * TILE
+            part_at = own_parts + (spot * HEADS + head)[:, None] * D + dims
+            acc += tl.load(part_at, mask=read[:, None], other=0.0).to(tl.float32)
     for begin in range(0, tl.max(filled, 0), AT_ONCE):
         # the loads of all of them are under way together
         for o in tl.static_range(AT_ONCE):
             used = begin + o < filled
-            line = (base + tl.load(place + nth * picks + begin + o, mask=used, other=0)) * STACK + r
+            line_at = (base + tl.load(place + nth * picks + begin + o, mask=used, other=0)) * STACK + r
             for cut in tl.static_range(CUTS):
-                part_at = parts + (cut * part_rows + line)[:, None] * D + dims
+                part_at = parts + (cut * part_rows + line_at)[:, None] * D + dims
                 acc += tl.load(part_at, mask=used[:, None], other=0.0).to(tl.float32)
     at = ((unit * STACK + r) * all_tokens + first + n)[:, None] * D + dims
-    acc *= scale
-    if ADD:
-        acc += tl.load(d_q + at, mask=there[:, None], other=0.0).to(tl.float32)
-    tl.store(d_q + at, acc.to(d_q.dtype.element_ty), mask=there[:, None])
+    tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=there[:, None])
 
 
 class Tiles(NamedTuple):

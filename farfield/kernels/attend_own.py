@@ -4,8 +4,8 @@ That block is read by all of its queries, so that it goes to the kernels for who
 before each query, which begins the softmax that joins the parts of the other entries. Of these a query sees all rows,
 and nothing depends on where it stands: the query heads of a key head are one long row of queries.
 
-Backward: with out and lse of the whole, each part has the gradients of its own rows without knowing of the other, and
-what the readers of lists add begins with the gradients of the other part.
+Backward (attend_listed_backward): with out and lse of the whole, each part has the gradients of its own rows without
+knowing of the other. There the own block is tiles of rows, each with readers of its own: those from its first on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from farfield.kernels import attend_hopper, attend_listed_hopper
 from farfield.kernels.replay import start
 from farfield.ops.attend import Call, Plan
 
-TILE = 128  # queries and rows of a block of the dense part
+DENSE = 128  # queries and rows of a block of the dense part
 SIZE = 1024  # entries of a program
 
 
@@ -43,9 +43,12 @@ def divide(
 def wants(call: Call) -> bool:
     """Whether `parts` of what attend_listed.wants are faster than the whole: large blocks on a Hopper GPU."""
     plan, q = call.plans[0], call.q
-    if not plan.own or plan.k_block < 2 * TILE or call.index[0].shape[3] < 2:
+    if not plan.own or plan.k_block < 2 * DENSE or call.index[0].shape[3] < 2:
         return False
     if q.shape[2] > call.k[0].shape[2] or call.index[0].shape[:2] != q.shape[:2]:
+        return False
+    # what the backward takes
+    if q.shape[1] // call.k[0].shape[1] not in (1, 2, 4, 8, 16, 32) or q.numel() >= 1 << 33:
         return False
     return attend_hopper.wants(_dense(call, *call.index, *call.count)) and attend_listed_hopper.wants(call, q.shape[1], 1)
 
@@ -54,7 +57,7 @@ def parts(call: Call) -> tuple[Call, Call]:
     """The dense part, and the other entries, for the query heads of a key head as one row of queries."""
     q, index, count, plan = call.q, call.index[0], call.count[0], call.plans[0]
     batch, heads, tokens, width = q.shape
-    kv_heads, picks, split, tiles = call.k[0].shape[1], index.shape[3], plan.k_block // TILE, -(-tokens // TILE)
+    kv_heads, picks, split, tiles = call.k[0].shape[1], index.shape[3], plan.k_block // DENSE, -(-tokens // DENSE)
     own, filled = index.new_empty(1, 1, tiles, split), index.new_empty(1, 1, tiles)
     line = batch, kv_heads, heads // kv_heads * tokens
     past, some = index.new_empty(*line, picks - 1), index.new_empty(line)
@@ -69,4 +72,4 @@ def parts(call: Call) -> tuple[Call, Call]:
 
 
 def _dense(call: Call, index: Tensor, count: Tensor) -> Call:
-    return call._replace(index=[index], count=[count], plans=[Plan(TILE, TILE, 1, -1, 0)])
+    return call._replace(index=[index], count=[count], plans=[Plan(DENSE, DENSE, 1, -1, 0)])

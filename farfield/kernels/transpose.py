@@ -291,7 +291,7 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int) -> Readers
         _before, (segments, tiles, spans), masks, before, totals, row_blocks, words, span, spans, DOWN=down,
         ACROSS=across,
     )  # fmt: skip
-    launch(_starts, (1,), totals, start, row_blocks, spans, bounds, SIZE=4096)
+    launch(_starts, (1,), totals, start, row_blocks, spans, bounds, SIZE=2048, num_warps=8)
     launch(
         _place, (-(-tokens // some), segments), index, count, masks, before, totals, start, reader, key, place, *sizes,
         span, spans, TOKENS=some, PICKS=wide,

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 from farfield.kernels import attend_listed_backward as listed_backward
 from farfield.kernels import attend_listed_backward_hopper as listed_hopper
+from farfield.kernels import attend_listed, attend_own, plans
 
 
 def draw(*shape, dtype=torch.bfloat16, seed=0):
@@ -136,11 +137,47 @@ def test_backward_on_hopper(block, heads, lists, width, dtype, monkeypatch):
     for parts, readers in ((1 << 31, 2048), (1 << 18, 2048), (1 << 31, 64)):
         monkeypatch.setattr(listed_backward, "PARTS", parts)
         monkeypatch.setattr(listed_backward, "piece_size", lambda *_, readers=readers: readers)
+        plans._memory.forget()
         got = gradients()
         assert called, "another kernel has taken the call"
         for name, a, b in zip(("dq", "dk", "dv"), got, exact, strict=True):
             assert_within(a, b, terms=tokens, name=name)
         assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(gradients(), got, strict=True))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "block", "picks", "tokens"),
+    [(1, 1, 512, 3, 2000), (4, 2, 512, 2, 1537), (8, 2, 256, 4, 1300), (8, 1, 512, 3, 900), (16, 1, 256, 3, 1024)],
+)
+def test_own_blocks_apart(heads, kv_heads, block, picks, tokens, width, monkeypatch):
+    """Blocks that all of their queries read go to the kernels for whole blocks; at once, in chunks, and in pieces."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    mech, called, wants = MoBA(block=block, picks=picks), [], attend_own.wants
+    monkeypatch.setattr(attend_own, "wants", lambda call: called.append(wants(call)) or called[-1])
+    x = [t.detach().requires_grad_() for t in qkv(tokens, batch=2, heads=heads, kv_heads=kv_heads, width=width)]
+    # as a model has them
+    x[0] = x[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in x]
+    with torch.device("cuda"):
+        exact = mech.reference(*wide)
+    d_out = draw(*exact.shape, seed=9)
+    want = torch.autograd.grad(exact, wide, d_out.double())
+    for parts, readers in ((1 << 31, 2048), (1 << 19, 2048), (1 << 31, 64)):
+        for module in (attend_listed, listed_backward):
+            monkeypatch.setattr(module, "PARTS", parts)
+        monkeypatch.setattr(listed_backward, "piece_size", lambda *_, readers=readers: readers)
+        plans._memory.forget()
+        out = mech(*x)
+        got = torch.autograd.grad(out, x, d_out)
+        assert called and all(called)
+        for name, a, b in zip(("out", "dq", "dk", "dv"), (out, *got), (exact, *want), strict=True):
+            assert_within(a, b, terms=tokens, name=name)
+        for _ in range(4):
+            again = mech(*x)
+            assert torch.equal(again, out)
+            assert all(map(torch.equal, torch.autograd.grad(again, x, d_out), got))
 
 
 @pytest.mark.parametrize("width", [64, 128])

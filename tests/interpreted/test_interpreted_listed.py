@@ -13,10 +13,10 @@ from farfield.cpu.choose import choose
 from farfield.kernels import (
     attend_listed,
     attend_listed_backward,
+    attend_listed_backward_hopper,
     attend_listed_hopper,
     attend_own,
     launch,
-    plans,
     transpose,
 )
 from farfield.kernels import choose as on_gpu
@@ -93,12 +93,12 @@ def test_listed(name, monkeypatch):
 
 @pytest.mark.parametrize("picks", [2, 3])
 def test_own_blocks_apart(picks, monkeypatch):
-    """The block that a query stands in by tiles, the others by their readers, and what both add up to."""
-    monkeypatch.setattr(attend_own, "TILE", 16)
+    """The block that a query stands in by tiles, the others by their readers, and both joined."""
+    monkeypatch.setattr(attend_own, "DENSE", 16)
     monkeypatch.setattr(attend_listed, "FEWEST", 16)
     batch, heads, kv_heads, tokens, block = 2, 4, 2, 75, 32
     gen = torch.Generator().manual_seed(picks)
-    q, k, v, d_out = (torch.randn(batch, h, tokens, 16, generator=gen) for h in (heads, kv_heads, kv_heads, heads))
+    q, k, v = (torch.randn(batch, h, tokens, 16, generator=gen) for h in (heads, kv_heads, kv_heads))
     own = torch.arange(tokens) // block
     score = torch.rand(batch, heads, tokens, 3, generator=gen)
     score = score.masked_fill(torch.arange(3) == own[:, None], 2).masked_fill(torch.arange(3) > own[:, None], -1)
@@ -106,9 +106,7 @@ def test_own_blocks_apart(picks, monkeypatch):
     index = score.topk(picks).indices.masked_fill(torch.arange(picks) >= count[..., None], 9).sort(-1).values
     index = index.masked_fill(index == 9, 0)
     layout = ff.Layout(index.int(), count.int(), 1, block, tokens, tokens, True, own=True)
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    exact = oracles.attend(wide[0], [(ff.Rows(*wide[1:]), layout)])
-    wanted = torch.autograd.grad(exact[0], wide, d_out.double())
+    exact = oracles.attend(q.double(), [(ff.Rows(k.double(), v.double()), layout)])
     none = q.new_empty(0)
     call = Call(
         q, [k], [v], [none], [none], [none], none, none, [layout.index], [layout.count],
@@ -118,8 +116,20 @@ def test_own_blocks_apart(picks, monkeypatch):
     out, lse = launch.attend_forward(call)
     assert_within(out, exact[0], terms=tokens)
     assert_within(lse, exact[1], terms=tokens, name="lse")
-    for name, got, right in zip("qkv", plans.backward(call, d_out, None, out, lse, False)[:3], wanted, strict=True):
-        assert_within(got, right, terms=tokens, name=f"d{name}")
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(96, 96), (75, 80), (40, 64), (32, 33), (7, 9)])
+def test_readers_of_own_blocks(tokens, rows):
+    tile, split = 8, 4
+    block, tiles = tile * split, -(-rows // tile)
+    per = tokens // block * tile * split * (split + 1) // 2
+    per += sum(max(0, tokens % block - j * tile) for j in range(split))
+    start, token = torch.full((tiles + 1,), -1, dtype=torch.int32), torch.full((per,), -1, dtype=torch.int32)
+    kernel = attend_listed_backward_hopper.own_readers
+    kernel[(-(-max(per, tiles + 1) // 64),)](start, token, tokens, tiles + 1, per, tile, split, 64)
+    want = [[i for i in range(tokens) if i // block == m // split and i >= m * tile] for m in range(tiles)]
+    assert start[-1] == per
+    assert [token[start[m] : start[m + 1]].tolist() for m in range(tiles)] == want
 
 
 def some_lists(batch, heads, tokens, picks, blocks):
