@@ -321,7 +321,9 @@ def listed(block, width, *, lists=1, heads=4, backward=False, tokens=5000):
 
 def own_blocks(width, *, backward=False, tokens=5000):
     """Lists that end with the block of their query."""
-    made = call([source(512, causal=True, picks=3, heads=16)], tokens=tokens, width=width, heads=16, kv_heads=4, q_block=1)
+    made = call(
+        [source(512, causal=True, picks=3, heads=16)], tokens=tokens, width=width, heads=16, kv_heads=4, q_block=1
+    )
     made = made._replace(plans=[made.plans[0]._replace(own=1)])
     assert attend_own.wants(made)
     if backward:

@@ -219,8 +219,8 @@ def attend_listed(call: Call, begun: tuple[Tensor, Tensor] | None = None) -> tup
         total, some = batch * heads * many, max(1, (1024 if stack > 1 and e_tile > 64 else 2048) // e_tile)
         start(
             join_parts, (-(-total // some),),
-            parts, masses, found.place, filled, *(begun or (None, None)), out, lse, units, many, first, tokens, picks, seg_b * many,
-            seg_u * many, rep_b, rep_u, listed.numel(), total, stack, value_width, e_tile, ROWS=some,
+            parts, masses, found.place, filled, *(begun or (None, None)), out, lse, units, many, first, tokens, picks,
+            seg_b * many, seg_u * many, rep_b, rep_u, listed.numel(), total, stack, value_width, e_tile, ROWS=some,
             AT_ONCE=min(AT_ONCE, padded(picks, 1)), num_warps=4,
         )  # fmt: skip
     return out, lse

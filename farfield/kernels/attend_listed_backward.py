@@ -217,8 +217,7 @@ def join_queries(
 
 
 def attend_listed_backward(
-    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor,
-    folded: int = 0,
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, folded: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, for calls that attend_listed.wants.
 
@@ -354,7 +353,7 @@ def attend_listed_backward(
 
 
 def at_once(call: Call) -> bool:
-    """Whether the gradients of a call that attend_listed.wants are launches alone: one chunk of queries, and no sort."""
+    """Whether gradients of a call that attend_listed.wants are launches alone: one chunk of queries, and no sort."""
     block = call.plans[0].k_block
     # no tile has fewer rows
     whole = call.index[0].shape[2] <= _chunk(call, max(1, block // 64))

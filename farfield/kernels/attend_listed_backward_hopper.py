@@ -205,7 +205,8 @@ def read_blocks_backward_hopper(
         for t in gl.static_range(STAGES - 1):
             _gather(
                 q_ring.index(t).reshape([BQ, D]), d_ring.index(t), shift_ring.index(t), delta_ring.index(t),
-                token_ring.index(t), q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last, STACK, BQ, D, WARPS,
+                token_ring.index(t), q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last, STACK, BQ, D,
+                WARPS,
             )  # fmt: skip
             _name(token_ring, t + STAGES - 1, token, first + (t + STAGES - 1) * EACH, last, STACK, BQ, WARPS)
             async_copy.commit_group()

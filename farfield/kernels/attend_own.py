@@ -50,7 +50,8 @@ def wants(call: Call) -> bool:
     # what the backward takes
     if q.shape[1] // call.k[0].shape[1] not in (1, 2, 4, 8, 16, 32) or q.numel() >= 1 << 33:
         return False
-    return attend_hopper.wants(_dense(call, *call.index, *call.count)) and attend_listed_hopper.wants(call, q.shape[1], 1)
+    dense = _dense(call, *call.index, *call.count)
+    return attend_hopper.wants(dense) and attend_listed_hopper.wants(call, q.shape[1], 1)
 
 
 def parts(call: Call) -> tuple[Call, Call]:
@@ -67,7 +68,8 @@ def parts(call: Call) -> tuple[Call, Call]:
         index.contiguous(), count.contiguous(), own, filled, past, some, picks, tiles, some.numel(), entries,
         SPLIT=split, SIZE=SIZE, num_warps=4,
     )  # fmt: skip
-    others = call._replace(q=q.reshape(*line, width), index=[past], count=[some], plans=[Plan(1, plan.k_block, 0, -1, 0)])
+    plans = [Plan(1, plan.k_block, 0, -1, 0)]
+    others = call._replace(q=q.reshape(*line, width), index=[past], count=[some], plans=plans)
     return _dense(call, own, filled), others
 
 

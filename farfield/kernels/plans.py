@@ -84,7 +84,7 @@ def _listed(
     if d_out.data_ptr() % 16:
         d_out = d_out.clone()
     _, others = attend_own.parts(call)
-    *folded, width = others.q.shape
+    folded = others.q.shape[:3]
     d_q, d_k, d_v = _read(
         others, d_out.view(*folded, -1), None if d_lse is None else d_lse.view(folded), out.view(*folded, -1),
         lse.view(folded), folded[2] // call.q.shape[2],

@@ -153,7 +153,9 @@ def arguments(problem: Problem) -> Call:
     def per_head(x: Tensor | None) -> Tensor:
         return none if x is None else x[None, None] if x.dim() == 1 else x
 
-    plans = [Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks, p.own) for _, p in sources]
+    plans = [
+        Plan(p.q_block, p.k_block, p.causal, -1 if p.reach is None else p.reach, p.sinks, p.own) for _, p in sources
+    ]
     rows = [r for r, _ in sources]
     bias, end, row_group = ([per_head(getattr(r, name)) for r in rows] for name in ("bias", "end", "group"))
     return Call(
