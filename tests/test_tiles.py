@@ -75,8 +75,10 @@ SPILLS: dict[str, int] = {
     # what belongs to a tile of queries, outside the loop over rows (those of Triton 3.6, which keeps more)
     **dict.fromkeys(("choose-64", "choose-128"), 96),
     "choose-ssa-64": 120,
+    # two sums of 64 x 128 numbers take 128 registers a thread
+    "choose-backward-128": 8,
     # a tile of rows is three operands, which Triton keeps in registers
-    "choose-backward-128": 232,
+    "choose-backward-few-128": 240,
     # addresses of the weights
     "compress-128": 144,
     # numbers that are kept once and read once a chunk
@@ -453,6 +455,8 @@ LAUNCHES = {
     "choose-80": lambda: choosing(NSA, 80, values=True),
     **{f"choose-fp32-{d}": (lambda d=d: choosing(NSA, d, "fp32", values=True)) for d in (64, 128)},
     **{f"choose-backward-{d}": (lambda d=d: choosing(NSA, d, backward=True)) for d in (64, 128)},
+    # few queries
+    **{f"choose-backward-few-{d}": (lambda d=d: choosing(NSA, d, tokens=900, backward=True)) for d in (64, 128)},
     **{f"compress-{d}": (lambda d=d: compressing(d, True)) for d in (64, 128)},
     "compress-means": lambda: compressing(64, False),
     **{f"mix-{d}": (lambda d=d: mixing(d)) for d in (64, 128)},
@@ -546,7 +550,8 @@ AT_LENGTH = {
     "listed-backward": lambda n: listed(64, 64, tokens=n, backward=True),
     "choose": lambda n: choosing(NSA, 64, tokens=n),
     "choose-and-attend": lambda n: choosing(NSA, 64, tokens=n, values=True),
-    "choose-backward": lambda n: choosing(NSA, 64, tokens=n, backward=True),
+    "choose-backward": lambda n: choosing(NSA, 64, tokens=n + 1024, backward=True),
+    "choose-backward-few": lambda n: choosing(NSA, 64, tokens=200 + n % 800, backward=True),
     "mix": lambda n: mixing(64, tokens=n),
     "opened": lambda n: opening(4, 64, tokens=n),
     "scan": lambda n: scanning(SCAN["64"], n),

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import choose_backward_hopper as hopper
 from farfield.kernels.attend import LOG2E, _dense, padded
 from farfield.kernels.choose import _vector, split
 from farfield.kernels.replay import start
@@ -31,7 +32,7 @@ SHORTEST = 256  # queries of a piece
 
 # queries, rows and warps of a program that makes dq, by width
 QUERIES = {64: (128, 64, 8), 128: (64, 32, 8)}
-ROWS = {64: (64, 64, 8), 128: (64, 32, 4)}  # rows, queries and warps of one that makes dk and dv
+ROWS = {64: (64, 64, 4), 128: (64, 32, 4)}  # rows, queries and warps of one that makes dk and dv
 
 VARIES = ["heads", "tokens", "tiles", "rows", "stride", "span", "first", "plane", "q_b", "q_h", "q_t"]
 VARIES += ["d_b", "d_h", "d_t"]
@@ -144,7 +145,10 @@ def ended_rows(
             weights = tl.where((ends[:, None] <= i[None, :]) & asked[None, :], weights, 0.0)
             dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv)
             d_scores = weights * (tl.dot(v_tile, d_tile.T) - less[None, :])
-            dk = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk)
+            # two numbers each: what their rounding leaves of a sum over rows does not cancel either
+            high = d_scores.to(q_tile.dtype)
+            dk = tl.dot((d_scores - high.to(tl.float32)).to(q_tile.dtype), q_tile, dk)
+            dk = tl.dot(high, q_tile, dk)
         to = piece * (tl.num_programs(0) // (pieces * tiles)) * rows + line
         tl.store(part_k + to * D + dims, dk, mask=mask_k)
         tl.store(part_v + to * E + values, dv, mask=mask_v)
@@ -192,26 +196,33 @@ def ended_backward(
     strides = *[n // d_unit for n in q_at], *[n // e_unit for n in d_at]
     sizes = heads // kv_heads, width, value_width, d_tile, e_tile, d_unit, e_unit
 
-    wide = 64 if max(d_tile, e_tile) <= 64 else 128
-    tile, across, warps = QUERIES[wide]
-    tiles, plane = -(-tokens // tile), keys.numel()
-    start(
-        ended_queries, (batch * heads * tiles,),
-        q, planes, v, out.contiguous(), d_out, lse, d_lse, d_q, delta, shift, heads, tokens, tiles, rows, stride,
-        span, first, plane, *strides, scale, *sizes, tile, across, num_warps=warps, num_stages=2,
-    )  # fmt: skip
-    step, across, warps = ROWS[wide]
+    wide, ends = 64 if max(d_tile, e_tile) <= 64 else 128, (stride, span, first)
+    fast = hopper.wants(q, d_out, v, d_lse)
+    step = hopper.ROWS if fast else ROWS[wide][0]
     tiles, units = -(-rows // step), batch * kv_heads
     pieces = max(1, min(-(-PROGRAMS // (units * tiles)), tokens // SHORTEST))
     length = -(-tokens // (pieces * 64)) * 64
     pieces = -(-tokens // length)
     part_k = torch.empty(pieces, *keys.shape, dtype=torch.float32, device=q.device)
     part_v = torch.empty(pieces, *values.shape, dtype=torch.float32, device=q.device)
-    start(
-        ended_rows, (units * tiles * pieces,),
-        q, planes, v, d_out, delta, shift, part_k, part_v, heads, tokens, tiles, rows, stride, span, first, plane,
-        pieces, length, *strides, scale, *sizes, across, step, num_warps=warps, num_stages=2,
-    )  # fmt: skip
+    if fast:
+        hopper.queries(q, d_out, planes, v, out.contiguous(), lse, d_q, delta, shift, *ends, scale)
+        hopper.rows(q, d_out, planes, v, delta, shift, part_k, part_v, length, *ends, scale)
+    else:
+        plane = keys.numel()
+        tile, across, warps = QUERIES[wide]
+        blocks = -(-tokens // tile)
+        start(
+            ended_queries, (batch * heads * blocks,),
+            q, planes, v, out.contiguous(), d_out, lse, d_lse, d_q, delta, shift, heads, tokens, blocks, rows, *ends,
+            plane, *strides, scale, *sizes, tile, across, num_warps=warps, num_stages=2,
+        )  # fmt: skip
+        _, across, warps = ROWS[wide]
+        start(
+            ended_rows, (units * tiles * pieces,),
+            q, planes, v, d_out, delta, shift, part_k, part_v, heads, tokens, tiles, rows, *ends, plane, pieces,
+            length, *strides, scale, *sizes, across, step, num_warps=warps, num_stages=2,
+        )  # fmt: skip
     d_k, d_v = torch.empty_like(keys), torch.empty(values.shape, dtype=torch.float32, device=q.device)
     some = max(1, 1024 // max(d_tile, e_tile))
     start(

@@ -66,7 +66,8 @@ def compress_rows(
     x += (c * STRIDE * token)[:, None] * UNIT + dims
     to = out + (unit * rows + c)[:, None] * D + dims
     mean = tl.zeros([BC, D_TILE], tl.float32)
-    for t in range(SPAN):
+    # loads that are under way together
+    for t in tl.range(SPAN, loop_unroll_factor=SPAN if not LEARNED else 1):
         mean += tl.load(x + t * token.to(tl.int64) * UNIT, mask=mask, other=0.0).to(tl.float32)
     # where there is more to come it waits there, not in registers
     tl.store(to, mean * (1.0 / SPAN), mask=mask)

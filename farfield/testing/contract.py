@@ -525,7 +525,9 @@ def check_rotary(kind: Kind, case: Case) -> None:
 
 def build(kind: Kind, case: Case, *, seed: int = 0) -> Mechanism:
     """The case's mechanism; parameters are moved off their initial values, to numbers that bfloat16 holds."""
-    mech = _class(kind)(**case.options).to(device())
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        mech = _class(kind)(**case.options).to(device())
     with torch.no_grad():
         for i, p in enumerate(mech.parameters()):
             p.copy_((p + 0.25 * normal(*p.shape, seed=1000 * seed + i + 77, dtype=p.dtype)).bfloat16())
