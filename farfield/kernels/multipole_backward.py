@@ -113,7 +113,7 @@ def sum_runs(
         tl.store(d_far_v + target, tl.sum(acc_v, 0).to(d_far_v.dtype.element_ty))
 
 
-LEVELS = multipole_tree.LEVELS.value
+LEVELS = multipole_tree.LEVELS.value  # at most
 RUN = 4  # log2 of the query blocks of a run at most
 WALKED = {64: 2, 128: 1}  # width -> tiles of 64 far rows of a query block that fit beside its near field
 

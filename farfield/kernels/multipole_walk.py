@@ -291,7 +291,7 @@ def _weights(
                 mbarrier.arrive(bars.index(K_EMPTY + before), count=1)
             if (i == stop - 1) & (end == stop):
                 mbarrier.arrive(bars.index(K_EMPTY + own), count=1)
-            # dq leaves from where P and dS of far rows were, once they have been added up
+            # dq leaves from where P of far rows was, once it has been added up
             mbarrier.wait(bars.index(F_EMPTY), turns & 1 ^ 1)
             place = tiles.index(F0 + 2 * FS * TILES)
             place.reshape([BLOCK, D]).store((acc * scale).to(tiles.dtype))
