@@ -33,10 +33,8 @@ NAMES = {
 }
 """The labels that the plots show, and what they call them; those that the record has."""
 
-MECHANISMS = (
-    "nsa", "moba", "hip", "s2-attention", "power-attention", "scfa", "lightning-attention", "aaren",
-)  # fmt: skip
-"""The other mechanisms of the library, with their defaults."""
+EVERY = ROOT / "results" / "h200" / "compare-mechanisms.json"
+"""All mechanisms, with fewer tokens."""
 
 
 def shown(record: Path = RECORD) -> dict[str, dict[str, Any]]:
@@ -45,12 +43,13 @@ def shown(record: Path = RECORD) -> dict[str, dict[str, Any]]:
     return {name: models[label] for label, name in NAMES.items() if label in models}
 
 
-def others(record: Path = RECORD) -> dict[str, dict[str, Any]]:
-    """Full attention, FMA and the other mechanisms, as far as the record has these."""
+def others(record: Path = EVERY) -> dict[str, dict[str, Any]]:
+    """All mechanisms by their names, the best first; none without the record."""
+    if not record.exists():
+        return {}
     models = merged(json.loads(record.read_text(encoding="utf-8")))
-    found = {name: models[name] for name in MECHANISMS if name in models}
-    mine = {name: m for name, m in shown(record).items() if name in ("full", "fma", "fma, 4 groups opened")}
-    return mine | found if found else {}
+    there = sorted((m["overall"], label) for label, m in models.items() if ", cut at " not in label)
+    return {NAMES.get(label, label.partition(":")[0]): models[label] for _, label in there}
 
 
 def at_length(models: dict[str, dict[str, Any]], length: int) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def at_length(models: dict[str, dict[str, Any]], length: int) -> dict[str, Any]:
 
 def figures(models: dict[str, dict[str, Any]]) -> dict[str, Figure]:
     """Every plot by its file's name."""
-    rows = {name: (m["rows"], m["overall"]) for name, m in (models | others()).items() if m["rows"] is not None}
+    rows = {name: (m["rows"], m["overall"]) for name, m in models.items() if m["rows"] is not None}
     found = {
         "quality-repeat": plots.repeat_figure({name: m["by_repeat"] for name, m in models.items()}),
         "quality-rows": plots.rows_figure(rows),

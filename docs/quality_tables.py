@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "results" / "h200"
 COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar-long.json"
+EVERY = RESULTS / "compare-mechanisms.json"  # all mechanisms, with fewer tokens
+CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of that read with other fields of their config
 BUCKETS = ("none", "1-128", "128-512", "512-1k", ">1k")
 SPOT = "<!-- {}: {}, written by docs/quality_tables.py -->"
 
@@ -45,7 +47,8 @@ def name(label: str) -> str:
         more += [f"near {options['near']}"] if options.get("near", "128") != "128" else []
         more += [f"pool {options['pool']}"] if "pool" in options else []
         return ", ".join(["fma", *more])
-    return label
+    # what other mechanisms were given says the text
+    return kind
 
 
 def _rows(rank: str) -> str:
@@ -108,6 +111,21 @@ def lengths(found: Models) -> str:
     return table(headings, body)
 
 
+def changed(path: Path = CHANGED) -> str:
+    """Bits per byte in longer windows, as trained and with other fields."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    parts = {name(x["checkpoint"][1]): x["found"] for key, x in found.items() if key != "env"}
+    rows: dict[tuple[str, str], dict[int, float]] = {}
+    for model, scored in parts.items():
+        for x in scored:
+            if x.get("overall") is not None:
+                said = "as trained" if x["label"] == "plain" else x["label"]
+                rows.setdefault((model, said), {})[x["length"]] = x["overall"]
+    tested = sorted({n for at in rows.values() for n in at})
+    body = [[model, said, *(_bits(at.get(n)) for n in tested)] for (model, said), at in rows.items()]
+    return table(["attention", "read with", *(_short(n) for n in tested)], body)
+
+
 def answers(path: Path = ASKED) -> str:
     """Share of right answers by length."""
     found = recall.merged(json.loads(path.read_text(encoding="utf-8")))
@@ -125,11 +143,17 @@ def written() -> dict[str, str]:
     """Every table by the name of its spot; those whose record is there."""
     found = {}
     if COMPARED.exists():
-        all_of_them = models()
+        all_of_them = models(COMPARED)
         found |= {spot: make(all_of_them) for spot, make in
                   (("scores", scores), ("copies", copies), ("costs", costs), ("lengths", lengths))}  # fmt: skip
+    if EVERY.exists():
+        mechanisms = models(EVERY)
+        found |= {"mechanisms": scores(mechanisms), "mechanism-copies": copies(mechanisms),
+                  "mechanism-costs": costs(mechanisms)}  # fmt: skip
+    if CHANGED.exists():
+        found["changed"] = changed(CHANGED)
     if ASKED.exists():
-        found["answers"] = answers()
+        found["answers"] = answers(ASKED)
     return found
 
 
