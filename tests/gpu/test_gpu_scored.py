@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 from farfield.kernels import attend_listed, attend_own, plans
 from farfield.kernels import attend_listed_backward as listed_backward
 from farfield.kernels import attend_listed_backward_hopper as listed_hopper
+from farfield.kernels.choose_backward import ended_backward
 
 
 def draw(*shape, dtype=torch.bfloat16, seed=0):
@@ -178,6 +179,28 @@ def test_own_blocks_apart(heads, kv_heads, block, picks, tokens, width, monkeypa
             again = mech(*x)
             assert torch.equal(again, out)
             assert all(map(torch.equal, torch.autograd.grad(again, x, d_out), got))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 1300), (1, 2500)])
+def test_gradients_of_ended_rows(batch, tokens, width, dtype):
+    """Many queries, as the kernels for Hopper take them."""
+    q, d_out = (draw(batch, 8, tokens, width, dtype=dtype, seed=n) for n in (1, 2))
+    gen = torch.Generator(device="cuda").manual_seed(3)
+    rows = (tokens - 32) // 16 + 1
+    keys, values = 0.3 * torch.randn(2, batch, 2, rows, width, generator=gen, device="cuda")
+    wide = [x.double().requires_grad_() for x in (q, keys, values)]
+    past = torch.arange(rows, device="cuda") * 16 + 31 <= torch.arange(tokens, device="cuda")[:, None]
+    k, v = (x.repeat_interleave(4, 1) for x in wide[1:])
+    logits = (wide[0] @ k.mT / width**0.5).masked_fill(~past, float("-inf"))
+    want = torch.autograd.grad(logits.softmax(-1).nan_to_num(0.0) @ v, wide, d_out.double())
+    found = attend_ended(q, keys, values, stride=16, span=32)
+    call = q, keys, values, d_out, None, found.out, found.lse, 16, 32, 0, width**-0.5
+    got = ended_backward(*call)
+    for name, a, b in zip(("dq", "d keys", "d values"), got, want, strict=True):
+        assert_within(a.to(dtype), b, terms=tokens, name=name)
+    assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(ended_backward(*call), got, strict=True))
 
 
 @pytest.mark.parametrize("width", [64, 128])
