@@ -104,9 +104,9 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, flops: float, rates: C
 
     from torch._functorch import config
 
-    # the backward is timed over and over on one forward
-    kept = config.patch(donated_buffer=False)  # pyright: ignore[reportAttributeAccessIssue]
-    with torch._dynamo.config.patch(recompile_limit=64), kept, _backward_tiles(layout.q_block):
+    # the backward is timed over and over on one forward. PyTorch asks again whenever one runs, so the option stays set
+    config.donated_buffer = False
+    with torch._dynamo.config.patch(recompile_limit=64), _backward_tiles(layout.q_block):
         with torch.no_grad():
             call()
         inputs = [x.requires_grad_() for x in (q, k, v)]

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels import attend_backward_hopper as hopper
+from farfield.kernels import attend_backward_queries_hopper as hopper_queries
 from farfield.kernels import attend_listed
 from farfield.kernels.attend import padded
 from farfield.kernels.attend_listed_backward import attend_listed_backward
@@ -754,7 +755,17 @@ def gradients(
 
     read = sorted_readers(call, *list_keys(call).sort(stable=True)) if read is None else read
     lists = -(-stack * q_block // tiles.queries)
-    for begin, stop in _slices(sources, batch * units, lists * blocks):
+    plain = len(sources) == 1 and not (first.reach or first.biased or first.ended or first.grouped or grouped)
+    if plain and hopper_queries.wants_queries(q, d_out, out, first.k, first.v, first.plan.k_block, q_block):
+        hopper_queries.queries_backward(
+            q, d_out, out, first.k, first.v, d_q, delta, shift, lse, d_lse, first.index, first.count, first.lists,
+            q_block=q_block, k_block=first.plan.k_block, stack=stack, repeat=first.repeat, causal=first.causal,
+            scale=scale, position=position if positioned and first.causal else None, position_strides=position_strides,
+        )  # fmt: skip
+        slices = []
+    else:
+        slices = _slices(sources, batch * units, lists * blocks)
+    for begin, stop in slices:
         count = (stop - begin) * blocks * lists
         shares = [_shares(s, count, d_q, delta) for s in sources]
         start(

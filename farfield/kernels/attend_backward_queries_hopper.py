@@ -1,0 +1,394 @@
+"""attend on Hopper GPUs, backward: delta and dq over lists of whole row blocks, by warps with roles, in Gluon.
+
+A program stays on its multiprocessor and works through tiles of queries. One warp only copies: a tile's queries, dout
+and out, then the rows of its list, in rings that run ahead into the next tile. Each group of four computing warps owns
+64 queries: the two products of the next rows are under way together with the sum of the last ones while weights are
+taken. dS goes from registers into the sum, so that only rows are ever read twice from shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _list, _place, _processors
+from farfield.kernels.replay import start
+
+LOG2E = gl.constexpr(1.4426950408889634)
+EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
+
+# Triton 3.7 has renamed it
+_sync = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def _load(
+    q, d_out, out, k, v, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, index, count, picks, batch_lists, head_lists, items, blocks, heads,
+    STACK: gl.constexpr, REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
+    K_BLOCK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Everything that the products take, by one warp."""
+    BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    # tiles of rows that may come before the queries, whose place may still be taken
+    EARLY: gl.constexpr = 0 if Q_STAGES > 1 else V_STAGES - 1
+    k_step, v_step, turn = 0, 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h, n, tile = _place(item, blocks, heads, TILES)
+        u = h // STACK
+        g = u // REPEAT
+        at = _list(b, u, n, batch_lists, head_lists)
+        tiles = gl.load(count + at) * (K_BLOCK // BK)
+        list_at = index + at * picks
+        first = n * Q_BLOCK + tile * (GROUPS * 64)
+        for j in range(tiles + 1):
+            if j == gl.minimum(tiles, EARLY):
+                p = turn % Q_STAGES
+                mbarrier.wait(q_empty.index(p), turn // Q_STAGES & 1 ^ 1)
+                counts.index(p).store(gl.full([1], tiles, gl.int32, ONE))
+                _sync()
+                mbarrier.expect(q_full.index(p), GROUPS * 64 * (D + E) * BYTES)
+                for group in gl.static_range(GROUPS):
+                    i = first + group * 64
+                    slot = p * GROUPS + group
+                    tma.async_copy_global_to_shared(q, [b, h, i, 0], q_full.index(p), q_ring.index(slot))
+                    tma.async_copy_global_to_shared(d_out, [b, h, i, 0], q_full.index(p), d_ring.index(slot))
+                turn += 1
+            s, phase = k_step % K_STAGES, k_step // K_STAGES & 1
+            mbarrier.wait(k_empty.index(s), phase ^ 1)
+            if j == 0:
+                # out of the queries takes the place of a tile of keys, the second group's that of a tile of values
+                mbarrier.expect(k_full.index(s), 64 * E * BYTES)
+                tma.async_copy_global_to_shared(out, [b, h, first, 0], k_full.index(s), k_ring.index(s))
+                if GROUPS == 2:
+                    s, phase = v_step % V_STAGES, v_step // V_STAGES & 1
+                    mbarrier.wait(v_empty.index(s), phase ^ 1)
+                    mbarrier.expect(v_full.index(s), 64 * E * BYTES)
+                    tma.async_copy_global_to_shared(out, [b, h, first + 64, 0], v_full.index(s), v_ring.index(s))
+                    v_step += 1
+            else:
+                row = gl.load(list_at + (j - 1) // (K_BLOCK // BK)) * K_BLOCK + (j - 1) % (K_BLOCK // BK) * BK
+                block_rows.index(s).store(gl.full([1], row, gl.int32, ONE))
+                _sync()
+                mbarrier.expect(k_full.index(s), BK * D * BYTES)
+                tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s))
+                s, phase = v_step % V_STAGES, v_step // V_STAGES & 1
+                mbarrier.wait(v_empty.index(s), phase ^ 1)
+                mbarrier.expect(v_full.index(s), BK * E * BYTES)
+                tma.async_copy_global_to_shared(v, [b, g, row, 0], v_full.index(s), v_ring.index(s))
+                v_step += 1
+            k_step += 1
+
+
+@gluon.jit
+def _weigh(
+    scores, shift, row, first, at, least, rows, factor, layout: gl.constexpr, BK: gl.constexpr, CAUSAL: gl.constexpr,
+    POSITION: gl.constexpr,
+):  # fmt: skip
+    """Products of 64 queries and BK rows as softmax weights; 0 where there is no row, or it is after the query."""
+    weights = gl.exp2(scores * factor - shift[:, None])
+    whole = row + BK <= rows
+    if CAUSAL:
+        whole &= row + BK <= least + 1
+    if not whole:
+        r = row + gl.arange(0, BK, gl.SliceLayout(0, layout))[None, :]
+        seen = r < rows
+        if CAUSAL:
+            if POSITION:
+                i = at[:, None]
+            else:
+                i = first + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+            seen &= r <= i
+        weights = gl.where(seen, weights, 0.0)
+    return weights
+
+
+@gluon.jit
+def _compute(
+    d_q, delta, shift, lse, d_lse, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
+    k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows, scale,
+    GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, D: gl.constexpr,
+    E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, POSITION: gl.constexpr, D_LSE: gl.constexpr,
+):  # fmt: skip
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    per_row: gl.constexpr = gl.SliceLayout(1, score)
+    dtype: gl.constexpr = q_ring.dtype
+    PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    factor = scale * LOG2E
+    k_step, v_step, turn = 0, 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h, n, tile = _place(item, blocks, heads, TILES)
+        first = n * Q_BLOCK + (tile * GROUPS + GROUP) * 64
+        at, least = first, first
+        if POSITION:
+            position_at = position + b.to(gl.int64) * position_b + h.to(gl.int64) * position_h
+            spot = first + gl.arange(0, 64, per_row)
+            at = gl.load(position_at + spot, mask=spot < tokens, other=EVERY)
+            # every warp holds all of them, so that the least is found within a warp
+            spot = first + gl.arange(0, 64, PAIR)
+            least = gl.min(gl.load(position_at + spot, mask=spot < tokens, other=EVERY), 0)
+        line = first + gl.arange(0, 64, per_row)
+        head = b.to(gl.int64) * heads + h
+        mass = gl.load(lse + head * tokens + line, mask=line < tokens, other=float("-inf"))
+        given = gl.zeros([64], gl.float32, per_row)
+        if D_LSE:
+            given = gl.load(d_lse + head * tokens + line, mask=line < tokens, other=0.0)
+        # a query that read nothing, and one that only fills up a tile, gets weights exp(s - inf) = 0
+        empty = mass == float("-inf")
+        shift_row = gl.where(empty, float("inf"), mass * LOG2E)
+
+        p = turn % Q_STAGES
+        slot = p * GROUPS + GROUP
+        queries = q_ring.index(slot).reshape([64, D])
+        d_tile = d_ring.index(slot).reshape([64, E])
+        mbarrier.wait(q_full.index(p), turn // Q_STAGES & 1)
+        tiles = gl.max(counts.index(p).load(ONE), 0)
+        if GROUP == 0:
+            mbarrier.wait(k_full.index(k_step % K_STAGES), k_step // K_STAGES & 1)
+            out = k_ring.index(k_step % K_STAGES).reshape([64, E]).load(of_out)
+        else:
+            mbarrier.wait(v_full.index(v_step % V_STAGES), v_step // V_STAGES & 1)
+            out = v_ring.index(v_step % V_STAGES).reshape([64, E]).load(of_out)
+        delta_row = gl.sum(out.to(gl.float32) * d_tile.load(of_out).to(gl.float32), 1)
+        delta_row = gl.convert_layout(delta_row, per_row) - given
+        delta_row = gl.where(empty, 0.0, delta_row)
+        _sync()
+        mbarrier.arrive(k_empty.index(k_step % K_STAGES), count=1)
+        k_step += 1
+        if GROUPS == 2:
+            mbarrier.arrive(v_empty.index(v_step % V_STAGES), count=1)
+            v_step += 1
+        # up to the end of the last block, so that whole tiles can be read back
+        stat = head * (blocks * Q_BLOCK) + line
+        gl.store(shift + stat, shift_row)
+        gl.store(delta + stat, delta_row)
+
+        acc = gl.zeros([64, D], gl.float32, wide)
+        if tiles > 0:
+            s = k_step % K_STAGES
+            mbarrier.wait(k_full.index(s), k_step // K_STAGES & 1)
+            row = gl.max(block_rows.index(s).load(ONE), 0)
+            keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+            # numbers that are not used, but the products of before would be waited for
+            none = gl.zeros([64, BK], gl.float32, score)
+            product = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
+            t = v_step % V_STAGES
+            mbarrier.wait(v_full.index(t), v_step // V_STAGES & 1)
+            values = v_ring.index(t).reshape([BK, E]).permute((1, 0))
+            d_product = warpgroup_mma(d_tile, values, none, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[product])
+            weights = _weigh(scores, shift_row, row, first, at, least, rows, factor, score, BK, CAUSAL, POSITION)
+            d_weights = warpgroup_mma_wait(0, deps=[d_product])
+            _sync()
+            mbarrier.arrive(v_empty.index(t), count=1)
+            v_step += 1
+            d_weights = weights * (d_weights - delta_row[:, None])
+            d_scores = gl.convert_layout(d_weights.to(dtype), left)
+            for _ in range(1, tiles):
+                before = k_step % K_STAGES
+                k_step += 1
+                s = k_step % K_STAGES
+                mbarrier.wait(k_full.index(s), k_step // K_STAGES & 1)
+                row = gl.max(block_rows.index(s).load(ONE), 0)
+                keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+                none = gl.zeros([64, BK], gl.float32, score)
+                product = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
+                t = v_step % V_STAGES
+                mbarrier.wait(v_full.index(t), v_step // V_STAGES & 1)
+                values = v_ring.index(t).reshape([BK, E]).permute((1, 0))
+                d_product = warpgroup_mma(d_tile, values, none, use_acc=False, is_async=True)
+                summed = warpgroup_mma(d_scores, k_ring.index(before).reshape([BK, D]), acc, is_async=True)
+                scores = warpgroup_mma_wait(2, deps=[product])
+                weights = _weigh(scores, shift_row, row, first, at, least, rows, factor, score, BK, CAUSAL, POSITION)
+                d_weights = warpgroup_mma_wait(1, deps=[d_product])
+                d_weights = weights * (d_weights - delta_row[:, None])
+                acc, d_scores = warpgroup_mma_wait(0, deps=[summed, d_scores])
+                _sync()
+                mbarrier.arrive(v_empty.index(t), count=1)
+                mbarrier.arrive(k_empty.index(before), count=1)
+                v_step += 1
+                d_scores = gl.convert_layout(d_weights.to(dtype), left)
+            before = k_step % K_STAGES
+            k_step += 1
+            summed = warpgroup_mma(d_scores, k_ring.index(before).reshape([BK, D]), acc, is_async=True)
+            acc, d_scores = warpgroup_mma_wait(0, deps=[summed, d_scores])
+            _sync()
+            mbarrier.arrive(k_empty.index(before), count=1)
+        # the queries are done with: their place in shared memory is where dq leaves from
+        queries.store((acc * scale).to(dtype))
+        fence_async_shared()
+        _sync()
+        tma.async_copy_shared_to_global(d_q, [b, h, first, 0], q_ring.index(slot))
+        tma.store_wait(0)
+        _sync()
+        mbarrier.arrive(q_empty.index(p), count=1)
+        turn += 1
+
+
+VARIES = ["picks", "batch_lists", "head_lists", "position_b", "position_h", "items", "blocks", "heads", "tokens"]
+VARIES += ["rows"]
+
+
+@gluon.jit(do_not_specialize=VARIES)
+def attend_backward_queries_hopper(
+    q, d_out, out, k, v, d_q, delta, shift, lse, d_lse, index, count, position,
+    picks, batch_lists, head_lists, position_b, position_h, items, blocks, heads, tokens, rows, scale,
+    STACK: gl.constexpr, REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
+    K_BLOCK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, POSITION: gl.constexpr,
+    D_LSE: gl.constexpr, LOADING: gl.constexpr,
+):  # fmt: skip
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES * GROUPS, 1, 1, 64, D], q.layout)
+    d_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES * GROUPS, 1, 1, 64, E], d_out.layout)
+    k_ring = gl.allocate_shared_memory(q.dtype, [K_STAGES, 1, 1, BK, D], k.layout)
+    v_ring = gl.allocate_shared_memory(q.dtype, [V_STAGES, 1, 1, BK, E], v.layout)
+    # how many tiles of rows a tile of queries reads, and where the tile of a stage begins
+    counts = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], plain)
+    block_rows = gl.allocate_shared_memory(gl.int32, [K_STAGES, 1], plain)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
+    k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars)
+    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars)
+    for s in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(s), count=1)
+        mbarrier.init(q_empty.index(s), count=GROUPS)
+    for s in gl.static_range(K_STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=GROUPS)
+    for s in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_empty.index(s), count=GROUPS)
+    fence_async_shared()
+
+    # constants stay constants only where they are written into the call
+    if GROUPS == 1:
+        gl.warp_specialize([
+            (_compute, (
+                d_q, delta, shift, lse, d_lse, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows,
+                scale, 0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+            )),
+            (_load, (
+                q, d_out, out, k, v, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, items, blocks, heads,
+                STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES,
+            )),
+        ], [1], [LOADING])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_compute, (
+                d_q, delta, shift, lse, d_lse, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows,
+                scale, 0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+            )),
+            (_compute, (
+                d_q, delta, shift, lse, d_lse, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows,
+                scale, 1, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+            )),
+            (_load, (
+                q, d_out, out, k, v, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, items, blocks, heads,
+                STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """How a launch is cut.
+
+    Args:
+        groups: of 64 queries a program.
+        q_stages, k_stages, v_stages: tiles of queries, keys and values in flight.
+        programs: a multiprocessor.
+        registers: of a thread at the start of the kernel; None: all there are.
+    """
+
+    groups: int
+    q_stages: int
+    k_stages: int
+    v_stages: int
+    programs: int = 1
+    registers: int | None = None
+
+
+# width, queries of a block (64, or 128 for all multiples) -> tiles
+TILES = {
+    (64, 128): Tiles(2, 2, 6, 6),
+    (128, 128): Tiles(2, 2, 3, 3),
+    (64, 64): Tiles(1, 2, 4, 4, programs=2, registers=128),
+    (128, 64): Tiles(1, 1, 3, 2, programs=2, registers=128),
+}
+ROWS = 64  # of a tile
+LOADING = 40  # registers of the thread that loads, where one group computes
+
+
+def queries_backward(
+    q: Tensor, d_out: Tensor, out: Tensor, k: Tensor, v: Tensor, d_q: Tensor, delta: Tensor, shift: Tensor,
+    lse: Tensor, d_lse: Tensor | None, index: Tensor, count: Tensor, lists: tuple[int, int],
+    *, q_block: int, k_block: int, stack: int, repeat: int, causal: bool, scale: float,
+    position: Tensor | None = None, position_strides: tuple[int, int] = (0, 0),
+) -> None:  # fmt: skip
+    """dq, and `delta` and `shift` [B, H, blocks * q_block], which the row kernels read.
+
+    `lists`: how far the lists [1|B, 1|units, blocks, P] of batches and of units are apart; `stack` query heads are one
+    unit, `repeat` units read one key head. `position` [1|B, 1|H, T] of the queries; None: they stand where they are.
+    """
+    batch, heads, tokens, width = q.shape
+    blocks, picks = index.shape[2:]
+    tiles = tiles_of(width, q_block)
+    items = batch * heads * blocks * (q_block // (64 * tiles.groups))
+    bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
+    start(
+        attend_backward_queries_hopper, (min(items, _processors(q.device) * tiles.programs),),
+        _descriptor(q, 64), _descriptor(d_out, 64), _descriptor(out, 64), _descriptor(k, ROWS), _descriptor(v, ROWS),
+        _descriptor(d_q, 64), delta, shift, lse, lse if d_lse is None else d_lse, index, count,
+        lse if position is None else position, picks, *lists, *position_strides, items, blocks, heads, tokens,
+        k.shape[2], scale,
+        STACK=stack, REPEAT=repeat, TILES=q_block // (64 * tiles.groups), GROUPS=tiles.groups, Q_BLOCK=q_block,
+        K_BLOCK=k_block, D=width, E=v.shape[-1], BK=ROWS, Q_STAGES=tiles.q_stages, K_STAGES=tiles.k_stages,
+        V_STAGES=tiles.v_stages, CAUSAL=causal,
+        POSITION=position is not None, D_LSE=d_lse is not None, LOADING=LOADING,
+        num_warps=4, **bounds,
+    )  # fmt: skip
+
+
+def tiles_of(width: int, q_block: int) -> Tiles:
+    return TILES[width, 64 if q_block % 128 else 128]
+
+
+def wants_queries(q: Tensor, d_out: Tensor, out: Tensor, k: Tensor, v: Tensor, k_block: int, q_block: int) -> bool:
+    """Whether shapes and strides suit; nothing but a causal layout may ride along."""
+    width = q.shape[-1]
+    return (
+        width in (64, 128)
+        and k_block in (64, 128)
+        and q_block % 64 == 0
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and width == v.shape[-1]
+        and k.shape[2] > 0
+        and _hopper(q.device)
+        and all(_aligned(x) for x in (q, d_out, out, k, v))
+    )
