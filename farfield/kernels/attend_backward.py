@@ -28,7 +28,7 @@ from farfield.kernels import attend_listed
 from farfield.kernels.attend import padded
 from farfield.kernels.attend_listed_backward import attend_listed_backward
 from farfield.kernels.replay import start
-from farfield.kernels.transpose import Readers, keys_of, piece_of, readers_of
+from farfield.kernels.transpose import Readers, clear, keys_of, piece_of, readers_of
 from farfield.ops.attend import Call, Plan
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -797,10 +797,9 @@ def gradients(
         plain = not (grouped or s.reach or s.biased or s.ended or s.grouped)
         if plain and hopper.wants_rows(q, d_out, s.k, s.v, k_block, q_block):
             hopper.rows_backward(
-                q, d_out, s.k, s.v, shift, delta, readers, grad[:2], pieces[:2], q_block=q_block, k_block=k_block,
-                stack=stack, repeat=s.repeat, blocks=blocks, causal=s.causal, scale=scale,
+                q, d_out, s.k, s.v, shift, delta, readers, _zero(delta), grad[:2], pieces[:2], q_block=q_block,
+                k_block=k_block, stack=stack, repeat=s.repeat, blocks=blocks, causal=s.causal, scale=scale,
                 position=position if positioned and s.causal else None,
-                uneven=readers.most > READS,
             )  # fmt: skip
         else:
             tiles = row_tiles(wide, padded(k_block), size, dtype)
@@ -950,6 +949,13 @@ def _shares(source: _Source, lists: int, d_q: Tensor, delta: Tensor) -> _Three:
         torch.empty(rows * source.v.shape[3], dtype=dtype, device=device),
         torch.empty(rows, dtype=torch.float32, device=device) if source.d_bias else delta,
     )
+
+
+def _zero(delta: Tensor) -> Tensor:
+    """An integer, 0; by a launch that can be recorded."""
+    zero = torch.empty(1, dtype=torch.int32, device=delta.device)
+    start(clear, (1,), zero, 1, SIZE=4096)
+    return zero
 
 
 def _pieces(source: _Source, count: int, delta: Tensor) -> _Three:

@@ -1,7 +1,8 @@
 """attend on Hopper GPUs, backward: dk and dv of large row blocks, by warps with roles, in Gluon.
 
 A program stays on its multiprocessor and works through row blocks and pieces of the readers of others, as
-attend_backward_rows does. One warp only copies: rows of a block, then tile after tile the queries that read it with
+attend_backward_rows does; a counter in memory deals them out, since some are read far more often than others. One warp
+only copies: rows of a block, then tile after tile the queries that read it with
 their dout, shift and delta, in rings that run ahead into the next row block. Each group of four computing warps owns 64
 rows, whose dk and dv stay in registers: the two products of the next tile are under way together with the two sums of
 the last one while weights are taken.
@@ -40,19 +41,20 @@ _sync = getattr(gl, "barrier", None) or gl.thread_barrier
 def _load(
     q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
     told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-    shift, delta, position, position_strides, start, reader, key, segment_strides, items, heads, blocks, row_blocks,
-    pieces, most, base,
+    shift, delta, position, position_strides, start, reader, key, queue, segment_strides, items, heads, blocks,
+    row_blocks, pieces, most, base,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, POSITION: gl.constexpr,
 ):  # fmt: skip
     """Everything that the products take, by one warp."""
     BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
-    FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    WORDS: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     TILES: gl.constexpr = Q_BLOCK // BQ
     units = heads // STACK
     step, turn, message = 0, 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    item = gl.program_id(0)
+    while item < items:
         unit, x = item // (row_blocks + pieces), item % (row_blocks + pieces)
         b, u = unit // units, unit % units
         g = u // REPEAT
@@ -76,12 +78,14 @@ def _load(
 
         slot = message % TOLD
         mbarrier.wait(told_empty.index(slot), message // TOLD & 1 ^ 1)
-        which = gl.arange(0, 4, FOUR)
+        which = gl.arange(0, 8, WORDS)
         word = gl.where(which == 0, count, gl.where(which == 1, m, gl.where(which == 2, piece, begin)))
-        told.index(slot).store(word)
+        told.index(slot).store(gl.where(which == 4, item, word))
         _sync()
         mbarrier.arrive(told_full.index(slot), count=1)
         message += 1
+        # who is done first takes the next one, whatever it is: what comes out does not depend on who makes it
+        item = gl.num_programs(0) + gl.atomic_add(queue, 1, sem="relaxed")
         if count > 0:
             s = turn % K_STAGES
             mbarrier.wait(k_empty.index(s), turn // K_STAGES & 1 ^ 1)
@@ -110,6 +114,29 @@ def _load(
                     async_copy.async_copy_global_to_shared(place_ring.index(s), place_at)
                 async_copy.mbarrier_arrive(stat_full.index(s), increment_count=False)
                 step += 1
+    slot = message % TOLD
+    mbarrier.wait(told_empty.index(slot), message // TOLD & 1 ^ 1)
+    told.index(slot).store(gl.where(gl.arange(0, 8, WORDS) == 4, items, -1))
+    _sync()
+    mbarrier.arrive(told_full.index(slot), count=1)
+
+
+@gluon.jit
+def _hear(told, told_full, told_empty, message):
+    """Readers (none to do: -1), row block, piece, first reader and number of the next item; `items` are no item."""
+    WORDS: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    slot = message % TOLD
+    mbarrier.wait(told_full.index(slot), message // TOLD & 1)
+    which = gl.arange(0, 8, WORDS)
+    word = told.index(slot).load(WORDS)
+    count = gl.sum(gl.where(which == 0, word, 0), 0)
+    m = gl.sum(gl.where(which == 1, word, 0), 0)
+    piece = gl.sum(gl.where(which == 2, word, 0), 0)
+    begin = gl.sum(gl.where(which == 3, word, 0), 0)
+    item = gl.sum(gl.where(which == 4, word, 0), 0)
+    _sync()
+    mbarrier.arrive(told_empty.index(slot), count=1)
+    return count, m, piece, begin, item
 
 
 @gluon.jit
@@ -162,20 +189,10 @@ def _compute(
     left_v: gl.constexpr = gl.DotOperandLayout(0, of_v, 2)
     of_query: gl.constexpr = gl.SliceLayout(0, score)
     dtype: gl.constexpr = q_ring.dtype
-    FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     factor = scale * LOG2E
-    step, turn, message = 0, 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        slot = message % TOLD
-        mbarrier.wait(told_full.index(slot), message // TOLD & 1)
-        which = gl.arange(0, 4, FOUR)
-        word = told.index(slot).load(FOUR)
-        count = gl.sum(gl.where(which == 0, word, 0), 0)
-        m = gl.sum(gl.where(which == 1, word, 0), 0)
-        piece = gl.sum(gl.where(which == 2, word, 0), 0)
-        begin = gl.sum(gl.where(which == 3, word, 0), 0)
-        _sync()
-        mbarrier.arrive(told_empty.index(slot), count=1)
+    step, turn, message, item = 0, 0, 0, 0
+    while item < items:
+        count, m, piece, begin, item = _hear(told, told_full, told_empty, message)
         message += 1
         if count >= 0:
             row = (m * GROUPS + GROUP) * 64
@@ -324,7 +341,7 @@ VARIES = [
 
 @gluon.jit(do_not_specialize=VARIES)
 def attend_backward_rows_hopper(
-    q, d_out, k, v, shift, delta, position, start, reader, key, d_k, d_v, sum_k, sum_v,
+    q, d_out, k, v, shift, delta, position, start, reader, key, queue, d_k, d_v, sum_k, sum_v,
     position_strides, segment_strides, items, heads, blocks, rows, row_blocks, pieces, most, base, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
@@ -341,8 +358,7 @@ def attend_backward_rows_hopper(
     place_ring = shift_ring
     if POSITION:
         place_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BQ], plain)
-    # readers (none to do: -1), row block, piece and first reader of an item
-    told = gl.allocate_shared_memory(gl.int32, [TOLD, 4], plain)
+    told = gl.allocate_shared_memory(gl.int32, [TOLD, 8], plain)
     told_full = gl.allocate_shared_memory(gl.int64, [TOLD, 1], bars)
     told_empty = gl.allocate_shared_memory(gl.int64, [TOLD, 1], bars)
     k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
@@ -377,8 +393,8 @@ def attend_backward_rows_hopper(
             (_load, (
                 q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                shift, delta, position, position_strides, start, reader, key, segment_strides, items, heads, blocks,
-                row_blocks, pieces, most, base,
+                shift, delta, position, position_strides, start, reader, key, queue, segment_strides, items, heads,
+                blocks, row_blocks, pieces, most, base,
                 STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, POSITION,
             )),
         ], [1], [LOADING])  # fmt: skip
@@ -399,8 +415,8 @@ def attend_backward_rows_hopper(
             (_load, (
                 q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                shift, delta, position, position_strides, start, reader, key, segment_strides, items, heads, blocks,
-                row_blocks, pieces, most, base,
+                shift, delta, position, position_strides, start, reader, key, queue, segment_strides, items, heads,
+                blocks, row_blocks, pieces, most, base,
                 STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, POSITION,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
@@ -432,21 +448,19 @@ TILES = {
     (64, 64): Tiles(64, 2, 4, False, programs=2, registers=128),
     (128, 64): Tiles(32, 1, 3, True, programs=2, registers=128),
 }
-# Items of a program where row blocks are read often, and some far more often than others: programs that are many are
-# dealt out as multiprocessors fall free. Elsewhere a program a place is quicker: none has to fill its rings anew.
-EACH = 2
 LOADING = 40  # registers of the thread that loads, where one group computes
 
 
 def rows_backward(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, shift: Tensor, delta: Tensor, readers: Readers, grads, sums,
-    *, q_block: int, k_block: int, stack: int, repeat: int, blocks: int, causal: bool, scale: float, uneven: bool,
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, shift: Tensor, delta: Tensor, readers: Readers, queue: Tensor,
+    grads, sums,
+    *, q_block: int, k_block: int, stack: int, repeat: int, blocks: int, causal: bool, scale: float,
     position: Tensor | None = None,
 ) -> None:  # fmt: skip
     """What attend_backward_rows computes, written into `grads` and, by pieces, into `sums`.
 
-    `uneven`: some items may be far more work than others. `position` [1|B, 1|H, T] of the queries; None: they stand
-    where they are.
+    `queue`: an int32 0, which counts the items that have been taken. `position` [1|B, 1|H, T] of the queries; None:
+    they stand where they are.
     """
     batch, heads, _, width = q.shape
     rows = k.shape[2]
@@ -461,13 +475,11 @@ def rows_backward(
         places = torch.nn.functional.pad(position, (0, short), value=EVERY.value) if short else position
         places = (places if places.dtype == torch.int32 else places.clamp(-1, EVERY.value).int()).contiguous()
         place_strides = tuple(0 if n == 1 else x for n, x in zip(places.shape[:2], places.stride(), strict=False))
-    programs = _processors(q.device) * tiles.programs
-    if uneven:
-        programs = max(programs, items // EACH)
     start(
-        attend_backward_rows_hopper, (min(items, programs),),
+        attend_backward_rows_hopper, (min(items, _processors(q.device) * tiles.programs),),
         _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
-        shift, delta, places, readers.start, readers.reader, readers.key, *grads, *sums,
+        shift, delta, places, readers.start, readers.reader, readers.key, queue, *grads,
+        *sums,
         place_strides, readers.strides, items, heads, blocks, rows, row_blocks, readers.pieces, readers.most,
         readers.base, scale,
         STACK=stack, REPEAT=repeat, GROUPS=k_block // 64, Q_BLOCK=q_block, BQ=tiles.queries, D=width, E=v.shape[-1],

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -34,11 +35,12 @@ _sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 @gluon.jit
 def _load(
-    q, d_out, out, k, v, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, index, count, picks, batch_lists, head_lists, items, blocks, heads,
+    q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
+    q_empty, stat_full, k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, items, blocks,
+    heads, tokens,
     STACK: gl.constexpr, REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     K_BLOCK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, D_LSE: gl.constexpr,
 ):  # fmt: skip
     """Everything that the products take, by one warp."""
     BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
@@ -66,6 +68,12 @@ def _load(
                     slot = p * GROUPS + group
                     tma.async_copy_global_to_shared(q, [b, h, i, 0], q_full.index(p), q_ring.index(slot))
                     tma.async_copy_global_to_shared(d_out, [b, h, i, 0], q_full.index(p), d_ring.index(slot))
+                    line = i + gl.arange(0, 64, ONE)
+                    stat = (b * heads + h).to(gl.int64) * tokens + line
+                    async_copy.async_copy_global_to_shared(lse_ring.index(slot), lse + stat, mask=line < tokens)
+                    if D_LSE:
+                        async_copy.async_copy_global_to_shared(d_lse_ring.index(slot), d_lse + stat, mask=line < tokens)
+                async_copy.mbarrier_arrive(stat_full.index(p), increment_count=False)
                 turn += 1
             s, phase = k_step % K_STAGES, k_step // K_STAGES & 1
             mbarrier.wait(k_empty.index(s), phase ^ 1)
@@ -118,8 +126,9 @@ def _weigh(
 
 @gluon.jit
 def _compute(
-    d_q, delta, shift, lse, d_lse, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
-    k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows, scale,
+    d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full, q_empty,
+    stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows,
+    scale,
     GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, D: gl.constexpr,
     E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, POSITION: gl.constexpr, D_LSE: gl.constexpr,
@@ -146,21 +155,17 @@ def _compute(
             spot = first + gl.arange(0, 64, PAIR)
             least = gl.min(gl.load(position_at + spot, mask=spot < tokens, other=EVERY), 0)
         line = first + gl.arange(0, 64, per_row)
-        head = b.to(gl.int64) * heads + h
-        mass = gl.load(lse + head * tokens + line, mask=line < tokens, other=float("-inf"))
-        given = gl.zeros([64], gl.float32, per_row)
-        if D_LSE:
-            given = gl.load(d_lse + head * tokens + line, mask=line < tokens, other=0.0)
-        # a query that read nothing, and one that only fills up a tile, gets weights exp(s - inf) = 0
-        empty = mass == float("-inf")
-        shift_row = gl.where(empty, float("inf"), mass * LOG2E)
-
         p = turn % Q_STAGES
         slot = p * GROUPS + GROUP
         queries = q_ring.index(slot).reshape([64, D])
         d_tile = d_ring.index(slot).reshape([64, E])
         mbarrier.wait(q_full.index(p), turn // Q_STAGES & 1)
         tiles = gl.max(counts.index(p).load(ONE), 0)
+        mbarrier.wait(stat_full.index(p), turn // Q_STAGES & 1)
+        mass = gl.where(line < tokens, lse_ring.index(slot).load(per_row), float("-inf"))
+        # a query that read nothing, and one that only fills up a tile, gets weights exp(s - inf) = 0
+        empty = mass == float("-inf")
+        shift_row = gl.where(empty, float("inf"), mass * LOG2E)
         if GROUP == 0:
             mbarrier.wait(k_full.index(k_step % K_STAGES), k_step // K_STAGES & 1)
             out = k_ring.index(k_step % K_STAGES).reshape([64, E]).load(of_out)
@@ -168,7 +173,9 @@ def _compute(
             mbarrier.wait(v_full.index(v_step % V_STAGES), v_step // V_STAGES & 1)
             out = v_ring.index(v_step % V_STAGES).reshape([64, E]).load(of_out)
         delta_row = gl.sum(out.to(gl.float32) * d_tile.load(of_out).to(gl.float32), 1)
-        delta_row = gl.convert_layout(delta_row, per_row) - given
+        delta_row = gl.convert_layout(delta_row, per_row)
+        if D_LSE:
+            delta_row -= d_lse_ring.index(slot).load(per_row)
         delta_row = gl.where(empty, 0.0, delta_row)
         _sync()
         mbarrier.arrive(k_empty.index(k_step % K_STAGES), count=1)
@@ -177,7 +184,7 @@ def _compute(
             mbarrier.arrive(v_empty.index(v_step % V_STAGES), count=1)
             v_step += 1
         # up to the end of the last block, so that whole tiles can be read back
-        stat = head * (blocks * Q_BLOCK) + line
+        stat = (b * heads + h).to(gl.int64) * (blocks * Q_BLOCK) + line
         gl.store(shift + stat, shift_row)
         gl.store(delta + stat, delta_row)
 
@@ -262,17 +269,24 @@ def attend_backward_queries_hopper(
     d_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES * GROUPS, 1, 1, 64, E], d_out.layout)
     k_ring = gl.allocate_shared_memory(q.dtype, [K_STAGES, 1, 1, BK, D], k.layout)
     v_ring = gl.allocate_shared_memory(q.dtype, [V_STAGES, 1, 1, BK, E], v.layout)
+    lse_ring = gl.allocate_shared_memory(gl.float32, [Q_STAGES * GROUPS, 64], plain)
+    d_lse_ring = lse_ring
+    if D_LSE:
+        d_lse_ring = gl.allocate_shared_memory(gl.float32, [Q_STAGES * GROUPS, 64], plain)
     # how many tiles of rows a tile of queries reads, and where the tile of a stage begins
     counts = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], plain)
     block_rows = gl.allocate_shared_memory(gl.int32, [K_STAGES, 1], plain)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
+    stat_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
     k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
     k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars)
     for s in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(s), count=1)
+        # every loading thread reports its own copies
+        mbarrier.init(stat_full.index(s), count=32)
         mbarrier.init(q_empty.index(s), count=GROUPS)
     for s in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(s), count=1)
@@ -286,32 +300,37 @@ def attend_backward_queries_hopper(
     if GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
-                d_q, delta, shift, lse, d_lse, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows,
-                scale, 0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+                d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
+                q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
+                heads, tokens, rows, scale,
+                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_load, (
-                q, d_out, out, k, v, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
-                k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, items, blocks, heads,
-                STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES,
+                q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring,
+                v_ring, q_full, q_empty, stat_full, k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists,
+                head_lists, items, blocks, heads, tokens,
+                STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, D_LSE,
             )),
         ], [1], [LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
-                d_q, delta, shift, lse, d_lse, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows,
-                scale, 0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+                d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
+                q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
+                heads, tokens, rows, scale,
+                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_compute, (
-                d_q, delta, shift, lse, d_lse, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows,
-                scale, 1, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+                d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
+                q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
+                heads, tokens, rows, scale,
+                1, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_load, (
-                q, d_out, out, k, v, counts, block_rows, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
-                k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, items, blocks, heads,
-                STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES,
+                q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring,
+                v_ring, q_full, q_empty, stat_full, k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists,
+                head_lists, items, blocks, heads, tokens,
+                STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, D_LSE,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 

@@ -157,7 +157,7 @@ def _entries(index, count, tokens, picks, TOKENS: tl.constexpr, PICKS: tl.conste
 
 
 @triton.jit(do_not_specialize=["total"])
-def _clear(x, total, SIZE: tl.constexpr):
+def clear(x, total, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     tl.store(x + at, tl.zeros([SIZE], tl.int32), mask=at < total)
 
@@ -276,7 +276,7 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int) -> Readers
     index, count, device = index.contiguous(), count.contiguous(), index.device
     segments, words, bounds = batches * heads, -(-tokens // 32), batches * heads * (row_blocks + 1)
     masks = torch.empty(segments * words * row_blocks, dtype=torch.int32, device=device)
-    launch(_clear, (-(-masks.numel() // 4096),), masks, masks.numel(), SIZE=4096)
+    launch(clear, (-(-masks.numel() // 4096),), masks, masks.numel(), SIZE=4096)
     wide = 1 << max(picks - 1, 0).bit_length()
     some, sizes, down, across = max(1, 1024 // wide), (tokens, picks, row_blocks, words), 128, 16
     tiles = row_blocks // across + 1
