@@ -155,7 +155,7 @@ def call(tokens, *, k_block=64, far_block=4, two=True, bias=True, width=64, dtyp
         ({}, {"attend_hopper", "attend_backward_queries", "attend_backward_rows_hopper", "sum_shares"}),
         (
             {"two": False, "positions": True, "k_block": 128},
-            {"attend_hopper", "attend_backward_queries", "attend_backward_rows_hopper"},
+            {"attend_hopper", "attend_backward_queries_hopper", "attend_backward_rows_hopper", "clear"},
         ),
         (
             {"dtype": torch.float32, "width": 16},

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 from farfield.kernels import attend_backward as kernels
 from farfield.kernels import attend_backward_hopper as hopper
+from farfield.kernels import attend_backward_queries_hopper as hopper_queries
 from farfield.kernels import multipole_backward, transpose
 
 CASES = int(os.environ.get("FARFIELD_CASES", "200"))
@@ -213,10 +214,7 @@ def test_rows_that_all_queries_read(k_block, dtype):
 def test_whole_blocks(width, block, causal, shared, dtype, monkeypatch):
     # pieces too: everybody reads row block 0
     monkeypatch.setattr(kernels, "READS", 2)
-    called = []
-    monkeypatch.setattr(
-        hopper, "rows_backward", lambda *x, run=hopper.rows_backward, **y: called.append(1) or run(*x, **y)
-    )
+    called = counted(monkeypatch)
     q, d_out = (torch.randn(2, 1900, 4, width, device="cuda").bfloat16().double().transpose(1, 2) for _ in range(2))
     k, v = (torch.randn(2, 2, 1900, width, device="cuda").bfloat16().double() for _ in range(2))
     sources = [(ff.Rows(k, v), lists(1900, 1 if shared else 4, block, block, 5, causal))]
@@ -224,7 +222,58 @@ def test_whole_blocks(width, block, causal, shared, dtype, monkeypatch):
     exact = gradients(q, sources, {}, grads, torch.float64)
     for name, x in gradients(q, sources, {}, grads, dtype).items():
         assert_within(x, exact[name], terms=1900, name=f"d{name}")
-    assert called or torch.cuda.get_device_capability()[0] != 9
+    assert called == {"queries", "rows"} or torch.cuda.get_device_capability()[0] != 9
+
+
+def counted(monkeypatch):
+    """Which of the kernels with roles run from now on."""
+    called = set()
+    for module, name in ((hopper, "rows"), (hopper_queries, "queries")):
+        run = getattr(module, f"{name}_backward")
+        monkeypatch.setattr(
+            module, f"{name}_backward", lambda *x, run=run, name=name, **y: called.add(name) or run(*x, **y)
+        )
+    return called
+
+
+# lists of every length from none on, tiles of 64 and of 128 queries, and a last block of rows that is short
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("tokens", [100, 1333, 1900])
+@pytest.mark.parametrize(("q_block", "k_block"), [(64, 64), (128, 64), (64, 128), (128, 128), (192, 64)])
+@pytest.mark.parametrize("width", [64, 128])
+def test_lists_of_all_lengths(width, q_block, k_block, tokens, positions, monkeypatch):
+    called, rows = counted(monkeypatch), tokens + 33
+    gen = torch.Generator(device="cuda").manual_seed(tokens)
+    q, d_out = (torch.randn(2, 4, tokens, width, device="cuda").bfloat16().double() for _ in range(2))
+    k, v = (torch.randn(2, 2, rows, width, device="cuda").bfloat16().double() for _ in range(2))
+    blocks, row_blocks = -(-tokens // q_block), -(-rows // k_block)
+    order = torch.rand(1, 4, blocks, row_blocks, generator=gen, device="cuda").argsort(-1)
+    index = order[..., : min(row_blocks, 8)].sort(-1).values.to(torch.int32)
+    count = torch.randint(0, index.shape[-1] + 1, index.shape[:3], generator=gen, device="cuda", dtype=torch.int32)
+    layout = ff.Layout(index, count, q_block, k_block, tokens, rows, positions)
+    options = {}
+    if positions:
+        options["position"] = torch.randint(0, rows, (1, 4, tokens), generator=gen, device="cuda")
+    sources = [(ff.Rows(k, v), layout)]
+    grads = d_out, torch.randn(2, 4, tokens, device="cuda").double()
+    exact = gradients(q, sources, options, grads, torch.float64)
+    rounded = rounded_operands(q, sources, options, grads, torch.bfloat16)
+    for name, x in gradients(q, sources, options, grads, torch.bfloat16).items():
+        units = max(3.0, 2.0 * error_units(rounded[name].bfloat16(), exact[name], terms=tokens))
+        assert_within(x, exact[name], terms=tokens, units=units, name=f"d{name}")
+    assert called == {"queries", "rows"} or torch.cuda.get_device_capability()[0] != 9
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+def test_repeats_of_whole_blocks_are_bitwise_equal(block, width):
+    q, k, v, d_out = (torch.randn(1, 4, 4096, width, device="cuda").bfloat16().double() for _ in range(4))
+    sources = [(ff.Rows(k, v), lists(4096, 4, block, block, 9, causal=True))]
+    grads = d_out, torch.randn(1, 4, 4096, device="cuda").double()
+    first = gradients(q, sources, {}, grads, torch.bfloat16)
+    for _ in range(250):
+        again = gradients(q, sources, {}, grads, torch.bfloat16)
+        assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -342,7 +391,8 @@ def test_another_length_compiles_nothing():
         found = 0
         for name in ("attend_backward_queries", "attend_backward_rows", "sum_shares", "sum_pieces"):
             found += sum(len(x[0]) for x in getattr(kernels, name).device_caches.values())
-        found += sum(len(x[0]) for x in hopper.attend_backward_rows_hopper.device_caches.values())
+        for kernel in (hopper.attend_backward_rows_hopper, hopper_queries.attend_backward_queries_hopper):
+            found += sum(len(x[0]) for x in kernel.device_caches.values())
         return found + sum(len(x[0]) for f in (transpose._keys, transpose._spans) for x in f.device_caches.values())
 
     counts = []
