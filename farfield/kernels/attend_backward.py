@@ -24,7 +24,7 @@ from torch import Tensor
 
 from farfield.kernels import attend_backward_hopper as hopper
 from farfield.kernels import attend_backward_queries_hopper as hopper_queries
-from farfield.kernels import attend_listed
+from farfield.kernels import attend_listed, transpose
 from farfield.kernels.attend import padded
 from farfield.kernels.attend_listed_backward import attend_listed_backward
 from farfield.kernels.replay import start
@@ -753,7 +753,7 @@ def gradients(
     group, group_strides = _per_head(group, heads)
     positioned, grouped = position.dim() > 1, group.dim() > 1
 
-    read = sorted_readers(call, *list_keys(call).sort(stable=True)) if read is None else read
+    read = _readers_of(call) if read is None else read
     lists = -(-stack * q_block // tiles.queries)
     plain = len(sources) == 1 and not (first.reach or first.biased or first.ended or first.grouped or grouped)
     if plain and hopper_queries.wants_queries(q, d_out, out, first.k, first.v, first.plan.k_block, q_block):
@@ -906,6 +906,20 @@ def _added_up(x: Tensor, like: Tensor) -> Tensor:
     if x.shape[1] != like.shape[1]:
         x = x.unflatten(1, (like.shape[1], -1)).sum(2)
     return (x.sum(0, keepdim=True) if x.shape[0] != like.shape[0] else x).to(like.dtype)
+
+
+def counts(call: Call) -> bool:
+    """Whether `gradients` finds the readers without a sort."""
+    return len(call.k) == 1 and call.plans[0].k_block >= SMALL and transpose.counts(call.index[0], _row_blocks(call)[0])
+
+
+def _readers_of(call: Call) -> list[Readers]:
+    """The readers of every source."""
+    if not counts(call):
+        return sorted_readers(call, *list_keys(call).sort(stable=True))
+    index, row_blocks = call.index[0], _row_blocks(call)[0]
+    most = piece(False, index.shape, row_blocks)
+    return [transpose.counted(index, call.count[0], row_blocks, most, by_entry=False)]
 
 
 def list_keys(call: Call) -> Tensor:

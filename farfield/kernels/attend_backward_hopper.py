@@ -162,6 +162,14 @@ def _weigh(
 
 
 @gluon.jit
+def _hold(x, row):
+    """`x`, made before what follows: no row is below 0, but without a branch the assembler waits for products first."""
+    if row < 0:
+        x = gl.exp2(x)
+    return x
+
+
+@gluon.jit
 def _query(reader, begin, j, Q_BLOCK: gl.constexpr, BQ: gl.constexpr, STACK: gl.constexpr, CAUSAL: gl.constexpr):
     """The first query of a tile; without CAUSAL nobody asks."""
     i = 0
@@ -178,7 +186,7 @@ def _compute(
     reader, items, rows, row_blocks, pieces, scale,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    AHEAD: gl.constexpr, POSITION: gl.constexpr,
+    AHEAD: gl.constexpr, PINS: gl.constexpr, POSITION: gl.constexpr,
 ):  # fmt: skip
     # where positions are told, nobody asks which query a tile starts with
     FROM_LIST: gl.constexpr = CAUSAL and not POSITION
@@ -203,17 +211,17 @@ def _compute(
                 keys = k_ring.index(own).reshape([64, D])
                 values = v_ring.index(own).reshape([64, E])
                 mbarrier.wait(k_full.index(turn % K_STAGES), turn // K_STAGES & 1)
-                scores = gl.zeros([64, BQ], gl.float32, score)
-                d_weights = gl.zeros([64, BQ], gl.float32, score)
+                # numbers that are not used; with those of the products before, every product would be waited for
+                none = gl.zeros([64, BQ], gl.float32, score)
                 if AHEAD:
                     s = step % STAGES
                     phase = step // STAGES & 1
                     mbarrier.wait(q_full.index(s), phase)
                     queries = q_ring.index(s).reshape([BQ, D]).permute((1, 0))
-                    product = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
+                    product = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
                     mbarrier.wait(d_full.index(s), phase)
                     d_tile = d_ring.index(s).reshape([BQ, E]).permute((1, 0))
-                    d_product = warpgroup_mma(values, d_tile, d_weights, use_acc=False, is_async=True)
+                    d_product = warpgroup_mma(values, d_tile, none, use_acc=False, is_async=True)
                     mbarrier.wait(stat_full.index(s), phase)
                     i = _query(reader, begin, 0, Q_BLOCK, BQ, STACK, FROM_LIST)
                     scores = warpgroup_mma_wait(1, deps=[product])
@@ -231,10 +239,10 @@ def _compute(
                         phase = step // STAGES & 1
                         mbarrier.wait(q_full.index(s), phase)
                         queries = q_ring.index(s).reshape([BQ, D]).permute((1, 0))
-                        product = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
+                        product = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
                         mbarrier.wait(d_full.index(s), phase)
                         d_tile = d_ring.index(s).reshape([BQ, E]).permute((1, 0))
-                        d_product = warpgroup_mma(values, d_tile, d_weights, use_acc=False, is_async=True)
+                        d_product = warpgroup_mma(values, d_tile, none, use_acc=False, is_async=True)
                         sum_of_v = warpgroup_mma(weights, d_ring.index(before).reshape([BQ, E]), acc_v, is_async=True)
                         sum_of_k = warpgroup_mma(d_scores, q_ring.index(before).reshape([BQ, D]), acc_k, is_async=True)
                         mbarrier.wait(stat_full.index(s), phase)
@@ -252,8 +260,12 @@ def _compute(
                             CAUSAL,
                             POSITION,
                         )
+                        if PINS > 0 and not CAUSAL:
+                            scores = _hold(scores, row)
                         d_weights = warpgroup_mma_wait(2, deps=[d_product])
                         d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
+                        if PINS > 1:
+                            d_weights = _hold(d_weights, row)
                         acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
                         acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
                         _sync()
@@ -274,12 +286,10 @@ def _compute(
                         phase = step // STAGES & 1
                         mbarrier.wait(q_full.index(s), phase)
                         queries = q_ring.index(s).reshape([BQ, D])
-                        product = warpgroup_mma(keys, queries.permute((1, 0)), scores, use_acc=False, is_async=True)
+                        product = warpgroup_mma(keys, queries.permute((1, 0)), none, use_acc=False, is_async=True)
                         mbarrier.wait(d_full.index(s), phase)
                         d_tile = d_ring.index(s).reshape([BQ, E])
-                        d_product = warpgroup_mma(
-                            values, d_tile.permute((1, 0)), d_weights, use_acc=False, is_async=True
-                        )
+                        d_product = warpgroup_mma(values, d_tile.permute((1, 0)), none, use_acc=False, is_async=True)
                         mbarrier.wait(stat_full.index(s), phase)
                         i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST)
                         scores = warpgroup_mma_wait(1, deps=[product])
@@ -345,7 +355,7 @@ def attend_backward_rows_hopper(
     position_strides, segment_strides, items, heads, blocks, rows, row_blocks, pieces, most, base, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    AHEAD: gl.constexpr, POSITION: gl.constexpr, LOADING: gl.constexpr,
+    AHEAD: gl.constexpr, PINS: gl.constexpr, POSITION: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -388,7 +398,7 @@ def attend_backward_rows_hopper(
                 d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, POSITION,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, PINS, POSITION,
             )),
             (_load, (
                 q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
@@ -404,13 +414,13 @@ def attend_backward_rows_hopper(
                 d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, POSITION,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, PINS, POSITION,
             )),
             (_compute, (
                 d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, POSITION,
+                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, PINS, POSITION,
             )),
             (_load, (
                 q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
@@ -439,14 +449,15 @@ class Tiles(NamedTuple):
     ahead: bool
     programs: int = 1
     registers: int | None = None
+    pins: int = 0
 
 
 # width, rows of a block -> tiles
 TILES = {
-    (64, 128): Tiles(64, 2, 4, False),
-    (128, 128): Tiles(32, 2, 4, True),
+    (64, 128): Tiles(64, 2, 4, True, pins=2),
+    (128, 128): Tiles(32, 2, 4, True, pins=2),
     (64, 64): Tiles(64, 2, 4, False, programs=2, registers=128),
-    (128, 64): Tiles(32, 1, 3, True, programs=2, registers=128),
+    (128, 64): Tiles(32, 1, 3, True, programs=2, registers=128, pins=2),
 }
 LOADING = 40  # registers of the thread that loads, where one group computes
 
@@ -484,6 +495,7 @@ def rows_backward(
         readers.base, scale,
         STACK=stack, REPEAT=repeat, GROUPS=k_block // 64, Q_BLOCK=q_block, BQ=tiles.queries, D=width, E=v.shape[-1],
         K_STAGES=tiles.k_stages, STAGES=tiles.stages, CAUSAL=causal, AHEAD=tiles.ahead,
+        PINS=tiles.pins,
         POSITION=position is not None, LOADING=LOADING,
         num_warps=4, **bounds,
     )  # fmt: skip

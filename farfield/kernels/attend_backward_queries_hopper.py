@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from farfield.kernels.attend_backward_hopper import _hold
 from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _list, _place, _processors
 from farfield.kernels.replay import start
 
@@ -131,7 +132,7 @@ def _compute(
     scale,
     GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, D: gl.constexpr,
     E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, POSITION: gl.constexpr, D_LSE: gl.constexpr,
+    CAUSAL: gl.constexpr, PINS: gl.constexpr, POSITION: gl.constexpr, D_LSE: gl.constexpr,
 ):  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -227,6 +228,8 @@ def _compute(
                 weights = _weigh(scores, shift_row, row, first, at, least, rows, factor, score, BK, CAUSAL, POSITION)
                 d_weights = warpgroup_mma_wait(1, deps=[d_product])
                 d_weights = weights * (d_weights - delta_row[:, None])
+                if PINS > 1:
+                    d_weights = _hold(d_weights, row)
                 acc, d_scores = warpgroup_mma_wait(0, deps=[summed, d_scores])
                 _sync()
                 mbarrier.arrive(v_empty.index(t), count=1)
@@ -260,7 +263,7 @@ def attend_backward_queries_hopper(
     picks, batch_lists, head_lists, position_b, position_h, items, blocks, heads, tokens, rows, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     K_BLOCK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, POSITION: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, PINS: gl.constexpr, POSITION: gl.constexpr,
     D_LSE: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -303,7 +306,7 @@ def attend_backward_queries_hopper(
                 d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
                 q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
                 heads, tokens, rows, scale,
-                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, PINS, POSITION, D_LSE,
             )),
             (_load, (
                 q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring,
@@ -318,13 +321,13 @@ def attend_backward_queries_hopper(
                 d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
                 q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
                 heads, tokens, rows, scale,
-                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, PINS, POSITION, D_LSE,
             )),
             (_compute, (
                 d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
                 q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
                 heads, tokens, rows, scale,
-                1, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
+                1, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, PINS, POSITION, D_LSE,
             )),
             (_load, (
                 q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring,
@@ -351,6 +354,7 @@ class Tiles(NamedTuple):
     v_stages: int
     programs: int = 1
     registers: int | None = None
+    pins: int = 0
 
 
 # width, queries of a block (64, or 128 for all multiples) -> tiles
@@ -388,7 +392,7 @@ def queries_backward(
         k.shape[2], scale,
         STACK=stack, REPEAT=repeat, TILES=q_block // (64 * tiles.groups), GROUPS=tiles.groups, Q_BLOCK=q_block,
         K_BLOCK=k_block, D=width, E=v.shape[-1], BK=ROWS, Q_STAGES=tiles.q_stages, K_STAGES=tiles.k_stages,
-        V_STAGES=tiles.v_stages, CAUSAL=causal,
+        V_STAGES=tiles.v_stages, CAUSAL=causal, PINS=tiles.pins,
         POSITION=position is not None, D_LSE=d_lse is not None, LOADING=LOADING,
         num_warps=4, **bounds,
     )  # fmt: skip

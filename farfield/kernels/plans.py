@@ -2,9 +2,9 @@
 
 What a call launches follows from its signature: shapes, strides, dtypes, device and options. The first call of one
 goes the ordinary way, since a length that never comes again is not worth a recording; the second is recorded. Lists
-are inputs, data that differ from call to call. A backward is two recordings, with the sort that transposes the lists
-between them. What cannot be recorded, because an input is copied or converted on the way, goes the ordinary way for
-good.
+are inputs, data that differ from call to call. A backward of several sources is two recordings, with the sort that
+transposes the lists between them. What cannot be recorded, because an input is copied or converted on the way, goes the
+ordinary way for good.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def backward(
         return attend_backward.attend_backward(call, d_out, d_lse, out, lse, bias_grad)
     tensors, numbers = _parts(call)
     signature = _signature(tensors, numbers)
-    ordered, order = run(_memory.of((_keys, *signature)), _keys, tensors, numbers).sort(stable=True)
     d_out, out, lse = attend_backward.dense(d_out), out.contiguous(), lse.contiguous()
-    given = [d_out, out, lse, ordered, order]
+    given = [d_out, out, lse]
+    if not attend_backward.counts(call):
+        given += run(_memory.of((_keys, *signature)), _keys, tensors, numbers).sort(stable=True)
     if d_lse is not None:
         given.append(d_lse.contiguous())
     key = _gradients, bias_grad, form(d_out), d_lse is None, *signature
@@ -206,9 +207,13 @@ def _keys(*given: Any) -> Tensor:
 def _gradients(*given: Any) -> list[Tensor]:
     """dq, then dk, dv and, where it is asked for, the bias gradient of each source, unit by unit."""
     *tensors, numbers, own, bias_grad = given
-    d_out, out, lse, ordered, order, *d_lse = tensors[:own]
     call = _call(tensors[own:], numbers)
-    read = attend_backward.sorted_readers(call, ordered, order)
+    d_out, out, lse, *rest = tensors[:own]
+    read = None
+    if not attend_backward.counts(call):
+        ordered, order, *rest = rest
+        read = attend_backward.sorted_readers(call, ordered, order)
+    d_lse = rest
     sources, d_q, grads = attend_backward.gradients(call, d_out, d_lse[0] if d_lse else None, out, lse, bias_grad, read)
     return [d_q, *[x for grad in attend_backward.kept(sources, grads) for x in grad]]
 

@@ -220,7 +220,7 @@ def _starts(totals, start, row_blocks, spans, bounds, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=[*COUNTED, "span", "spans"])
 def _place(
     index, count, masks, before, totals, start, reader, key, place, tokens, picks, row_blocks, words, span, spans,
-    TOKENS: tl.constexpr, PICKS: tl.constexpr,
+    TOKENS: tl.constexpr, PICKS: tl.constexpr, BY_ENTRY: tl.constexpr,
 ):  # fmt: skip
     """Entries at their places."""
     segment, n, p, m, used = _entries(index, count, tokens, picks, TOKENS, PICKS)
@@ -230,9 +230,12 @@ def _place(
     spot = (segment * spans + n // 32 // span)[:, None] * (row_blocks + 1) + m
     to = tl.load(start + number, mask=used, other=0) + tl.load(totals + spot, mask=used, other=0)
     to += tl.load(before + word, mask=used, other=0) + _ones(earlier)
-    entry = n[:, None] * picks + p[None, :]
-    tl.store(place + segment * tokens * picks + entry, to, mask=used)
-    tl.store(reader + to, entry, mask=used)
+    if BY_ENTRY:
+        entry = n[:, None] * picks + p[None, :]
+        tl.store(place + segment * tokens * picks + entry, to, mask=used)
+        tl.store(reader + to, entry, mask=used)
+    else:
+        tl.store(reader + to, tl.broadcast_to(n[:, None], [TOKENS, PICKS]), mask=used)
     tl.store(key + to, number.to(tl.int32), mask=used)
 
 
@@ -266,11 +269,11 @@ def counts(index: Tensor, row_blocks: int) -> bool:
     return batches * heads * -(-tokens // 32) * row_blocks * 4 <= MASKS
 
 
-def counted(index: Tensor, count: Tensor, row_blocks: int, most: int) -> Readers:
-    """`transpose` of one source's lists of single queries, by entry, without a sort.
+def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: bool = True) -> Readers:
+    """`transpose` of one source's lists, without a sort; by entry with `place`.
 
-    A list names a row block once, so that an entry's place follows from how many earlier queries name its row block:
-    one bit a query, counted.
+    A list names a row block once, so that an entry's place follows from how many earlier lists name its row block: one
+    bit a list, counted.
     """
     batches, heads, tokens, picks = index.shape
     index, count, device = index.contiguous(), count.contiguous(), index.device
@@ -284,7 +287,8 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int) -> Readers
     span = max(down, -(-words * segments * tiles // (PROGRAMS * down)) * down)
     spans = max(1, -(-words // span))
     before, totals = torch.empty_like(masks), torch.empty(bounds * spans, dtype=torch.int32, device=device)
-    start, (reader, key, place) = totals.new_empty(bounds), [totals.new_empty(index.numel()) for _ in range(3)]
+    start, reader, key = totals.new_empty(bounds), *[totals.new_empty(index.numel()) for _ in range(2)]
+    place = torch.empty_like(reader) if by_entry else None
     launch(_mark, (-(-tokens // some), segments), index, count, masks, *sizes, TOKENS=some, PICKS=wide)
     # one more than there are row blocks: the number of what is not used
     launch(
@@ -293,8 +297,8 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int) -> Readers
     )  # fmt: skip
     launch(_starts, (1,), totals, start, row_blocks, spans, bounds, SIZE=2048, num_warps=8)
     launch(
-        _place, (-(-tokens // some), segments), index, count, masks, before, totals, start, reader, key, place, *sizes,
-        span, spans, TOKENS=some, PICKS=wide,
+        _place, (-(-tokens // some), segments), index, count, masks, before, totals, start, reader, key,
+        reader if place is None else place, *sizes, span, spans, TOKENS=some, PICKS=wide, BY_ENTRY=by_entry,
     )  # fmt: skip
     cut = tokens > most
     strides = heads if batches > 1 else 0, 1 if heads > 1 else 0

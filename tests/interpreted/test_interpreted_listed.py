@@ -144,7 +144,8 @@ def test_counting_gives_what_sorting_gives(batch, heads, tokens, picks, blocks):
     (want,) = transpose.transpose([index], [count], [blocks], [True], [16])
     want = transpose.placed(want, index.shape, blocks)
     found = transpose.counted(index, count, blocks, 16)
-    assert found[3:7] == want[3:7]
+    lists = transpose.counted(index, count, blocks, 16, by_entry=False)
+    assert found[3:7] == want[3:7] == lists[3:7]
     used = (torch.arange(picks) < count[..., None]).flatten()
     number = (index.flatten(0, 1) + torch.arange(batch * heads)[:, None, None] * (blocks + 1)).flatten()
     for readers in (found, want):
@@ -153,8 +154,9 @@ def test_counting_gives_what_sorting_gives(batch, heads, tokens, picks, blocks):
         assert torch.equal(readers.reader[place], torch.arange(tokens * picks).repeat(batch * heads)[used].int())
     for k in range(batch * heads * (blocks + 1)):
         if k % (blocks + 1) < blocks:
-            a, b = (x.reader[x.start[k] : x.start[k + 1]] for x in (found, want))
+            a, b, c = (x.reader[x.start[k] : x.start[k + 1]] for x in (found, want, lists))
             assert torch.equal(a, b)
+            assert torch.equal(a // picks, c)
 
 
 def test_runs_name_every_reader_once():
