@@ -60,8 +60,9 @@ SPILLS: dict[str, int] = {
     # two programs a multiprocessor instead of one
     "backward-fma-128": 16,
     "backward-fma-m128-128": 16,
-    "backward-blocks64-128": 40,
-    "backward-blocks128-64": 8,
+    "backward-blocks64-64": 8,
+    # positions of the queries, and numbers of the whole kernel
+    "backward-sorted-128": _ONCE,
     # what the whole walk keeps of its lengths and places, read once a query block or more seldom
     **dict.fromkeys(("walk", "walk-fp16", "walk-128", "walk-128-long"), 64),
     "walk-long": 128,
@@ -477,7 +478,7 @@ FEW = (
     "forward-fma-64", "forward-fma-128", "forward-fma-256", "forward-fma-m128-128",
     "forward-blocks64-128", "forward-blocks128-128", "forward-fma-fp32-64", "forward-fma-fp32-128",
     "forward-fma-fp32-256", "forward-everything-fp32",
-    "backward-fma-64", "backward-fma-128", "backward-blocks64-128",
+    "backward-fma-64", "backward-fma-128", "backward-blocks64-128", "backward-blocks128-128",
     "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "walk-128",
     "walk-halves-64-100000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
     "append-sinks-rotary",

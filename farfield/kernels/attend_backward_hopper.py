@@ -163,7 +163,10 @@ def _weigh(
 
 @gluon.jit
 def _hold(x, row):
-    """`x`, made before what follows: no row is below 0, but without a branch the assembler waits for products first."""
+    """`x`, made before what follows: the assembler moves waits for products ahead of it, but not into another block.
+
+    No row is below 0; a branch of few instructions would be made none.
+    """
     if row < 0:
         x = gl.exp2(x)
     return x
@@ -186,7 +189,7 @@ def _compute(
     reader, items, rows, row_blocks, pieces, scale,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    AHEAD: gl.constexpr, PINS: gl.constexpr, POSITION: gl.constexpr,
+    AHEAD: gl.constexpr, HOLD: gl.constexpr, POSITION: gl.constexpr,
 ):  # fmt: skip
     # where positions are told, nobody asks which query a tile starts with
     FROM_LIST: gl.constexpr = CAUSAL and not POSITION
@@ -260,11 +263,11 @@ def _compute(
                             CAUSAL,
                             POSITION,
                         )
-                        if PINS > 0 and not CAUSAL:
+                        if HOLD and not CAUSAL:
                             scores = _hold(scores, row)
                         d_weights = warpgroup_mma_wait(2, deps=[d_product])
                         d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
-                        if PINS > 1:
+                        if HOLD:
                             d_weights = _hold(d_weights, row)
                         acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
                         acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
@@ -355,7 +358,7 @@ def attend_backward_rows_hopper(
     position_strides, segment_strides, items, heads, blocks, rows, row_blocks, pieces, most, base, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    AHEAD: gl.constexpr, PINS: gl.constexpr, POSITION: gl.constexpr, LOADING: gl.constexpr,
+    AHEAD: gl.constexpr, HOLD: gl.constexpr, POSITION: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -398,7 +401,7 @@ def attend_backward_rows_hopper(
                 d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, PINS, POSITION,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
             )),
             (_load, (
                 q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
@@ -414,13 +417,13 @@ def attend_backward_rows_hopper(
                 d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, PINS, POSITION,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
             )),
             (_compute, (
                 d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
                 told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
                 reader, items, rows, row_blocks, pieces, scale,
-                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, PINS, POSITION,
+                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
             )),
             (_load, (
                 q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
@@ -441,6 +444,7 @@ class Tiles(NamedTuple):
         ahead: the products of a tile are under way while those of the tile before are added up; takes registers.
         programs: a multiprocessor.
         registers: of a thread at the start of the kernel; None: all there are.
+        hold: with `ahead`, no product is waited for before the numbers of the ones before it are taken (see _hold).
     """
 
     queries: int
@@ -449,15 +453,15 @@ class Tiles(NamedTuple):
     ahead: bool
     programs: int = 1
     registers: int | None = None
-    pins: int = 0
+    hold: bool = False
 
 
 # width, rows of a block -> tiles
 TILES = {
-    (64, 128): Tiles(64, 2, 4, True, pins=2),
-    (128, 128): Tiles(32, 2, 4, True, pins=2),
+    (64, 128): Tiles(64, 2, 4, True, hold=True),
+    (128, 128): Tiles(32, 2, 4, True),
     (64, 64): Tiles(64, 2, 4, False, programs=2, registers=128),
-    (128, 64): Tiles(32, 1, 3, True, programs=2, registers=128, pins=2),
+    (128, 64): Tiles(32, 1, 3, True, programs=2, registers=128),
 }
 LOADING = 40  # registers of the thread that loads, where one group computes
 
@@ -495,7 +499,7 @@ def rows_backward(
         readers.base, scale,
         STACK=stack, REPEAT=repeat, GROUPS=k_block // 64, Q_BLOCK=q_block, BQ=tiles.queries, D=width, E=v.shape[-1],
         K_STAGES=tiles.k_stages, STAGES=tiles.stages, CAUSAL=causal, AHEAD=tiles.ahead,
-        PINS=tiles.pins,
+        HOLD=tiles.hold,
         POSITION=position is not None, LOADING=LOADING,
         num_warps=4, **bounds,
     )  # fmt: skip

@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_backward_hopper import _hold
 from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _list, _place, _processors
 from farfield.kernels.replay import start
 
@@ -132,7 +131,7 @@ def _compute(
     scale,
     GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, D: gl.constexpr,
     E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, PINS: gl.constexpr, POSITION: gl.constexpr, D_LSE: gl.constexpr,
+    CAUSAL: gl.constexpr, POSITION: gl.constexpr, D_LSE: gl.constexpr,
 ):  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -228,8 +227,6 @@ def _compute(
                 weights = _weigh(scores, shift_row, row, first, at, least, rows, factor, score, BK, CAUSAL, POSITION)
                 d_weights = warpgroup_mma_wait(1, deps=[d_product])
                 d_weights = weights * (d_weights - delta_row[:, None])
-                if PINS > 1:
-                    d_weights = _hold(d_weights, row)
                 acc, d_scores = warpgroup_mma_wait(0, deps=[summed, d_scores])
                 _sync()
                 mbarrier.arrive(v_empty.index(t), count=1)
@@ -263,7 +260,7 @@ def attend_backward_queries_hopper(
     picks, batch_lists, head_lists, position_b, position_h, items, blocks, heads, tokens, rows, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     K_BLOCK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, PINS: gl.constexpr, POSITION: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, POSITION: gl.constexpr,
     D_LSE: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -306,7 +303,7 @@ def attend_backward_queries_hopper(
                 d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
                 q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
                 heads, tokens, rows, scale,
-                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, PINS, POSITION, D_LSE,
+                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_load, (
                 q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring,
@@ -321,13 +318,13 @@ def attend_backward_queries_hopper(
                 d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
                 q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
                 heads, tokens, rows, scale,
-                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, PINS, POSITION, D_LSE,
+                0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_compute, (
                 d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
                 q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
                 heads, tokens, rows, scale,
-                1, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, PINS, POSITION, D_LSE,
+                1, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_load, (
                 q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring,
@@ -354,14 +351,13 @@ class Tiles(NamedTuple):
     v_stages: int
     programs: int = 1
     registers: int | None = None
-    pins: int = 0
 
 
-# width, queries of a block (64, or 128 for all multiples) -> tiles
+# width, queries of a block (128 for its multiples, 64 for all others) -> tiles. At a width of 64 a group alone is no
+# faster than three programs of the general kernel.
 TILES = {
     (64, 128): Tiles(2, 2, 6, 6),
-    (128, 128): Tiles(2, 2, 3, 3),
-    (64, 64): Tiles(1, 2, 4, 4, programs=2, registers=128),
+    (128, 128): Tiles(2, 2, 4, 2),
     (128, 64): Tiles(1, 1, 3, 2, programs=2, registers=128),
 }
 ROWS = 64  # of a tile
@@ -381,7 +377,7 @@ def queries_backward(
     """
     batch, heads, tokens, width = q.shape
     blocks, picks = index.shape[2:]
-    tiles = tiles_of(width, q_block)
+    tiles = TILES[key_of(width, q_block)]
     items = batch * heads * blocks * (q_block // (64 * tiles.groups))
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     start(
@@ -392,23 +388,24 @@ def queries_backward(
         k.shape[2], scale,
         STACK=stack, REPEAT=repeat, TILES=q_block // (64 * tiles.groups), GROUPS=tiles.groups, Q_BLOCK=q_block,
         K_BLOCK=k_block, D=width, E=v.shape[-1], BK=ROWS, Q_STAGES=tiles.q_stages, K_STAGES=tiles.k_stages,
-        V_STAGES=tiles.v_stages, CAUSAL=causal, PINS=tiles.pins,
+        V_STAGES=tiles.v_stages, CAUSAL=causal,
         POSITION=position is not None, D_LSE=d_lse is not None, LOADING=LOADING,
         num_warps=4, **bounds,
     )  # fmt: skip
 
 
-def tiles_of(width: int, q_block: int) -> Tiles:
-    return TILES[width, 64 if q_block % 128 else 128]
+def key_of(width: int, q_block: int) -> tuple[int, int]:
+    """Where to look in TILES."""
+    return width, 64 if q_block % 128 else 128
 
 
 def wants_queries(q: Tensor, d_out: Tensor, out: Tensor, k: Tensor, v: Tensor, k_block: int, q_block: int) -> bool:
     """Whether shapes and strides suit; nothing but a causal layout may ride along."""
     width = q.shape[-1]
     return (
-        width in (64, 128)
+        q_block % 64 == 0
         and k_block in (64, 128)
-        and q_block % 64 == 0
+        and key_of(width, q_block) in TILES
         and q.dtype in (torch.bfloat16, torch.float16)
         and width == v.shape[-1]
         and k.shape[2] > 0
