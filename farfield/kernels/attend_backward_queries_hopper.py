@@ -178,11 +178,13 @@ def _compute(
             delta_row -= d_lse_ring.index(slot).load(per_row)
         delta_row = gl.where(empty, 0.0, delta_row)
         _sync()
-        mbarrier.arrive(k_empty.index(k_step % K_STAGES), count=1)
-        k_step += 1
+        # the first group has not waited for these values: rings of one length, and the keys last, keep it from freeing
+        # a place twice before the second group has done so once
         if GROUPS == 2:
             mbarrier.arrive(v_empty.index(v_step % V_STAGES), count=1)
             v_step += 1
+        mbarrier.arrive(k_empty.index(k_step % K_STAGES), count=1)
+        k_step += 1
         # up to the end of the last block, so that whole tiles can be read back
         stat = (b * heads + h).to(gl.int64) * (blocks * Q_BLOCK) + line
         gl.store(shift + stat, shift_row)
@@ -263,6 +265,7 @@ def attend_backward_queries_hopper(
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, POSITION: gl.constexpr,
     D_LSE: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
+    gl.static_assert(GROUPS == 1 or K_STAGES == V_STAGES)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES * GROUPS, 1, 1, 64, D], q.layout)
@@ -340,7 +343,8 @@ class Tiles(NamedTuple):
 
     Args:
         groups: of 64 queries a program.
-        q_stages, k_stages, v_stages: tiles of queries, keys and values in flight.
+        q_stages, k_stages, v_stages: tiles of queries, keys and values in flight; with two groups as many of keys as of
+            values.
         programs: a multiprocessor.
         registers: of a thread at the start of the kernel; None: all there are.
     """
@@ -357,7 +361,7 @@ class Tiles(NamedTuple):
 # faster than three programs of the general kernel.
 TILES = {
     (64, 128): Tiles(2, 2, 6, 6),
-    (128, 128): Tiles(2, 2, 4, 2),
+    (128, 128): Tiles(2, 2, 3, 3),
     (128, 64): Tiles(1, 1, 3, 2, programs=2, registers=128),
 }
 ROWS = 64  # of a tile
