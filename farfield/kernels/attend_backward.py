@@ -910,7 +910,9 @@ def _added_up(x: Tensor, like: Tensor) -> Tensor:
 
 def counts(call: Call) -> bool:
     """Whether `gradients` finds the readers without a sort."""
-    return len(call.k) == 1 and call.plans[0].k_block >= SMALL and transpose.counts(call.index[0], _row_blocks(call)[0])
+    row_blocks = _row_blocks(call)[0]
+    large = len(call.k) == 1 and call.plans[0].k_block >= SMALL
+    return large and row_blocks > 0 and transpose.counts(call.index[0], row_blocks)
 
 
 def _readers_of(call: Call) -> list[Readers]:
