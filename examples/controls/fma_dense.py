@@ -119,8 +119,9 @@ class DenseFMA(FMA):
             score = score.masked_fill(~seen, float("-inf"))
             if self.shared and x.shape[1] > 1:
                 score = score.log_softmax(-1).logsumexp(1, keepdim=True).nan_to_num(nan=float("-inf"))
-            best = score.topk(min(beam if height else self.open, sizes[height]), -1)
-            above = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best.indices, best.values > float("-inf"))
+            above, most = score > float("-inf"), beam if height else self.open
+            if most < sizes[height]:
+                above &= torch.zeros_like(above).scatter_(-1, score.topk(most, -1).indices, True)
             kept.insert(0, above)
         return kept
 
