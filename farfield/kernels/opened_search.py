@@ -29,6 +29,7 @@ from farfield.ops.opened import SCORES, Plan
 from farfield.ops.pool import Tree
 
 ROWS = 64  # queries that one parent's children meet at a time, the heads that choose together counted apart
+WARPS, WORDS = 4, 256  # of a program that scores, and of bits that it looks at together
 KEPT = 8  # queries of a warp that keeps the best
 PROGRAMS = 2112  # that score at once, each with a list of its own in memory
 REGISTERS = {128: 128}  # of a thread that scores, by width: a third program a multiprocessor
@@ -232,7 +233,7 @@ def score_children(
     q_b, q_h, q_t, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    TWICE: tl.constexpr, SUM: tl.constexpr, FIRST: tl.constexpr,
+    TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """The scores of the children of each parent, for the queries that look into it; and the next bits are cleared.
 
@@ -244,7 +245,6 @@ def score_children(
     """
     BT: tl.constexpr = ROWS // STACK_TILE
     PARTS: tl.constexpr = DETAIL if DETAIL > 16 else 16
-    WORDS: tl.constexpr = 256
     pid = tl.program_id(0)
     parts = (runs + split - 1) // split
     units = total // parts // parents
@@ -556,7 +556,7 @@ def _search(
             q, sketches.high, sketches.low, kept[turn % 2], bits[0], bits[1], scores, new(programs, split),
             *numbers, parents, below, split, sketches.high.shape[2], total, *q_at, scale,
             stack, stack_tile, heads // kv_heads, tree.block, detail, width, padded(width), unit, max(ROWS, stack_tile),
-            slots, sketches.twice, bool(summed), FIRST=turn == 0, num_warps=4, num_stages=2,
+            slots, sketches.twice, bool(summed), WORDS, FIRST=turn == 0, num_warps=WARPS, num_stages=2,
             maxnreg=REGISTERS.get(width),
         )  # fmt: skip
         size = max(1, KEPT // stack_tile)
