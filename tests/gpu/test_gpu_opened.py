@@ -83,8 +83,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("tokens", [5000, 17_000])
-@pytest.mark.parametrize("case", CHOICES)
+@pytest.mark.parametrize(("case", "tokens"), [*((case, 5000) for case in CHOICES), ("means", 17_000)])
 def test_the_choice_is_that_in_float64(case, tokens, monkeypatch):
     """Level by level down the tree, of more queries than are searched for at once too."""
     mech, x = FMA(near=128, rank=4, open=4, **{"beam": 9, **CHOICES[case]}), draw(tokens, torch.bfloat16, heads=4)
