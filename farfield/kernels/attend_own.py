@@ -18,8 +18,9 @@ from farfield.kernels import attend_hopper, attend_listed_hopper
 from farfield.kernels.replay import start
 from farfield.ops.attend import Call, Plan
 
-DENSE = 128  # queries and rows of a block of the dense part
+DENSE = {64: 64, 128: 128}  # width -> queries and rows of a block of the dense part, by measurements on an H200
 SIZE = 1024  # entries of a program
+SMALLEST = 256  # block for which this is faster
 
 
 @triton.jit(do_not_specialize=["picks", "tiles", "lines", "entries"])
@@ -43,9 +44,9 @@ def divide(
 def wants(call: Call) -> bool:
     """Whether `parts` of what attend_listed.wants are faster than the whole: large blocks on a Hopper GPU."""
     plan, q = call.plans[0], call.q
-    if not plan.own or plan.k_block < 2 * DENSE or call.index[0].shape[3] < 2:
+    if not plan.own or plan.k_block < SMALLEST or call.index[0].shape[3] < 2:
         return False
-    if q.shape[2] > call.k[0].shape[2] or call.index[0].shape[:2] != q.shape[:2]:
+    if q.shape[3] not in DENSE or q.shape[2] > call.k[0].shape[2] or call.index[0].shape[:2] != q.shape[:2]:
         return False
     # what the backward takes
     if q.shape[1] // call.k[0].shape[1] not in (1, 2, 4, 8, 16, 32) or q.numel() >= 1 << 33:
@@ -58,7 +59,8 @@ def parts(call: Call) -> tuple[Call, Call]:
     """The dense part, and the other entries, for the query heads of a key head as one row of queries."""
     q, index, count, plan = call.q, call.index[0], call.count[0], call.plans[0]
     batch, heads, tokens, width = q.shape
-    kv_heads, picks, split, tiles = call.k[0].shape[1], index.shape[3], plan.k_block // DENSE, -(-tokens // DENSE)
+    kv_heads, picks = call.k[0].shape[1], index.shape[3]
+    split, tiles = plan.k_block // DENSE[width], -(-tokens // DENSE[width])
     own, filled = index.new_empty(1, 1, tiles, split), index.new_empty(1, 1, tiles)
     line = batch, kv_heads, heads // kv_heads * tokens
     past, some = index.new_empty(*line, picks - 1), index.new_empty(line)
@@ -74,4 +76,5 @@ def parts(call: Call) -> tuple[Call, Call]:
 
 
 def _dense(call: Call, index: Tensor, count: Tensor) -> Call:
-    return call._replace(index=[index], count=[count], plans=[Plan(DENSE, DENSE, 1, -1, 0)])
+    block = DENSE[call.q.shape[3]]
+    return call._replace(index=[index], count=[count], plans=[Plan(block, block, 1, -1, 0)])

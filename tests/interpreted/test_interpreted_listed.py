@@ -94,7 +94,7 @@ def test_listed(name, monkeypatch):
 @pytest.mark.parametrize("picks", [2, 3])
 def test_own_blocks_apart(picks, monkeypatch):
     """The block that a query stands in by tiles, the others by their readers, and both joined."""
-    monkeypatch.setattr(attend_own, "DENSE", 16)
+    monkeypatch.setattr(attend_own, "DENSE", {16: 16})
     monkeypatch.setattr(attend_listed, "FEWEST", 16)
     batch, heads, kv_heads, tokens, block = 2, 4, 2, 75, 32
     gen = torch.Generator().manual_seed(picks)
