@@ -68,7 +68,8 @@ SPILLS: dict[str, int] = {
     "walk-long": 128,
     **dict.fromkeys(("walk-halves-64-5000", "walk-halves-64-100000"), 240),
     **dict.fromkeys(("walk-halves-128-5000", "walk-halves-128-100000"), 112),
-    **dict.fromkeys(("listed-backward-512-128", "listed-own-backward-64", "choose-fp32-128", "listed-64", "listed-16-64"), _ONCE),
+    **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128", "listed-64", "listed-16-64"), _ONCE),
+    "listed-own-backward-64": _ONCE,
     # numbers of a run and of the whole kernel, kept once and read once a tile of queries
     "listed-128": 32,
     "listed-own-backward-128": 32,
