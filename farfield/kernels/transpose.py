@@ -149,7 +149,7 @@ def _entries(index, count, tokens, picks, TOKENS: tl.constexpr, PICKS: tl.conste
     """The segment, some of its queries, and the row blocks that they name, [TOKENS, PICKS], as far as `used`."""
     segment = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    p = tl.arange(0, PICKS)
+    p = tl.program_id(2) * PICKS + tl.arange(0, PICKS)
     line = segment * tokens + n
     used = p[None, :] < tl.load(count + line, mask=n < tokens, other=0)[:, None]
     m = tl.load(index + line[:, None] * picks + p[None, :], mask=used, other=0)
@@ -280,7 +280,9 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: 
     segments, words, bounds = batches * heads, -(-tokens // 32), batches * heads * (row_blocks + 1)
     masks = torch.empty(segments * words * row_blocks, dtype=torch.int32, device=device)
     launch(clear, (-(-masks.numel() // 4096),), masks, masks.numel(), SIZE=4096)
-    wide = 1 << max(picks - 1, 0).bit_length()
+    # a query's own lists have the length that its mechanism gives them; others change with the layout, which must not
+    # need another kernel
+    wide = 1 << max(picks - 1, 0).bit_length() if by_entry else 16
     some, sizes, down, across = max(1, 1024 // wide), (tokens, picks, row_blocks, words), 128, 16
     tiles = row_blocks // across + 1
     # long ways along the queries are cut where there are few of them
@@ -289,7 +291,8 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: 
     before, totals = torch.empty_like(masks), torch.empty(bounds * spans, dtype=torch.int32, device=device)
     start, reader, key = totals.new_empty(bounds), *[totals.new_empty(index.numel()) for _ in range(2)]
     place = torch.empty_like(reader) if by_entry else None
-    launch(_mark, (-(-tokens // some), segments), index, count, masks, *sizes, TOKENS=some, PICKS=wide)
+    grid = -(-tokens // some), segments, max(-(-picks // wide), 1)
+    launch(_mark, grid, index, count, masks, *sizes, TOKENS=some, PICKS=wide)
     # one more than there are row blocks: the number of what is not used
     launch(
         _before, (segments, tiles, spans), masks, before, totals, row_blocks, words, span, spans, DOWN=down,
@@ -297,7 +300,7 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: 
     )  # fmt: skip
     launch(_starts, (1,), totals, start, row_blocks, spans, bounds, SIZE=2048, num_warps=8)
     launch(
-        _place, (-(-tokens // some), segments), index, count, masks, before, totals, start, reader, key,
+        _place, grid, index, count, masks, before, totals, start, reader, key,
         reader if place is None else place, *sizes, span, spans, TOKENS=some, PICKS=wide, BY_ENTRY=by_entry,
     )  # fmt: skip
     cut = tokens > most

@@ -138,7 +138,9 @@ def some_lists(batch, heads, tokens, picks, blocks):
     return index.int(), torch.randint(0, picks + 1, (batch, heads, tokens), generator=gen, dtype=torch.int32)
 
 
-@pytest.mark.parametrize(("batch", "heads", "tokens", "picks", "blocks"), [(3, 1, 70, 4, 9), (1, 5, 64, 3, 40)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "picks", "blocks"), [(3, 1, 70, 4, 9), (1, 5, 64, 3, 40), (1, 2, 40, 37, 50)]
+)
 def test_counting_gives_what_sorting_gives(batch, heads, tokens, picks, blocks):
     index, count = some_lists(batch, heads, tokens, picks, blocks)
     (want,) = transpose.transpose([index], [count], [blocks], [True], [16])

@@ -126,7 +126,8 @@ def test_replayed_calls_of_attend_have_the_same_bits(seed, simulated):
         with poisoned_memory():
             equal(plans.forward(call), (out, lse))
             equal(plans.backward(call, d_out, d_lse, out, lse, True), want)
-        assert simulated.call_count == (3 if turn else 0)
+        # what is sorted is a recording of its own; readers that are counted need no sort
+        assert simulated.call_count == ((2 if attend_backward.counts(call) else 3) if turn else 0)
     assert all(isinstance(known.run, replay.Recorded) for known in plans._memory.known.values())
 
 
