@@ -65,14 +65,16 @@ def models(path: Path = COMPARED) -> dict[str, dict[str, Any]]:
 def scores(found: Models) -> str:
     """Bits per byte by position and by repeat, each seed's where there are several."""
     share = {bucket: part for bucket, _, part in next(iter(found.values()))["by_repeat"]}
-    headings = ["attention", "rows", "all", "first 512", "from 4,096", "gap closed"]
+    # from the near field alone to full attention, where a comparison has both
+    closed = any(m.get("gap") is not None for m in found.values())
+    headings = ["attention", "rows", "all", "first 512", "from 4,096", *["gap closed"] * closed]
     headings += [f"{b} ({share.get(b, 0):.0%})" for b in BUCKETS]
     body = []
     for label, m in found.items():
         by = {bucket: bits for bucket, bits, _ in m["by_repeat"]}
         each = " / ".join(f"{bits:.3f}" for bits in m["seeds"].values())
-        gap = "" if m.get("gap") is None else f"{m['gap']:.0%}"
-        body.append([name(label), _whole(m["rows"]), each, f"{m['early']:.3f}", f"{m['late']:.3f}", gap,
+        gap = ["" if m.get("gap") is None else f"{m['gap']:.0%}"] * closed
+        body.append([name(label), _whole(m["rows"]), each, f"{m['early']:.3f}", f"{m['late']:.3f}", *gap,
                      *(_bits(by.get(b)) for b in BUCKETS)])  # fmt: skip
     return table(headings, body)
 

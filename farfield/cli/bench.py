@@ -40,7 +40,9 @@ def bench(
     dtype: Annotated[list[str] | None, unset("the benchmark's", "May be repeated.", metavar="DTYPE")] = None,
     passes: Annotated[
         list[str] | None,
-        unset("the benchmark's", "forward, backward or forward+backward; may be repeated.", "--passes", metavar="PASSES"),
+        unset(
+            "the benchmark's", "forward, backward or forward+backward; may be repeated.", "--passes", metavar="PASSES"
+        ),
     ] = None,
     against: Annotated[
         list[str] | None, unset("all of the benchmark's", "A baseline, or none; may be repeated.", metavar="NAME")
