@@ -81,6 +81,7 @@ SPILLS: dict[str, int] = {
     "choose-backward-128": 8,
     # a tile of rows is three operands, which Triton keeps in registers
     "choose-backward-few-128": 240,
+    "choose-backward-few-64": 8,  # Triton 3.6
     # addresses of the weights
     "compress-128": 144,
     # numbers that are kept once and read once a chunk
@@ -88,7 +89,8 @@ SPILLS: dict[str, int] = {
     "scan-back-128": 80,
     # four searches a multiprocessor: they wait most of the time
     # numbers of a tile of queries, and sums of a piece of the far rows
-    **dict.fromkeys(("opened-2-64", "opened-16-64", "opened-shared-64"), 24),
+    **dict.fromkeys(("opened-2-64", "opened-16-64"), 24),
+    "opened-shared-64": 32,  # Triton 3.6; 24 of 3.7
     **dict.fromkeys(("opened-2-128", "opened-16-128"), 216),
     # a third stage of loads, which was faster
     "scan-80": 64,
