@@ -17,7 +17,7 @@ from farfield.bench.compare import merged
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "results" / "h200"
-COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar-long.json"
+COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar.json"
 EVERY = RESULTS / "compare-mechanisms.json"  # all mechanisms, with fewer tokens
 CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of that read with other fields of their config
 BUCKETS = ("none", "1-128", "128-512", "512-1k", ">1k")
@@ -142,25 +142,22 @@ def answers(path: Path = ASKED) -> str:
 
 
 def written() -> dict[str, str]:
-    """Every table by the name of its spot; those whose record is there."""
-    found = {}
-    if COMPARED.exists():
-        all_of_them = models(COMPARED)
-        found |= {spot: make(all_of_them) for spot, make in
-                  (("scores", scores), ("copies", copies), ("costs", costs), ("lengths", lengths))}  # fmt: skip
-    if EVERY.exists():
-        mechanisms = models(EVERY)
-        found |= {"mechanisms": scores(mechanisms), "mechanism-copies": copies(mechanisms),
-                  "mechanism-costs": costs(mechanisms)}  # fmt: skip
-    if CHANGED.exists():
-        found["changed"] = changed(CHANGED)
-    if ASKED.exists():
-        found["answers"] = answers(ASKED)
-    return found
+    """Every table by the name of its spot."""
+    compared, mechanisms = models(), models(EVERY)
+    return {
+        "scores": scores(compared),
+        "copies": copies(compared),
+        "lengths": lengths(compared),
+        "mechanisms": scores(mechanisms),
+        "mechanism-copies": copies(mechanisms),
+        "mechanism-costs": costs(mechanisms),
+        "changed": changed(),
+        "answers": answers(),
+    }
 
 
 def put(page: str, tables: Mapping[str, str]) -> str:
-    """`page` with the tables in their spots; a spot that the page lacks is not made."""
+    """`page` with the tables in their spots."""
     for spot, text in tables.items():
         start, stop = SPOT.format(spot, "start"), SPOT.format(spot, "stop")
         between = re.compile(f"{re.escape(start)}.*?{re.escape(stop)}", re.S)

@@ -211,7 +211,8 @@ def test_picture_is_up_to_date(which, pictures):
     ElementTree.fromstring(drawn)
 
 
-def test_plots_are_those_of_the_record():
+def test_plots_are_those_of_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
     plots = load(ROOT / "docs" / "plots.py")
     models = plots.shown()
     assert [name for name in plots.NAMES.values() if name in models] == list(models)
