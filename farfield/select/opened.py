@@ -258,7 +258,7 @@ def score_loss(
         share, guess = (y.masked_fill(~far, float("-inf")).log_softmax(-1) for y in (own, score))
         apart = share.exp() * (share - guess)
         total = total + apart.masked_fill(~far, 0.0).sum(-1).mean((0, 1)).sum()
-        many = many + far.any(-1).sum((0, 1, 2)) // far.shape[0]
+        many = many + far.any(-1).sum() // far.shape[0]
     return total / many.clamp(min=1)
 
 
