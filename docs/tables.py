@@ -1,4 +1,4 @@
-"""The table of measured numbers in the README: python docs/tables.py writes it from results/cpu-*/fma.jsonl.
+"""The tables of measured numbers in the README: python docs/tables.py writes them from results/*/fma.jsonl.
 
 Between two comment lines of README.md; a test compares the two. Every cell leads to the record that it comes from.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from farfield.bench import records, tables
 from farfield.bench.fma import fma
@@ -22,8 +23,8 @@ COLUMNS = tuple((dtype, passes) for dtype in ("float32", "bfloat16") for passes 
 
 
 def files(root: Path = ROOT) -> list[Path]:
-    """The record files of the README's case, one a machine."""
-    return sorted((root / "results").glob("cpu-*/fma.jsonl"))
+    """The record files of the README's case, one a machine: GPUs first."""
+    return sorted((root / "results").glob("*/fma.jsonl"), key=lambda p: (p.parent.name.startswith("cpu-"), p))
 
 
 def render(root: Path = ROOT) -> str:
@@ -99,9 +100,9 @@ def _about(shown: Sequence[Record], link: str) -> str:
     envs = [r.env for r in shown]
     commits = {e["commit"][:10] + (" with local changes" if e.get("dirty") else "") for e in envs if e.get("commit")}
     dates = sorted({e["date"][:10] for e in envs if e.get("date")})
-    machines = _said(f"{e['machine']['cpu']}, {e['machine']['cores']} cores" for e in envs if e.get("machine"))
+    machines = _said(_machine_name(e["machine"]) for e in envs if e.get("machine"))
     versions = _said(f"PyTorch {e['versions']['torch']}" for e in envs if e.get("versions"))
-    threads = _said(f"{e['threads']} threads" for e in envs if e.get("threads"))
+    threads = _said(f"{e['threads']} threads" for e in envs if e.get("threads") and not e["machine"].get("gpu"))
     commands = _said(f"`{e['command']}`" for e in envs if e.get("command"))
     backends = _said(r.backend.removesuffix("_attention") for r in shown if r.contender != r.bench and r.backend)
     return (
@@ -115,6 +116,10 @@ def _about(shown: Sequence[Record], link: str) -> str:
         + f"; commit {', '.join(sorted(commits)) or 'unknown'}; {commands or 'command unknown'}. "
         f"Records: [{link}]({link})."
     )
+
+
+def _machine_name(machine: Mapping[str, Any]) -> str:
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
 
 
 def _said(words) -> str:
