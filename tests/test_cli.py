@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from farfield import mechanisms
@@ -77,6 +78,21 @@ def test_help_has_examples(name):
     text = farfield(name, "--help").output
     assert "Examples" in text
     assert f"farfield {name}" in text.partition("Examples")[2]
+
+
+def test_options_that_may_be_repeated_name_themselves():
+    """Releases of typer derive different names for parameters that are lists."""
+    options = 0
+    for command in app.registered_commands:
+        hints = get_type_hints(command.callback, include_extras=True)
+        for name, hint in hints.items():
+            found = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, OptionInfo)]
+            if found and "list" in str(hint.__origin__):
+                options += 1
+                # inside Annotated the first name stands in the place of a default
+                names = (found[0].default, *(found[0].param_decls or ()))
+                assert any(isinstance(x, str) and x.startswith("--") for x in names), (command.name, name)
+    assert options
 
 
 def test_version():

@@ -37,7 +37,7 @@ def bench(
     list_: Annotated[bool, typer.Option("--list", help="Print the names of the benchmarks and stop.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "cpu",
     tokens: Annotated[str | None, unset("the benchmark's", "Sequence lengths; 4k is 4096.", metavar="N,N,...")] = None,
-    dtype: Annotated[list[str] | None, unset("the benchmark's", "May be repeated.", metavar="DTYPE")] = None,
+    dtype: Annotated[list[str] | None, unset("the benchmark's", "May be repeated.", "--dtype", metavar="DTYPE")] = None,
     passes: Annotated[
         list[str] | None,
         unset(
@@ -45,7 +45,7 @@ def bench(
         ),
     ] = None,
     against: Annotated[
-        list[str] | None, unset("all of the benchmark's", "A baseline, or none; may be repeated.", metavar="NAME")
+        list[str] | None, unset("all of the benchmark's", "A baseline, or none; may be repeated.", "--against", metavar="NAME")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the benchmark.")

@@ -17,10 +17,10 @@ SeedsOf = Annotated[
     str | None, unset("all", "Mechanisms that get more than one seed, as in --attention.", metavar="NAME,...")
 ]
 ModelFields = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other field of ModelConfig: conv=0.")
+    list[str] | None, typer.Option("--model", metavar="NAME=VALUE", help="Any other field of ModelConfig: conv=0.")
 ]
 RecipeFields = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other field of TrainConfig: lr=0.02.")
+    list[str] | None, typer.Option("--recipe", metavar="NAME=VALUE", help="Any other field of TrainConfig: lr=0.02.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs: each takes the next run when it is free.")]

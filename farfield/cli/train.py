@@ -51,12 +51,12 @@ def train(
     ] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", rich_help_panel=MODEL, help="Any other field of ModelConfig: conv=0."),
+        typer.Option("--model", metavar="NAME=VALUE", rich_help_panel=MODEL, help="Any other field of ModelConfig: conv=0."),
     ] = None,
     # the text; defaults here and below are TrainConfig's
     valid: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", rich_help_panel=TEXT, help="Held-out text; may be repeated."),
+        typer.Option("--valid", metavar="TEXT", rich_help_panel=TEXT, help="Held-out text; may be repeated."),
     ] = None,
     held_out: Annotated[float | None, in_text(0.05, "Share held out, without --valid.")] = None,
     tokenizer: Annotated[Path | None, in_text("bytes", "A tokenizers JSON file.", metavar="FILE")] = None,
