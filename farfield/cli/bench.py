@@ -45,7 +45,8 @@ def bench(
         ),
     ] = None,
     against: Annotated[
-        list[str] | None, unset("all of the benchmark's", "A baseline, or none; may be repeated.", "--against", metavar="NAME")
+        list[str] | None,
+        unset("all of the benchmark's", "A baseline, or none; may be repeated.", "--against", metavar="NAME"),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the benchmark.")

@@ -36,7 +36,8 @@ def compare(
         list[str], typer.Option("--text", metavar="TEXT", help="File, folder or glob to learn from; may be repeated.")
     ],
     valid: Annotated[
-        list[str] | None, unset("the last 5 % of the text", "Held-out text; may be repeated.", "--valid", metavar="TEXT")
+        list[str] | None,
+        unset("the last 5 % of the text", "Held-out text; may be repeated.", "--valid", metavar="TEXT"),
     ] = None,
     steps: runs.Steps = None,
     tokens: runs.Tokens = None,

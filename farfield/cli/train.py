@@ -51,7 +51,9 @@ def train(
     ] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", metavar="NAME=VALUE", rich_help_panel=MODEL, help="Any other field of ModelConfig: conv=0."),
+        typer.Option(
+            "--model", metavar="NAME=VALUE", rich_help_panel=MODEL, help="Any other field of ModelConfig: conv=0."
+        ),
     ] = None,
     # the text; defaults here and below are TrainConfig's
     valid: Annotated[
