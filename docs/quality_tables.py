@@ -20,6 +20,7 @@ RESULTS = ROOT / "results" / "h200"
 COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar.json"
 EVERY = RESULTS / "compare-mechanisms.json"  # all mechanisms, with fewer tokens
 CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of that read with other fields of their config
+REREAD = RESULTS / "compare-csource-lengths.json"  # the same of models of COMPARED
 BUCKETS = ("none", "1-128", "128-512", "512-1k", ">1k")
 SPOT = "<!-- {}: {}, written by docs/quality_tables.py -->"
 
@@ -37,6 +38,9 @@ def name(label: str) -> str:
     if kind == "fma-opened" or (kind == "fma" and options.get("open", "0") != "0"):
         said = f"fma, {options['open']} groups opened"
         said += " by peaks" if options.get("score") == "peak" else ""
+        # the control's means were rounded to bfloat16, its peaks not
+        said += " by rounded means" if kind == "fma-opened" and options.get("score") == "mean" else ""
+        said += f", sketches of {options['detail']}" if options.get("detail", "16") != "16" else ""
         return said if options.get("rank") == "4" else f"{said}, {_rows(options.get('rank', '16'))} a group"
     if kind == "window":
         return f"window {options['width']}"
@@ -116,16 +120,26 @@ def lengths(found: Models) -> str:
 def changed(path: Path = CHANGED) -> str:
     """Bits per byte in longer windows, as trained and with other fields."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    parts = {name(x["checkpoint"][1]): x["found"] for key, x in found.items() if key != "env"}
     rows: dict[tuple[str, str], dict[int, float]] = {}
-    for model, scored in parts.items():
-        for x in scored:
-            if x.get("overall") is not None:
+    for part in (part for key, part in found.items() if key != "env"):
+        model = name(part["checkpoint"][1])
+        for x in part["found"]:
+            if x["group"] == "length" and x.get("overall") is not None:
                 said = "as trained" if x["label"] == "plain" else x["label"]
                 rows.setdefault((model, said), {})[x["length"]] = x["overall"]
     tested = sorted({n for at in rows.values() for n in at})
     body = [[model, said, *(_bits(at.get(n)) for n in tested)] for (model, said), at in rows.items()]
     return table(["attention", "read with", *(_short(n) for n in tested)], body)
+
+
+def choices(path: Path = REREAD) -> str:
+    """One model, trained with one choice, read with others."""
+    scored = json.loads(path.read_text(encoding="utf-8"))["choice"]["found"]
+    body = []
+    for x in (x for x in scored if x.get("overall") is not None):
+        by = {bucket: bits for bucket, bits, _ in x["by_repeat"]}
+        body.append([x["label"], _whole(x["rows"]), _bits(x["overall"]), *(_bits(by.get(b)) for b in BUCKETS)])
+    return table(["read with", "rows", "all", *BUCKETS], body)
 
 
 def answers(path: Path = ASKED) -> str:

@@ -355,7 +355,10 @@ def test_the_gap_is_that_between_near_field_and_full():
         about("full", 0.5), about("near-field:near=64", 1.5, near=64), about("near-field:near=128", 1.0, near=128),
         about("fma:near=64", 1.0, near=64), about("fma:near=128", 0.75, near=128), about("window", 1.25),
     ]  # fmt: skip
+    # layers of two kinds are no near field alone
+    runs.insert(0, about("near-field:near=128/full", 0.75, near=128) | {"other": ["full", {}]})
     models = merged({"runs": {x["label"]: x for x in runs}})
+    assert models.pop("near-field:near=128/full")["gap"] == 0.5
     assert [m["gap"] for m in models.values()] == [1.0, 0.0, 0.0, 0.5, 0.5, 0.25]
 
 

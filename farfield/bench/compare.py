@@ -564,7 +564,7 @@ def merged(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _add_gaps(models: dict[str, dict[str, Any]]) -> None:
     """The share of the way from the near field alone, of the same width where there is one, to full attention."""
     full = models.get("full", {}).get("overall")
-    floors = [m for m in models.values() if m["attention"] == "near-field"]
+    floors = [m for m in models.values() if m["attention"] == "near-field" and "other" not in m]
     for m in models.values():
         near = m["options"].get("near")
         floor = next((f for f in floors if f["options"].get("near") == near), floors[0] if floors else None)
