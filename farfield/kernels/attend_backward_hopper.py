@@ -26,27 +26,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _processors
+from farfield.kernels.hopper import EVERY, LOG2E, barriers, fetch, report, wait_empty, wait_full
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers
 
-LOG2E = gl.constexpr(1.4426950408889634)
-EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
 TOLD = gl.constexpr(4)  # row blocks that the loading warp may run ahead, as long as most of them are nothing to do
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
 def _load(
-    q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
-    told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-    shift, delta, position, position_strides, start, reader, key, queue, segment_strides, items, heads, blocks,
-    row_blocks, pieces, most, base,
+    given, rings, position_strides, segment_strides,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
-    D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, POSITION: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, POSITION: gl.constexpr,
 ):  # fmt: skip
     """Everything that the products take, by one warp."""
+    (
+        q, d_out, k, v, shift, delta, position, start, reader, key, queue, items, heads, blocks, row_blocks, pieces,
+        most, base,
+    ) = given  # fmt: skip
+    (
+        told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring, told_full, told_empty, k_full,
+        k_empty, q_full, d_full, stat_full, empty,
+    ) = rings  # fmt: skip
     BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
     WORDS: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -76,19 +77,16 @@ def _load(
         part = gl.where(cut & (own < last), gl.minimum(last - own, most), -1)
         count = gl.where(piece >= 0, part, gl.where(cut, -1, last - first))
 
-        slot = message % TOLD
-        mbarrier.wait(told_empty.index(slot), message // TOLD & 1 ^ 1)
+        slot = wait_empty(told_empty, message)
         which = gl.arange(0, 8, WORDS)
         word = gl.where(which == 0, count, gl.where(which == 1, m, gl.where(which == 2, piece, begin)))
         told.index(slot).store(gl.where(which == 4, item, word))
-        _sync()
-        mbarrier.arrive(told_full.index(slot), count=1)
+        report(told_full, slot)
         message += 1
         # who is done first takes the next one, whatever it is: what comes out does not depend on who makes it
         item = gl.num_programs(0) + gl.atomic_add(queue, 1, sem="relaxed")
         if count > 0:
-            s = turn % K_STAGES
-            mbarrier.wait(k_empty.index(s), turn // K_STAGES & 1 ^ 1)
+            s = wait_empty(k_empty, turn)
             mbarrier.expect(k_full.index(s), GROUPS * 64 * (D + E) * BYTES)
             for group in gl.static_range(GROUPS):
                 row = (m * GROUPS + group) * 64
@@ -99,12 +97,9 @@ def _load(
                 n = gl.load(reader + begin + j // (STACK * TILES))
                 h = u * STACK + j // TILES % STACK
                 i = n * Q_BLOCK + j % TILES * BQ
-                s = step % STAGES
-                mbarrier.wait(empty.index(s), step // STAGES & 1 ^ 1)
-                mbarrier.expect(q_full.index(s), BQ * D * BYTES)
-                tma.async_copy_global_to_shared(q, [b, h, i, 0], q_full.index(s), q_ring.index(s))
-                mbarrier.expect(d_full.index(s), BQ * E * BYTES)
-                tma.async_copy_global_to_shared(d_out, [b, h, i, 0], d_full.index(s), d_ring.index(s))
+                s = wait_empty(empty, step)
+                fetch(q, [b, h, i, 0], q_full, q_ring, s)
+                fetch(d_out, [b, h, i, 0], d_full, d_ring, s)
                 stat = (b * heads + h).to(gl.int64) * (blocks * Q_BLOCK) + i + gl.arange(0, BQ, flat)
                 async_copy.async_copy_global_to_shared(shift_ring.index(s), shift + stat)
                 async_copy.async_copy_global_to_shared(delta_ring.index(s), delta + stat)
@@ -114,19 +109,16 @@ def _load(
                     async_copy.async_copy_global_to_shared(place_ring.index(s), place_at)
                 async_copy.mbarrier_arrive(stat_full.index(s), increment_count=False)
                 step += 1
-    slot = message % TOLD
-    mbarrier.wait(told_empty.index(slot), message // TOLD & 1 ^ 1)
+    slot = wait_empty(told_empty, message)
     told.index(slot).store(gl.where(gl.arange(0, 8, WORDS) == 4, items, -1))
-    _sync()
-    mbarrier.arrive(told_full.index(slot), count=1)
+    report(told_full, slot)
 
 
 @gluon.jit
 def _hear(told, told_full, told_empty, message):
     """Readers (none to do: -1), row block, piece, first reader and number of the next item; `items` are no item."""
     WORDS: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
-    slot = message % TOLD
-    mbarrier.wait(told_full.index(slot), message // TOLD & 1)
+    slot = wait_full(told_full, message)
     which = gl.arange(0, 8, WORDS)
     word = told.index(slot).load(WORDS)
     count = gl.sum(gl.where(which == 0, word, 0), 0)
@@ -134,17 +126,17 @@ def _hear(told, told_full, told_empty, message):
     piece = gl.sum(gl.where(which == 2, word, 0), 0)
     begin = gl.sum(gl.where(which == 3, word, 0), 0)
     item = gl.sum(gl.where(which == 4, word, 0), 0)
-    _sync()
-    mbarrier.arrive(told_empty.index(slot), count=1)
+    report(told_empty, slot)
     return count, m, piece, begin, item
 
 
 @gluon.jit
 def _weigh(
-    scores, shift_at, place_at, row, i, factor, layout: gl.constexpr, BQ: gl.constexpr, CAUSAL: gl.constexpr,
+    scores, shift_ring, place_ring, s, row, i, factor, layout: gl.constexpr, BQ: gl.constexpr, CAUSAL: gl.constexpr,
     POSITION: gl.constexpr,
 ):  # fmt: skip
     """Products of 64 rows and BQ queries as softmax weights; 0 where the query is before the row."""
+    shift_at, place_at = shift_ring.index(s), place_ring.index(s)
     weights = gl.exp2(scores * factor - shift_at.load(gl.SliceLayout(0, layout))[None, :])
     if CAUSAL:
         if POSITION:
@@ -183,14 +175,34 @@ def _query(reader, begin, j, Q_BLOCK: gl.constexpr, BQ: gl.constexpr, STACK: gl.
 
 
 @gluon.jit
+def _multiply(
+    keys, values, q_ring, d_ring, q_full, d_full, step, layout: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr,
+    E: gl.constexpr,
+):  # fmt: skip
+    """The products of keys and q and of values and dout, under way, and the place of the queries."""
+    # numbers that are not used; with those of the products before, every product would be waited for
+    none = gl.zeros([64, BQ], gl.float32, layout)
+    s = wait_full(q_full, step)
+    queries = q_ring.index(s).reshape([BQ, D]).permute((1, 0))
+    product = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
+    wait_full(d_full, step)
+    d_tile = d_ring.index(s).reshape([BQ, E]).permute((1, 0))
+    d_product = warpgroup_mma(values, d_tile, none, use_acc=False, is_async=True)
+    return product, d_product, s
+
+
+@gluon.jit
 def _compute(
-    d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
-    told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-    reader, items, rows, row_blocks, pieces, scale,
+    given, rings,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     AHEAD: gl.constexpr, HOLD: gl.constexpr, POSITION: gl.constexpr,
 ):  # fmt: skip
+    d_k, d_v, sum_k, sum_v, reader, items, rows, row_blocks, pieces, scale = given
+    (
+        told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring, told_full, told_empty, k_full,
+        k_empty, q_full, d_full, stat_full, empty,
+    ) = rings  # fmt: skip
     # where positions are told, nobody asks which query a tile starts with
     FROM_LIST: gl.constexpr = CAUSAL and not POSITION
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])
@@ -213,24 +225,15 @@ def _compute(
                 own = turn % K_STAGES * GROUPS + GROUP
                 keys = k_ring.index(own).reshape([64, D])
                 values = v_ring.index(own).reshape([64, E])
-                mbarrier.wait(k_full.index(turn % K_STAGES), turn // K_STAGES & 1)
-                # numbers that are not used; with those of the products before, every product would be waited for
-                none = gl.zeros([64, BQ], gl.float32, score)
+                wait_full(k_full, turn)
                 if AHEAD:
-                    s = step % STAGES
-                    phase = step // STAGES & 1
-                    mbarrier.wait(q_full.index(s), phase)
-                    queries = q_ring.index(s).reshape([BQ, D]).permute((1, 0))
-                    product = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
-                    mbarrier.wait(d_full.index(s), phase)
-                    d_tile = d_ring.index(s).reshape([BQ, E]).permute((1, 0))
-                    d_product = warpgroup_mma(values, d_tile, none, use_acc=False, is_async=True)
-                    mbarrier.wait(stat_full.index(s), phase)
+                    product, d_product, s = _multiply(
+                        keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E
+                    )
+                    wait_full(stat_full, step)
                     i = _query(reader, begin, 0, Q_BLOCK, BQ, STACK, FROM_LIST)
                     scores = warpgroup_mma_wait(1, deps=[product])
-                    scores = _weigh(
-                        scores, shift_ring.index(s), place_ring.index(s), row, i, factor, score, BQ, CAUSAL, POSITION
-                    )
+                    scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
                     d_weights = warpgroup_mma_wait(0, deps=[d_product])
                     d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
                     weights = gl.convert_layout(scores.to(dtype), left_v)
@@ -238,31 +241,15 @@ def _compute(
                     for j in range(1, count * (STACK * (Q_BLOCK // BQ))):
                         before = step % STAGES
                         step += 1
-                        s = step % STAGES
-                        phase = step // STAGES & 1
-                        mbarrier.wait(q_full.index(s), phase)
-                        queries = q_ring.index(s).reshape([BQ, D]).permute((1, 0))
-                        product = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
-                        mbarrier.wait(d_full.index(s), phase)
-                        d_tile = d_ring.index(s).reshape([BQ, E]).permute((1, 0))
-                        d_product = warpgroup_mma(values, d_tile, none, use_acc=False, is_async=True)
+                        product, d_product, s = _multiply(
+                            keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E
+                        )
                         sum_of_v = warpgroup_mma(weights, d_ring.index(before).reshape([BQ, E]), acc_v, is_async=True)
                         sum_of_k = warpgroup_mma(d_scores, q_ring.index(before).reshape([BQ, D]), acc_k, is_async=True)
-                        mbarrier.wait(stat_full.index(s), phase)
+                        wait_full(stat_full, step)
                         i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST)
                         scores = warpgroup_mma_wait(3, deps=[product])
-                        scores = _weigh(
-                            scores,
-                            shift_ring.index(s),
-                            place_ring.index(s),
-                            row,
-                            i,
-                            factor,
-                            score,
-                            BQ,
-                            CAUSAL,
-                            POSITION,
-                        )
+                        scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
                         if HOLD and not CAUSAL:
                             scores = _hold(scores, row)
                         d_weights = warpgroup_mma_wait(2, deps=[d_product])
@@ -271,8 +258,7 @@ def _compute(
                             d_weights = _hold(d_weights, row)
                         acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
                         acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
-                        _sync()
-                        mbarrier.arrive(empty.index(before), count=1)
+                        report(empty, before)
                         weights = gl.convert_layout(scores.to(dtype), left_v)
                         d_scores = gl.convert_layout(d_weights.to(dtype), left_k)
                     before = step % STAGES
@@ -281,46 +267,27 @@ def _compute(
                     sum_of_k = warpgroup_mma(d_scores, q_ring.index(before).reshape([BQ, D]), acc_k, is_async=True)
                     acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
                     acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
-                    _sync()
-                    mbarrier.arrive(empty.index(before), count=1)
+                    report(empty, before)
                 else:
                     for j in range(count * (STACK * (Q_BLOCK // BQ))):
-                        s = step % STAGES
-                        phase = step // STAGES & 1
-                        mbarrier.wait(q_full.index(s), phase)
-                        queries = q_ring.index(s).reshape([BQ, D])
-                        product = warpgroup_mma(keys, queries.permute((1, 0)), none, use_acc=False, is_async=True)
-                        mbarrier.wait(d_full.index(s), phase)
-                        d_tile = d_ring.index(s).reshape([BQ, E])
-                        d_product = warpgroup_mma(values, d_tile.permute((1, 0)), none, use_acc=False, is_async=True)
-                        mbarrier.wait(stat_full.index(s), phase)
+                        product, d_product, s = _multiply(
+                            keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E
+                        )
+                        wait_full(stat_full, step)
                         i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST)
                         scores = warpgroup_mma_wait(1, deps=[product])
-                        scores = _weigh(
-                            scores,
-                            shift_ring.index(s),
-                            place_ring.index(s),
-                            row,
-                            i,
-                            factor,
-                            score,
-                            BQ,
-                            CAUSAL,
-                            POSITION,
-                        )
+                        scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
                         weights = gl.convert_layout(scores.to(dtype), left_v)
-                        sum_of_v = warpgroup_mma(weights, d_tile, acc_v, is_async=True)
+                        sum_of_v = warpgroup_mma(weights, d_ring.index(s).reshape([BQ, E]), acc_v, is_async=True)
                         d_weights = warpgroup_mma_wait(1, deps=[d_product])
                         d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
                         d_scores = gl.convert_layout(d_weights.to(dtype), left_k)
-                        sum_of_k = warpgroup_mma(d_scores, queries, acc_k, is_async=True)
+                        sum_of_k = warpgroup_mma(d_scores, q_ring.index(s).reshape([BQ, D]), acc_k, is_async=True)
                         acc_v, weights = warpgroup_mma_wait(1, deps=[sum_of_v, weights])
                         acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
-                        _sync()
-                        mbarrier.arrive(empty.index(s), count=1)
+                        report(empty, s)
                         step += 1
-                _sync()
-                mbarrier.arrive(k_empty.index(turn % K_STAGES), count=1)
+                report(k_empty, turn % K_STAGES)
                 turn += 1
             acc_k = acc_k * scale
             unit = (item // (row_blocks + pieces)).to(gl.int64)
@@ -372,20 +339,12 @@ def attend_backward_rows_hopper(
     if POSITION:
         place_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BQ], plain)
     told = gl.allocate_shared_memory(gl.int32, [TOLD, 8], plain)
-    told_full = gl.allocate_shared_memory(gl.int64, [TOLD, 1], bars)
-    told_empty = gl.allocate_shared_memory(gl.int64, [TOLD, 1], bars)
-    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
-    k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
+    told_full, told_empty = barriers(TOLD, 1, GROUPS)
+    k_full, k_empty = barriers(K_STAGES, 1, GROUPS)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     d_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     stat_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    for s in gl.static_range(TOLD):
-        mbarrier.init(told_full.index(s), count=1)
-        mbarrier.init(told_empty.index(s), count=GROUPS)
-    for s in gl.static_range(K_STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=GROUPS)
     for s in gl.static_range(STAGES):
         mbarrier.init(q_full.index(s), count=1)
         mbarrier.init(d_full.index(s), count=1)
@@ -394,43 +353,38 @@ def attend_backward_rows_hopper(
         mbarrier.init(empty.index(s), count=GROUPS)
     fence_async_shared()
 
+    rings = (
+        told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring, told_full, told_empty, k_full,
+        k_empty, q_full, d_full, stat_full, empty,
+    )  # fmt: skip
+    computing = d_k, d_v, sum_k, sum_v, reader, items, rows, row_blocks, pieces, scale
+    loading = (
+        q, d_out, k, v, shift, delta, position, start, reader, key, queue, items, heads, blocks, row_blocks, pieces,
+        most, base,
+    )  # fmt: skip
     # constants stay constants only where they are written into the call
     if GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
-                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
-                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                reader, items, rows, row_blocks, pieces, scale,
+                computing, rings,
                 0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
             )),
             (_load, (
-                q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
-                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                shift, delta, position, position_strides, start, reader, key, queue, segment_strides, items, heads,
-                blocks, row_blocks, pieces, most, base,
-                STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, POSITION,
+                loading, rings, position_strides, segment_strides, STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, POSITION,
             )),
         ], [1], [LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
-                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
-                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                reader, items, rows, row_blocks, pieces, scale,
+                computing, rings,
                 0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
             )),
             (_compute, (
-                d_k, d_v, sum_k, sum_v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
-                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                reader, items, rows, row_blocks, pieces, scale,
+                computing, rings,
                 1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
             )),
             (_load, (
-                q, d_out, k, v, told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring,
-                told_full, told_empty, k_full, k_empty, q_full, d_full, stat_full, empty,
-                shift, delta, position, position_strides, start, reader, key, queue, segment_strides, items, heads,
-                blocks, row_blocks, pieces, most, base,
-                STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, POSITION,
+                loading, rings, position_strides, segment_strides, STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, POSITION,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 

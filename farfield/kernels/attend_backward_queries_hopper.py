@@ -24,25 +24,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _list, _place, _processors
+from farfield.kernels.hopper import EVERY, LOG2E, barriers, fetch, report, sync, wait_empty, wait_full
 from farfield.kernels.replay import start
-
-LOG2E = gl.constexpr(1.4426950408889634)
-EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
 def _load(
-    q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
-    q_empty, stat_full, k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, items, blocks,
-    heads, tokens,
+    given, rings,
     STACK: gl.constexpr, REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     K_BLOCK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, D_LSE: gl.constexpr,
+    V_STAGES: gl.constexpr, D_LSE: gl.constexpr,
 ):  # fmt: skip
     """Everything that the products take, by one warp."""
+    q, d_out, out, k, v, lse, d_lse, index, count, picks, batch_lists, head_lists, items, blocks, heads, tokens = given
+    (
+        counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full, q_empty, stat_full, k_full,
+        k_empty, v_full, v_empty,
+    ) = rings  # fmt: skip
     BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     # tiles of rows that may come before the queries, whose place may still be taken
@@ -58,10 +56,9 @@ def _load(
         first = n * Q_BLOCK + tile * (GROUPS * 64)
         for j in range(tiles + 1):
             if j == gl.minimum(tiles, EARLY):
-                p = turn % Q_STAGES
-                mbarrier.wait(q_empty.index(p), turn // Q_STAGES & 1 ^ 1)
+                p = wait_empty(q_empty, turn)
                 counts.index(p).store(gl.full([1], tiles, gl.int32, ONE))
-                _sync()
+                sync()
                 mbarrier.expect(q_full.index(p), GROUPS * 64 * (D + E) * BYTES)
                 for group in gl.static_range(GROUPS):
                     i = first + group * 64
@@ -75,28 +72,21 @@ def _load(
                         async_copy.async_copy_global_to_shared(d_lse_ring.index(slot), d_lse + stat, mask=line < tokens)
                 async_copy.mbarrier_arrive(stat_full.index(p), increment_count=False)
                 turn += 1
-            s, phase = k_step % K_STAGES, k_step // K_STAGES & 1
-            mbarrier.wait(k_empty.index(s), phase ^ 1)
+            s = wait_empty(k_empty, k_step)
             if j == 0:
                 # out of the queries takes the place of a tile of keys, the second group's that of a tile of values
-                mbarrier.expect(k_full.index(s), 64 * E * BYTES)
-                tma.async_copy_global_to_shared(out, [b, h, first, 0], k_full.index(s), k_ring.index(s))
+                fetch(out, [b, h, first, 0], k_full, k_ring, s)
                 if GROUPS == 2:
-                    s, phase = v_step % V_STAGES, v_step // V_STAGES & 1
-                    mbarrier.wait(v_empty.index(s), phase ^ 1)
-                    mbarrier.expect(v_full.index(s), 64 * E * BYTES)
-                    tma.async_copy_global_to_shared(out, [b, h, first + 64, 0], v_full.index(s), v_ring.index(s))
+                    s = wait_empty(v_empty, v_step)
+                    fetch(out, [b, h, first + 64, 0], v_full, v_ring, s)
                     v_step += 1
             else:
                 row = gl.load(list_at + (j - 1) // (K_BLOCK // BK)) * K_BLOCK + (j - 1) % (K_BLOCK // BK) * BK
                 block_rows.index(s).store(gl.full([1], row, gl.int32, ONE))
-                _sync()
-                mbarrier.expect(k_full.index(s), BK * D * BYTES)
-                tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s))
-                s, phase = v_step % V_STAGES, v_step // V_STAGES & 1
-                mbarrier.wait(v_empty.index(s), phase ^ 1)
-                mbarrier.expect(v_full.index(s), BK * E * BYTES)
-                tma.async_copy_global_to_shared(v, [b, g, row, 0], v_full.index(s), v_ring.index(s))
+                sync()
+                fetch(k, [b, g, row, 0], k_full, k_ring, s)
+                s = wait_empty(v_empty, v_step)
+                fetch(v, [b, g, row, 0], v_full, v_ring, s)
                 v_step += 1
             k_step += 1
 
@@ -125,14 +115,36 @@ def _weigh(
 
 
 @gluon.jit
+def _multiply(
+    queries, d_tile, block_rows, k_ring, v_ring, k_full, v_full, k_step, v_step, layout: gl.constexpr,
+    BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
+):  # fmt: skip
+    """The products of q and keys and of dout and values, under way; the first row; the place of the values."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    s = wait_full(k_full, k_step)
+    row = gl.max(block_rows.index(s).load(ONE), 0)
+    keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+    # numbers that are not used, but the products of before would be waited for
+    none = gl.zeros([64, BK], gl.float32, layout)
+    product = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
+    t = wait_full(v_full, v_step)
+    values = v_ring.index(t).reshape([BK, E]).permute((1, 0))
+    d_product = warpgroup_mma(d_tile, values, none, use_acc=False, is_async=True)
+    return product, d_product, row, t
+
+
+@gluon.jit
 def _compute(
-    d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full, q_empty,
-    stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks, heads, tokens, rows,
-    scale,
+    given, rings,
     GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, D: gl.constexpr,
     E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, POSITION: gl.constexpr, D_LSE: gl.constexpr,
 ):  # fmt: skip
+    d_q, delta, shift, position, position_b, position_h, items, blocks, heads, tokens, rows, scale = given
+    (
+        counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full, q_empty, stat_full, k_full,
+        k_empty, v_full, v_empty,
+    ) = rings  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
@@ -159,25 +171,23 @@ def _compute(
         slot = p * GROUPS + GROUP
         queries = q_ring.index(slot).reshape([64, D])
         d_tile = d_ring.index(slot).reshape([64, E])
-        mbarrier.wait(q_full.index(p), turn // Q_STAGES & 1)
+        wait_full(q_full, turn)
         tiles = gl.max(counts.index(p).load(ONE), 0)
-        mbarrier.wait(stat_full.index(p), turn // Q_STAGES & 1)
+        wait_full(stat_full, turn)
         mass = gl.where(line < tokens, lse_ring.index(slot).load(per_row), float("-inf"))
         # a query that read nothing, and one that only fills up a tile, gets weights exp(s - inf) = 0
         empty = mass == float("-inf")
         shift_row = gl.where(empty, float("inf"), mass * LOG2E)
         if GROUP == 0:
-            mbarrier.wait(k_full.index(k_step % K_STAGES), k_step // K_STAGES & 1)
-            out = k_ring.index(k_step % K_STAGES).reshape([64, E]).load(of_out)
+            out = k_ring.index(wait_full(k_full, k_step)).reshape([64, E]).load(of_out)
         else:
-            mbarrier.wait(v_full.index(v_step % V_STAGES), v_step // V_STAGES & 1)
-            out = v_ring.index(v_step % V_STAGES).reshape([64, E]).load(of_out)
+            out = v_ring.index(wait_full(v_full, v_step)).reshape([64, E]).load(of_out)
         delta_row = gl.sum(out.to(gl.float32) * d_tile.load(of_out).to(gl.float32), 1)
         delta_row = gl.convert_layout(delta_row, per_row)
         if D_LSE:
             delta_row -= d_lse_ring.index(slot).load(per_row)
         delta_row = gl.where(empty, 0.0, delta_row)
-        _sync()
+        sync()
         # the first group has not waited for these values: rings of one length, and the keys last, keep it from freeing
         # a place twice before the second group has done so once
         if GROUPS == 2:
@@ -192,45 +202,29 @@ def _compute(
 
         acc = gl.zeros([64, D], gl.float32, wide)
         if tiles > 0:
-            s = k_step % K_STAGES
-            mbarrier.wait(k_full.index(s), k_step // K_STAGES & 1)
-            row = gl.max(block_rows.index(s).load(ONE), 0)
-            keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
-            # numbers that are not used, but the products of before would be waited for
-            none = gl.zeros([64, BK], gl.float32, score)
-            product = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
-            t = v_step % V_STAGES
-            mbarrier.wait(v_full.index(t), v_step // V_STAGES & 1)
-            values = v_ring.index(t).reshape([BK, E]).permute((1, 0))
-            d_product = warpgroup_mma(d_tile, values, none, use_acc=False, is_async=True)
+            product, d_product, row, t = _multiply(
+                queries, d_tile, block_rows, k_ring, v_ring, k_full, v_full, k_step, v_step, score, BK, D, E
+            )
             scores = warpgroup_mma_wait(1, deps=[product])
             weights = _weigh(scores, shift_row, row, first, at, least, rows, factor, score, BK, CAUSAL, POSITION)
             d_weights = warpgroup_mma_wait(0, deps=[d_product])
-            _sync()
-            mbarrier.arrive(v_empty.index(t), count=1)
+            report(v_empty, t)
             v_step += 1
             d_weights = weights * (d_weights - delta_row[:, None])
             d_scores = gl.convert_layout(d_weights.to(dtype), left)
             for _ in range(1, tiles):
                 before = k_step % K_STAGES
                 k_step += 1
-                s = k_step % K_STAGES
-                mbarrier.wait(k_full.index(s), k_step // K_STAGES & 1)
-                row = gl.max(block_rows.index(s).load(ONE), 0)
-                keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
-                none = gl.zeros([64, BK], gl.float32, score)
-                product = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
-                t = v_step % V_STAGES
-                mbarrier.wait(v_full.index(t), v_step // V_STAGES & 1)
-                values = v_ring.index(t).reshape([BK, E]).permute((1, 0))
-                d_product = warpgroup_mma(d_tile, values, none, use_acc=False, is_async=True)
+                product, d_product, row, t = _multiply(
+                    queries, d_tile, block_rows, k_ring, v_ring, k_full, v_full, k_step, v_step, score, BK, D, E
+                )
                 summed = warpgroup_mma(d_scores, k_ring.index(before).reshape([BK, D]), acc, is_async=True)
                 scores = warpgroup_mma_wait(2, deps=[product])
                 weights = _weigh(scores, shift_row, row, first, at, least, rows, factor, score, BK, CAUSAL, POSITION)
                 d_weights = warpgroup_mma_wait(1, deps=[d_product])
                 d_weights = weights * (d_weights - delta_row[:, None])
                 acc, d_scores = warpgroup_mma_wait(0, deps=[summed, d_scores])
-                _sync()
+                sync()
                 mbarrier.arrive(v_empty.index(t), count=1)
                 mbarrier.arrive(k_empty.index(before), count=1)
                 v_step += 1
@@ -239,16 +233,14 @@ def _compute(
             k_step += 1
             summed = warpgroup_mma(d_scores, k_ring.index(before).reshape([BK, D]), acc, is_async=True)
             acc, d_scores = warpgroup_mma_wait(0, deps=[summed, d_scores])
-            _sync()
-            mbarrier.arrive(k_empty.index(before), count=1)
+            report(k_empty, before)
         # the queries are done with: their place in shared memory is where dq leaves from
         queries.store((acc * scale).to(dtype))
         fence_async_shared()
-        _sync()
+        sync()
         tma.async_copy_shared_to_global(d_q, [b, h, first, 0], q_ring.index(slot))
         tma.store_wait(0)
-        _sync()
-        mbarrier.arrive(q_empty.index(p), count=1)
+        report(q_empty, p)
         turn += 1
 
 
@@ -282,58 +274,46 @@ def attend_backward_queries_hopper(
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
     stat_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bars)
-    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
-    k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
-    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars)
-    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars)
     for s in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(s), count=1)
         # every loading thread reports its own copies
         mbarrier.init(stat_full.index(s), count=32)
         mbarrier.init(q_empty.index(s), count=GROUPS)
-    for s in gl.static_range(K_STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=GROUPS)
-    for s in gl.static_range(V_STAGES):
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_empty.index(s), count=GROUPS)
+    k_full, k_empty = barriers(K_STAGES, 1, GROUPS)
+    v_full, v_empty = barriers(V_STAGES, 1, GROUPS)
     fence_async_shared()
 
+    rings = (
+        counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full, q_empty, stat_full, k_full,
+        k_empty, v_full, v_empty,
+    )  # fmt: skip
+    computing = d_q, delta, shift, position, position_b, position_h, items, blocks, heads, tokens, rows, scale
+    loading = (
+        q, d_out, out, k, v, lse, d_lse, index, count, picks, batch_lists, head_lists, items, blocks, heads, tokens
+    )  # fmt: skip
     # constants stay constants only where they are written into the call
     if GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
-                d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
-                q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
-                heads, tokens, rows, scale,
+                computing, rings,
                 0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_load, (
-                q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring,
-                v_ring, q_full, q_empty, stat_full, k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists,
-                head_lists, items, blocks, heads, tokens,
-                STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, D_LSE,
+                loading, rings, STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, V_STAGES, D_LSE,
             )),
         ], [1], [LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
-                d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
-                q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
-                heads, tokens, rows, scale,
+                computing, rings,
                 0, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_compute, (
-                d_q, delta, shift, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring, v_ring, q_full,
-                q_empty, stat_full, k_full, k_empty, v_full, v_empty, position, position_b, position_h, items, blocks,
-                heads, tokens, rows, scale,
+                computing, rings,
                 1, TILES, GROUPS, Q_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, POSITION, D_LSE,
             )),
             (_load, (
-                q, d_out, out, k, v, lse, d_lse, counts, block_rows, q_ring, d_ring, lse_ring, d_lse_ring, k_ring,
-                v_ring, q_full, q_empty, stat_full, k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists,
-                head_lists, items, blocks, heads, tokens,
-                STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, K_STAGES, V_STAGES, D_LSE,
+                loading, rings, STACK, REPEAT, TILES, GROUPS, Q_BLOCK, K_BLOCK, D, E, BK, Q_STAGES, V_STAGES, D_LSE,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 

@@ -23,9 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from farfield.kernels.attend_hopper import _aligned, _hopper, _sync, _template
-
-LOG2E = gl.constexpr(1.4426950408889634)
+from farfield.kernels.attend_hopper import _aligned, _hopper, _template
+from farfield.kernels.hopper import LOG2E, barriers, report, sync, wait_empty, wait_full
 
 
 @gluon.jit
@@ -36,16 +35,16 @@ def _power(rate, n):
 
 @gluon.jit
 def _copy(
-    q, k, v, q_ring, k_ring, v_ring, full, empty, b, h, start, stop, virtual,
+    q, k, v, rings, b, h, start, stop, virtual,
     Q_REPEAT: gl.constexpr, REPEAT: gl.constexpr, V_REPEAT: gl.constexpr, PARTS: gl.constexpr, D: gl.constexpr,
-    C: gl.constexpr, STAGES: gl.constexpr, BACK: gl.constexpr,
+    C: gl.constexpr, BACK: gl.constexpr,
 ):  # fmt: skip
+    q_ring, k_ring, v_ring, full, empty = rings
     step = 0
     for at in range(start, stop, C):
-        s = step % STAGES
         # tokens that are not there are 0
         row = virtual - C - at if BACK else at
-        mbarrier.wait(empty.index(s), step // STAGES & 1 ^ 1)
+        s = wait_empty(empty, step)
         mbarrier.expect(full.index(s), 2 * C * (2 * D + PARTS * 64))
         tma.async_copy_global_to_shared(k, [b, h // REPEAT, row, 0], full.index(s), k_ring.index(s))
         tma.async_copy_global_to_shared(q, [b, h // Q_REPEAT, row, 0], full.index(s), q_ring.index(s))
@@ -58,37 +57,31 @@ def _copy(
 
 @gluon.jit
 def _load(
-    q, k, v, q_2, k_2, v_2, q_ring, k_ring, v_ring, full, empty, b, h, second, start, stop, virtual,
+    q, k, v, q_2, k_2, v_2, rings, b, h, second, start, stop, virtual,
     Q_REPEAT: gl.constexpr, REPEAT: gl.constexpr, V_REPEAT: gl.constexpr, Q_REPEAT_2: gl.constexpr,
     REPEAT_2: gl.constexpr, V_REPEAT_2: gl.constexpr, PARTS: gl.constexpr, D: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, BACK: gl.constexpr, BOTH: gl.constexpr,
+    BACK: gl.constexpr, BOTH: gl.constexpr,
 ):  # fmt: skip
     if BOTH:
         if second:
-            _copy(
-                q_2, k_2, v_2, q_ring, k_ring, v_ring, full, empty, b, h, start, stop, virtual,
-                Q_REPEAT_2, REPEAT_2, V_REPEAT_2, PARTS, D, C, STAGES, BACK,
-            )  # fmt: skip
+            _copy(q_2, k_2, v_2, rings, b, h, start, stop, virtual, Q_REPEAT_2, REPEAT_2, V_REPEAT_2, PARTS, D, C, BACK)
         else:
-            _copy(
-                q, k, v, q_ring, k_ring, v_ring, full, empty, b, h, start, stop, virtual,
-                Q_REPEAT, REPEAT, V_REPEAT, PARTS, D, C, STAGES, BACK,
-            )  # fmt: skip
+            _copy(q, k, v, rings, b, h, start, stop, virtual, Q_REPEAT, REPEAT, V_REPEAT, PARTS, D, C, BACK)
     else:
-        _copy(
-            q, k, v, q_ring, k_ring, v_ring, full, empty, b, h, start, stop, virtual,
-            Q_REPEAT, REPEAT, V_REPEAT, PARTS, D, C, STAGES, BACK,
-        )  # fmt: skip
+        _copy(q, k, v, rings, b, h, start, stop, virtual, Q_REPEAT, REPEAT, V_REPEAT, PARTS, D, C, BACK)
 
 
 @gluon.jit
 def _compute(
-    before, out, out_2, end, pairs_ring, out_ring, q_ring, k_ring, v_ring, full, empty,
-    b, h, bh, n, second, rate, start, stop, virtual, skip, segments,
+    before, given, rings,
     TURNED: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, D: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, BACK: gl.constexpr, BOTH: gl.constexpr,
+    BACK: gl.constexpr, BOTH: gl.constexpr,
 ):  # fmt: skip
     """64 columns of v."""
+    (
+        out, out_2, end, pairs_ring, out_ring, b, h, bh, n, second, rate, start, stop, virtual, skip, segments,
+    ) = given  # fmt: skip
+    q_ring, k_ring, v_ring, full, empty = rings
     SIZE: gl.constexpr = PARTS * 64 * D
     dtype: gl.constexpr = q_ring.dtype
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
@@ -121,7 +114,6 @@ def _compute(
     p_tile, o_tile = pairs_ring.index(PART), out_ring.index(PART)
     step = 0
     for at in range(start, stop, C):
-        i = step % STAGES
         # tokens of this chunk: the first one is short from the end on, the last one otherwise
         if BACK:
             many = C - gl.maximum(skip - at, 0)
@@ -129,7 +121,7 @@ def _compute(
         else:
             many = gl.minimum(stop - at, C)
             weight = _power(rate, gl.maximum(many - 1 - s, 0))
-        mbarrier.wait(full.index(i), step // STAGES & 1)
+        i = wait_full(full, step)
         keys = k_ring.index(i).reshape([C, D])
         queries = q_ring.index(i).reshape([C, D]).permute((1, 0))
         pairs = warpgroup_mma(keys, queries, nothing, use_acc=False, is_async=True)
@@ -142,17 +134,17 @@ def _compute(
         fence_async_shared()
         o, narrow = warpgroup_mma_wait(0, deps=[o, narrow])
         o = o * grown[None, :]
-        _sync()
+        sync()
         plain = gl.convert_layout(v_tile, of_state)
         o = warpgroup_mma(plain, p_tile, o, is_async=True)
         acc = warpgroup_mma(faded, keys, acc * _power(rate, many), is_async=True)
         o, plain = warpgroup_mma_wait(1, deps=[o, plain])
         # the copy of the chunk before has read its tile
         tma.store_wait(0)
-        _sync()
+        sync()
         o_tile.reshape([C, 64]).permute((1, 0)).store(o.to(dtype))
         fence_async_shared()
-        _sync()
+        sync()
         row = virtual - C - at if BACK else at
         if BOTH:
             if second:
@@ -162,8 +154,7 @@ def _compute(
         else:
             tma.async_copy_shared_to_global(out, [b, h, row, 64 * PART], o_tile)
         acc, faded = warpgroup_mma_wait(0, deps=[acc, faded])
-        _sync()
-        mbarrier.arrive(empty.index(i), count=1)
+        report(empty, i)
         step += 1
     if (n == segments - 1) & (second == 0):
         gl.store(end + bh.to(gl.int64) * SIZE + straight, acc)
@@ -195,47 +186,34 @@ def scan_hopper(
     skip = virtual - tokens
     start = n * each * piece
     stop = gl.minimum(start + each * piece, virtual if BACK else tokens)
-    bars: gl.constexpr = mbarrier.MBarrierLayout()
     whole: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], q.dtype)
     q_ring = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, C, D], q.layout)
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, C, D], k.layout)
     v_ring = gl.allocate_shared_memory(v.dtype, [STAGES * PARTS, 1, 1, C, 64], v.layout)
     out_ring = gl.allocate_shared_memory(out.dtype, [PARTS, 1, 1, C, 64], out.layout)
     pairs_ring = gl.allocate_shared_memory(q.dtype, [PARTS, C, C], whole)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=PARTS)
+    full, empty = barriers(STAGES, 1, PARTS)
     fence_async_shared()
+    rings = q_ring, k_ring, v_ring, full, empty
+    computing = (
+        out, out_2, end, pairs_ring, out_ring, b, h, bh, n, second, rate, start, stop, virtual, skip, segments
+    )  # fmt: skip
     # constants stay constants only where they are written into the call
     if PARTS == 1:
         gl.warp_specialize([
-            (_compute, (
-                before, out, out_2, end, pairs_ring, out_ring, q_ring, k_ring, v_ring, full, empty,
-                b, h, bh, n, second, rate, start, stop, virtual, skip, segments,
-                TURNED, 0, PARTS, D, C, STAGES, BACK, BOTH,
-            )),
+            (_compute, (before, computing, rings, TURNED, 0, PARTS, D, C, BACK, BOTH)),
             (_load, (
-                q, k, v, q_2, k_2, v_2, q_ring, k_ring, v_ring, full, empty, b, h, second, start, stop, virtual,
-                Q_REPEAT, REPEAT, V_REPEAT, Q_REPEAT_2, REPEAT_2, V_REPEAT_2, PARTS, D, C, STAGES, BACK, BOTH,
+                q, k, v, q_2, k_2, v_2, rings, b, h, second, start, stop, virtual,
+                Q_REPEAT, REPEAT, V_REPEAT, Q_REPEAT_2, REPEAT_2, V_REPEAT_2, PARTS, D, C, BACK, BOTH,
             )),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_compute, (
-                before, out, out_2, end, pairs_ring, out_ring, q_ring, k_ring, v_ring, full, empty,
-                b, h, bh, n, second, rate, start, stop, virtual, skip, segments,
-                TURNED, 0, PARTS, D, C, STAGES, BACK, BOTH,
-            )),
-            (_compute, (
-                before, out, out_2, end, pairs_ring, out_ring, q_ring, k_ring, v_ring, full, empty,
-                b, h, bh, n, second, rate, start, stop, virtual, skip, segments,
-                TURNED, 1, PARTS, D, C, STAGES, BACK, BOTH,
-            )),
+            (_compute, (before, computing, rings, TURNED, 0, PARTS, D, C, BACK, BOTH)),
+            (_compute, (before, computing, rings, TURNED, 1, PARTS, D, C, BACK, BOTH)),
             (_load, (
-                q, k, v, q_2, k_2, v_2, q_ring, k_ring, v_ring, full, empty, b, h, second, start, stop, virtual,
-                Q_REPEAT, REPEAT, V_REPEAT, Q_REPEAT_2, REPEAT_2, V_REPEAT_2, PARTS, D, C, STAGES, BACK, BOTH,
+                q, k, v, q_2, k_2, v_2, rings, b, h, second, start, stop, virtual,
+                Q_REPEAT, REPEAT, V_REPEAT, Q_REPEAT_2, REPEAT_2, V_REPEAT_2, PARTS, D, C, BACK, BOTH,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
