@@ -26,16 +26,16 @@ from farfield.kernels import attend_backward_hopper as hopper
 from farfield.kernels import attend_backward_queries_hopper as hopper_queries
 from farfield.kernels import attend_listed, transpose
 from farfield.kernels.attend import padded
+from farfield.kernels.attend_backward_sums import Source, Three, add_up, join_pieces, pieces_of, shares_of, slices_of
 from farfield.kernels.attend_listed_backward import attend_listed_backward
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers, clear, keys_of, piece_of, readers_of
-from farfield.ops.attend import Call, Plan
+from farfield.ops.attend import Call
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 SMALL = 32  # smaller row blocks leave shares
 PIECE = 32  # readers of a small row block that are added up together; even
-NUMBERS = 2048  # what a program that adds up shares holds at a time
 READS = 32  # readers of a large row block that are never cut into pieces; even
 FAR = 1 << 24  # elements from row to row; 128 times as many must fit 32 bits
 
@@ -464,162 +464,6 @@ def _readers(
     return acc_k, acc_v, acc_b
 
 
-SUMS_VARY = ["first", "units", "blocks", "picks", "rows", "row_blocks", "pieces", "most", "base"]
-SUMS_VARY += ["segment_b", "segment_h"]
-
-
-@triton.jit(do_not_specialize=SUMS_VARY)
-def sum_shares(
-    share_k, share_v, d_k, d_v, sum_k, sum_v, start, reader, key, segment_b, segment_h,
-    first, units, blocks, picks, rows, row_blocks, pieces, most, base,
-    K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
-    NUMBERS: tl.constexpr, MANY: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Add up shares, SIZE numbers of dk or of dv: of a run of row blocks, or of one piece of a row block's readers."""
-    PARTS_K: tl.constexpr = (K_BLOCK * D + SIZE_K - 1) // SIZE_K
-    PARTS_V: tl.constexpr = (K_BLOCK * E + SIZE_V - 1) // SIZE_V
-    runs = (row_blocks + MANY - 1) // MANY
-    pid = tl.program_id(0).to(tl.int64)
-    part, x = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % (runs + pieces)
-    local = pid // (PARTS_K + PARTS_V) // (runs + pieces)
-    unit = first + local
-    segment = unit // units * segment_b + unit % units * segment_h
-    start += segment * (row_blocks + 1)
-    if x < runs:
-        run = x * MANY + tl.arange(0, MANY)
-        there = run < row_blocks
-        from_ = tl.load(start + run, mask=there, other=0)
-        each = tl.load(start + run + 1, mask=there, other=0) - from_
-        there &= each <= most
-        each = tl.where(there, each, 0)
-        if part < PARTS_K:
-            _sum_run(
-                share_k, d_k, reader + from_, each, there, local * blocks, picks, unit, run, rows, part,
-                K_BLOCK, D, SIZE_K, TILES,
-            )  # fmt: skip
-        else:
-            _sum_run(
-                share_v, d_v, reader + from_, each, there, local * blocks, picks, unit, run, rows, part - PARTS_K,
-                K_BLOCK, E, SIZE_V, TILES,
-            )  # fmt: skip
-    else:
-        key0 = base + segment * (row_blocks + 1)
-        _m, begin, stop, piece = piece_of(start, key, key0, x - runs + row_blocks, row_blocks, most)
-        if begin <= stop:
-            at = local * pieces + piece
-            count = (stop - begin).to(tl.int32)
-            if part < PARTS_K:
-                _sum_piece(
-                    share_k, sum_k, reader + begin, count, local * blocks, picks, at, part,
-                    K_BLOCK, D, SIZE_K, NUMBERS // SIZE_K, TILES,
-                )  # fmt: skip
-            else:
-                _sum_piece(
-                    share_v, sum_v, reader + begin, count, local * blocks, picks, at, part - PARTS_K,
-                    K_BLOCK, E, SIZE_V, NUMBERS // SIZE_V, TILES,
-                )  # fmt: skip
-
-
-@triton.jit
-def _sum_run(
-    share, grad, reader, count, there, list0, picks, unit, m, rows, part,
-    K_BLOCK: tl.constexpr, X: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Every row block of the run takes its next readers, four at a time: most have no more."""
-    at = part.to(tl.int32) * SIZE + tl.arange(0, SIZE)
-    acc = tl.zeros([m.shape[0], SIZE], tl.float32)
-    for x in range(0, tl.max(count), 4):
-        for y in tl.static_range(4):
-            own = x + y < count
-            entry = tl.load(reader + x + y, mask=own, other=0)
-            for tile in tl.static_range(TILES):
-                line = ((list0 + entry // picks) * TILES + tile) * picks + entry % picks
-                acc += _share(share, line, own, at, K_BLOCK * X, SIZE)
-    there = there[:, None] & (at < K_BLOCK * X)[None, :]
-    there &= m[:, None] * (K_BLOCK * X) + at < rows.to(tl.int64) * X
-    grad += unit * rows * X
-    tl.store(grad + m[:, None] * (K_BLOCK * X) + at, acc.to(grad.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _sum_piece(
-    share, sums, reader, count, list0, picks, piece, part,
-    K_BLOCK: tl.constexpr, X: tl.constexpr, SIZE: tl.constexpr, READERS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    lanes = tl.arange(0, READERS)
-    at = part.to(tl.int32) * SIZE + tl.arange(0, SIZE)
-    acc = tl.zeros([READERS, SIZE], tl.float32)
-    for x in range(0, count, 2 * READERS):
-        for y in tl.static_range(2):
-            own = x + y * READERS + lanes < count
-            entry = tl.load(reader + x + y * READERS + lanes, mask=own, other=0)
-            for tile in tl.static_range(TILES):
-                line = ((list0 + entry // picks) * TILES + tile) * picks + entry % picks
-                acc += _share(share, line, own, at, K_BLOCK * X, SIZE)
-    tl.store(sums + piece * (K_BLOCK * X) + at, tl.sum(acc, 0), mask=at < K_BLOCK * X)
-
-
-@triton.jit
-def _share(share, line, own, at, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    there = own[:, None]
-    if WIDTH % SIZE:
-        there &= (at < WIDTH)[None, :]
-    return tl.load(share + line[:, None] * WIDTH + at, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _put(grad, total, unit, m, rows, at, K_BLOCK: tl.constexpr, X: tl.constexpr):
-    """Part of the gradient of a row block; the last one may be short."""
-    there = (at < K_BLOCK * X) & (m * (K_BLOCK * X) + at < rows.to(tl.int64) * X)
-    tl.store(grad + (unit * rows * X + m * (K_BLOCK * X)) + at, total.to(grad.dtype.element_ty), mask=there)
-
-
-@triton.jit(do_not_specialize=["first", "units", "rows", "row_blocks", "pieces", "most", "segment_b", "segment_h"])
-def sum_pieces(
-    sum_k, sum_v, d_k, d_v, start, segment_b, segment_h, first, units, rows, row_blocks, pieces, most,
-    K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
-    READERS: tl.constexpr, MANY: tl.constexpr,
-):  # fmt: skip
-    """Add up the pieces of MANY row blocks, most of which have none."""
-    PARTS_K: tl.constexpr = (K_BLOCK * D + SIZE_K - 1) // SIZE_K
-    PARTS_V: tl.constexpr = (K_BLOCK * E + SIZE_V - 1) // SIZE_V
-    runs = (row_blocks + MANY - 1) // MANY
-    pid = tl.program_id(0).to(tl.int64)
-    part, run, local = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % runs, pid // (PARTS_K + PARTS_V) // runs
-    unit = first + local
-    start += (unit // units * segment_b + unit % units * segment_h) * (row_blocks + 1)
-    many = run * MANY + tl.arange(0, MANY)
-    there = many < row_blocks
-    sizes = tl.load(start + many + 1, mask=there, other=0) - tl.load(start + many, mask=there, other=0)
-    if tl.max(sizes) <= most:
-        return
-    zero = tl.load(start)
-    for m in range(run * MANY, tl.minimum(run * MANY + MANY, row_blocks)):
-        begin = (tl.load(start + m) - zero).to(tl.int64)
-        size = tl.load(start + m + 1) - zero - begin
-        if size > most:
-            piece = local * pieces + 2 * begin // most
-            count = ((size + most - 1) // most).to(tl.int32)
-            if part < PARTS_K:
-                _join(sum_k, d_k, piece, count, unit, m, rows, part, K_BLOCK, D, SIZE_K, READERS)
-            else:
-                _join(sum_v, d_v, piece, count, unit, m, rows, part - PARTS_K, K_BLOCK, E, SIZE_V, READERS)
-
-
-@triton.jit
-def _join(
-    sums, grad, piece, count, unit, m, rows, part,
-    K_BLOCK: tl.constexpr, X: tl.constexpr, SIZE: tl.constexpr, READERS: tl.constexpr,
-):  # fmt: skip
-    lanes = tl.arange(0, READERS)
-    at = part.to(tl.int32) * SIZE + tl.arange(0, SIZE)
-    acc = tl.zeros([READERS, SIZE], tl.float32)
-    for x in range(0, count, READERS):
-        there = (x + lanes < count)[:, None] & (at < K_BLOCK * X)[None, :]
-        acc += tl.load(sums + (piece + x + lanes)[:, None] * (K_BLOCK * X) + at, mask=there, other=0.0)
-    _put(grad, tl.sum(acc, 0), unit, m, rows, at, K_BLOCK, X)
-
-
 class Tiles(NamedTuple):
     """How one kernel cuts its work: queries and rows of a tile, warps, stages, registers a thread (None: any)."""
 
@@ -665,37 +509,6 @@ def row_tiles(wide: int, k_block: int, size: int, dtype: torch.dtype) -> Tiles:
     return Tiles(min(size, 64 if wide <= 64 else 32), k_block, 8 if k_block == 64 and wide == 128 else 4, 2)
 
 
-class _Source(NamedTuple):
-    """One source as the kernels take it; what is shared has strides of 0."""
-
-    k: Tensor
-    v: Tensor
-    bias: Tensor
-    end: Tensor
-    group: Tensor
-    index: Tensor
-    count: Tensor
-    strides: tuple[tuple[int, ...] | int, ...]  # of k and v, then over batch and heads of bias, end and group
-    lists: tuple[int, int]  # from batch to batch and from unit to unit, in lists
-    plan: Plan
-    rows: int
-    row_blocks: int
-    picks: int  # entries of a list
-    repeat: int  # units that share a key head
-    small: bool
-    causal: bool
-    reach: bool
-    biased: bool
-    ended: bool
-    grouped: bool
-    d_bias: bool  # the gradient of the bias is asked for
-
-
-# of dk, dv and the bias gradient: where they go, shares or pieces. What a kernel leaves alone may be any tensor of the
-# dtype.
-_Three = tuple[Tensor, Tensor, Tensor]
-
-
 def attend_backward(
     call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> list[Tensor]:
@@ -712,7 +525,7 @@ def attend_backward(
 def gradients(
     call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool,
     read: Sequence[Readers] | None = None,
-) -> tuple[list[_Source], Tensor, list[_Three]]:  # fmt: skip
+) -> tuple[list[Source], Tensor, list[Three]]:  # fmt: skip
     """The sources, dq, and each source's dk, dv and bias gradient unit by unit. `read`: the lists, transposed."""
     # the host is as slow as the GPU at short lengths: everything here is asked for once
     q, k, _, bias, _, _, position, group, index, _, plans, scale = call
@@ -764,10 +577,10 @@ def gradients(
         )  # fmt: skip
         slices = []
     else:
-        slices = _slices(sources, batch * units, lists * blocks)
+        slices = slices_of(sources, batch * units, lists * blocks)
     for begin, stop in slices:
         count = (stop - begin) * blocks * lists
-        shares = [_shares(s, count, d_q, delta) for s in sources]
+        shares = [shares_of(s, count, d_q, delta) for s in sources]
         start(
             attend_backward_queries, (count,),
             q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
@@ -788,12 +601,12 @@ def gradients(
         )  # fmt: skip
         for s, share, grad, readers in zip(sources, shares, grads, read, strict=True):
             if s.small and s.rows:
-                _add_up(s, share, grad, readers, begin, stop, units, blocks, lists, delta)
+                add_up(s, share, grad, readers, begin, stop, units, blocks, lists, delta)
     for s, grad, readers in zip(sources, grads, read, strict=True):
         if s.small or not s.rows:
             continue
         plan, k_block = s.plan, s.plan.k_block
-        pieces = _pieces(s, batch * units * readers.pieces, delta)
+        pieces = pieces_of(s, batch * units * readers.pieces, delta)
         plain = not (grouped or s.reach or s.biased or s.ended or s.grouped)
         if plain and hopper.wants_rows(q, d_out, s.k, s.v, k_block, q_block):
             hopper.rows_backward(
@@ -815,11 +628,11 @@ def gradients(
                 CAUSAL=s.causal, REACH=s.reach, BIAS=s.biased, END=s.ended, GROUP=s.grouped, D_BIAS=s.d_bias,
                 PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
             )  # fmt: skip
-        _join_pieces(s, pieces, grad, readers, 0, batch * units, units)
+        join_pieces(s, pieces, grad, readers, 0, batch * units, units)
     return sources, d_q, grads
 
 
-def _source_of(call: Call, s: int, units: int, bias_grad: bool) -> _Source:
+def _source_of(call: Call, s: int, units: int, bias_grad: bool) -> Source:
     plan, bias = call.plans[s], call.bias[s]
     _, kv_heads, rows, _ = call.k[s].shape
     biased = bias.dim() > 1
@@ -832,7 +645,7 @@ def _source_of(call: Call, s: int, units: int, bias_grad: bool) -> _Source:
     group, group_strides = _per_head(call.row_group[s], kv_heads)
     index, count = call.index[s].contiguous(), call.count[s].contiguous()
     batches, lists, blocks, picks = index.shape
-    return _Source(
+    return Source(
         k, v, bias, end, group, index, count,
         (_apart(k, k_strides), _apart(v, v_strides), *bias_strides, *end_strides, *group_strides),
         (lists * blocks if batches > 1 else 0, blocks if lists > 1 else 0),
@@ -876,7 +689,7 @@ def _apart(x: Tensor, strides: tuple[int, ...]) -> tuple[int, ...]:
     return (strides[0] if batches > 1 else 0, strides[1] if heads > 1 else 0, *strides[2:])
 
 
-def _empty(source: _Source, batch: int, units: int, delta: Tensor) -> _Three:
+def _empty(source: Source, batch: int, units: int, delta: Tensor) -> Three:
     """Where dk, dv and the bias gradient of each unit go; float32 where units are still to be added up."""
     k, v, rows = source.k, source.v, source.rows
     dtype, device = k.dtype if source.repeat == 1 else torch.float32, k.device
@@ -887,7 +700,7 @@ def _empty(source: _Source, batch: int, units: int, delta: Tensor) -> _Three:
     )
 
 
-def kept(sources: list[_Source], grads: list[_Three]) -> list[Sequence[Tensor]]:
+def kept(sources: list[Source], grads: list[Three]) -> list[Sequence[Tensor]]:
     """dk, dv and, where it is asked for, the bias gradient of each source."""
     return [grad[: 2 + s.d_bias] for s, grad in zip(sources, grads, strict=True)]
 
@@ -946,95 +759,8 @@ def _row_blocks(call: Call) -> list[int]:
     return [-(-k.shape[2] // p.k_block) for k, p in zip(call.k, call.plans, strict=True)]
 
 
-def _slices(sources: list[_Source], units: int, lists: int) -> list[tuple[int, int]]:
-    """Units whose shares together take no more memory than the keys and values; one at least."""
-    rows = sum([s.picks * s.plan.k_block for s in sources if s.small])
-    held = units * sum([s.rows for s in sources]) // max([s.repeat for s in sources])
-    step = max(1, min(units, held // max(1, rows * lists)))
-    return [(begin, min(begin + step, units)) for begin in range(0, units, step)]
-
-
-def _shares(source: _Source, lists: int, d_q: Tensor, delta: Tensor) -> _Three:
-    """Scratch memory for one share of dk, dv and the bias gradient an entry of a list."""
-    if not source.small:
-        return d_q, d_q, delta
-    rows = lists * source.picks * source.plan.k_block
-    dtype, device = d_q.dtype, d_q.device
-    return (
-        torch.empty(rows * source.k.shape[3], dtype=dtype, device=device),
-        torch.empty(rows * source.v.shape[3], dtype=dtype, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device) if source.d_bias else delta,
-    )
-
-
 def _zero(delta: Tensor) -> Tensor:
     """An integer, 0; by a launch that can be recorded."""
     zero = torch.empty(1, dtype=torch.int32, device=delta.device)
     start(clear, (1,), zero, 1, SIZE=4096)
     return zero
-
-
-def _pieces(source: _Source, count: int, delta: Tensor) -> _Three:
-    """Scratch memory for dk, dv and the bias gradient of so many pieces."""
-    if not count:
-        return delta, delta, delta
-    rows, device = count * source.plan.k_block, delta.device
-    return (
-        torch.empty(rows * source.k.shape[3], dtype=torch.float32, device=device),
-        torch.empty(rows * source.v.shape[3], dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device) if source.d_bias else delta,
-    )
-
-
-def _add_up(
-    source: _Source, shares: _Three, grad: _Three, readers: Readers, begin, stop, units, blocks, lists, delta: Tensor
-) -> None:
-    """The shares of units begin .. stop - 1, added up."""
-    pieces = _pieces(source, (stop - begin) * readers.pieces, delta)
-    k_block = source.plan.k_block
-    for k, v, d, e in _pairs(source):
-        parts = _parts(k_block, d, e, NUMBERS // 4)
-        many = NUMBERS // max(parts.d, parts.e)
-        runs = -(-source.row_blocks // many)
-        start(
-            sum_shares, ((stop - begin) * (runs + readers.pieces) * parts.programs,),
-            shares[k], shares[v], grad[k], grad[v], pieces[k], pieces[v], readers.start, readers.reader, readers.key,
-            *readers.strides, begin, units, blocks, source.picks, source.rows, source.row_blocks, readers.pieces,
-            readers.most, readers.base, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, NUMBERS=NUMBERS,
-            MANY=many, TILES=lists, num_warps=4,
-        )  # fmt: skip
-    _join_pieces(source, pieces, grad, readers, begin, stop, units)
-
-
-def _join_pieces(source: _Source, pieces: _Three, grad: _Three, readers: Readers, begin, stop, units) -> None:
-    """Row blocks that were cut into pieces; without any there is nothing to launch."""
-    if not readers.pieces:
-        return
-    k_block, many = source.plan.k_block, 8
-    for k, v, d, e in _pairs(source):
-        parts = _parts(k_block, d, e, 1024)
-        start(
-            sum_pieces, ((stop - begin) * -(-source.row_blocks // many) * parts.programs,),
-            pieces[k], pieces[v], grad[k], grad[v], readers.start, *readers.strides, begin, units, source.rows,
-            source.row_blocks, readers.pieces, readers.most, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e,
-            READERS=8, MANY=many, num_warps=4,
-        )  # fmt: skip
-
-
-def _pairs(source: _Source) -> tuple[tuple[int, int, int, int], ...]:
-    """What one launch adds up: two of dk, dv and the bias gradient, and their widths."""
-    widths = source.k.shape[3], source.v.shape[3]
-    # the bias gradient is a dk of width 1
-    return ((0, 1, *widths), (2, 2, 1, 0)) if source.d_bias else ((0, 1, *widths),)
-
-
-class _Parts(NamedTuple):
-    d: int  # numbers of dk at a time
-    e: int
-    programs: int
-
-
-@cache
-def _parts(k_block: int, width: int, value_width: int, most: int) -> _Parts:
-    d, e = (min(padded(k_block * x), most) for x in (width, value_width))
-    return _Parts(d, e, -(-k_block * width // d) + -(-k_block * value_width // e))

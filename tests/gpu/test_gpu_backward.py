@@ -1,12 +1,12 @@
 """The backward kernels of attend on a GPU against the same call in float64."""
 
 import os
-import random
 
 import pytest
 import torch
 
 import farfield as ff
+from farfield.testing.calls import Sizes, draw
 from farfield.testing.units import assert_within, error_units
 
 if not torch.cuda.is_available():
@@ -15,11 +15,13 @@ if not torch.cuda.is_available():
 from farfield.kernels import attend_backward as kernels
 from farfield.kernels import attend_backward_hopper as hopper
 from farfield.kernels import attend_backward_queries_hopper as hopper_queries
+from farfield.kernels import attend_backward_sums as sums
 from farfield.kernels import multipole_backward, transpose
 
 CASES = int(os.environ.get("FARFIELD_CASES", "200"))
 FIRST = int(os.environ.get("FARFIELD_SEED", "0"))
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SIZES = Sizes(k_block=(1, 2, 4, 7, 16, 32, 48, 64, 128), single=False)
+DTYPES = SIZES.dtypes
 
 
 @pytest.fixture(autouse=True)
@@ -29,61 +31,6 @@ def filled_memory(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def problem(seed):
-    """A random call of attend: q, sources, keywords, the gradients of out and lse, in float64; and a dtype."""
-    pick = random.Random(seed)
-    gen = torch.Generator(device="cuda").manual_seed(seed)
-    batch, kv_heads = pick.choice([1, 2, 3]), pick.choice([1, 2, 3])
-    heads = kv_heads * pick.choice([1, 1, 2, 4, 5])
-    tokens = pick.choice([1, 2, 17, 63, 64, 65, 130, 257])
-    width = pick.choice([16, 24, 64, 80, 96, 128, 192, 256])
-    value_width = pick.choice([width, 16, 40, 128])
-    q_block = pick.choice([1, 5, 16, 64, 128])
-    blocks = -(-tokens // q_block)
-
-    def draw(*shape):
-        x = torch.randn(shape, generator=gen, device="cuda", dtype=torch.float64)
-        return x.to(torch.bfloat16).double()
-
-    def strided(heads, rows, width):
-        """[B, H, S, D], half of the time as a view of [B, S, H, D]."""
-        if pick.random() < 0.5:
-            return draw(batch, rows, heads, width).transpose(1, 2)
-        return draw(batch, heads, rows, width)
-
-    grouped = pick.random() < 0.3
-    sources = []
-    for _ in range(pick.choice([1, 2])):
-        rows, k_block = pick.choice([1, 30, 64, 200, 513]), pick.choice([1, 2, 4, 7, 16, 32, 48, 64, 128])
-        row_blocks = -(-rows // k_block)
-        picks = pick.randint(0, min(row_blocks, 70))
-        lead = pick.choice([1, batch]), pick.choice([1, heads])
-        order = torch.rand(*lead, blocks, row_blocks, generator=gen, device="cuda").argsort(-1)
-        index = order[..., :picks].sort(-1).values.to(torch.int32)
-        count = torch.randint(0, picks + 1, (*lead, blocks), generator=gen, device="cuda", dtype=torch.int32)
-        causal = pick.random() < 0.5
-        reach = pick.choice([None, None, 20])
-        layout = ff.Layout(index, count, q_block, k_block, tokens, rows, causal, reach, pick.choice([0, 3]))
-        extra = {}
-        # the bias of a single row changes nothing: its gradient is what rounding leaves
-        if pick.random() < 0.5 and rows > 1:
-            extra["bias"] = draw(pick.choice([1, batch]), pick.choice([1, kv_heads, heads]), rows)
-            extra["bias"][..., : rows // 5] = float("-inf")
-        if pick.random() < 0.5:
-            shape = (pick.choice([1, batch]), pick.choice([1, kv_heads]), rows)
-            extra["end"] = torch.randint(0, 300, shape, generator=gen, device="cuda")
-        if grouped:
-            extra["group"] = torch.randint(0, 3, (1, kv_heads, rows), generator=gen, device="cuda")
-        sources.append((ff.Rows(strided(kv_heads, rows, width), strided(kv_heads, rows, value_width), **extra), layout))
-    options = {}
-    if pick.random() < 0.5:
-        options["position"] = torch.randint(0, 300, (1, pick.choice([1, heads]), tokens), generator=gen, device="cuda")
-    if grouped:
-        options["group"] = torch.randint(0, 3, (batch, 1, tokens), generator=gen, device="cuda")
-    grads = strided(heads, tokens, value_width), draw(batch, heads, tokens)
-    return strided(heads, tokens, width), sources, options, grads, pick.choice(DTYPES)
 
 
 def gradients(q, sources, options, grads, dtype):
@@ -173,7 +120,8 @@ def rounded_operands(q, sources, options, grads, dtype):
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
 def test_random_calls(seed):
-    q, sources, options, grads, dtype = problem(seed)
+    drawn = draw(seed, SIZES, "cuda")
+    q, sources, options, grads, dtype = drawn.q, drawn.sources, drawn.options, drawn.grads, drawn.dtype
     exact = gradients(q, sources, options, grads, torch.float64)
     got = gradients(q, sources, options, grads, dtype)
     rounded = rounded_operands(q, sources, options, grads, dtype)
@@ -394,13 +342,14 @@ def test_a_graph_replays_the_same_gradients():
 
 
 def test_another_length_compiles_nothing():
+    launched = (
+        kernels.attend_backward_queries, kernels.attend_backward_rows, sums.sum_shares, sums.sum_pieces,
+        hopper.attend_backward_rows_hopper, hopper_queries.attend_backward_queries_hopper, transpose._keys,
+        transpose._spans,
+    )  # fmt: skip
+
     def variants():
-        found = 0
-        for name in ("attend_backward_queries", "attend_backward_rows", "sum_shares", "sum_pieces"):
-            found += sum(len(x[0]) for x in getattr(kernels, name).device_caches.values())
-        for kernel in (hopper.attend_backward_rows_hopper, hopper_queries.attend_backward_queries_hopper):
-            found += sum(len(x[0]) for x in kernel.device_caches.values())
-        return found + sum(len(x[0]) for f in (transpose._keys, transpose._spans) for x in f.device_caches.values())
+        return sum(len(x[0]) for kernel in launched for x in kernel.device_caches.values())
 
     counts = []
     # the longest first: row blocks with so many readers that they are cut need a kernel more
