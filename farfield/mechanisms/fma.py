@@ -310,6 +310,10 @@ class FMA(Mechanism):
                 raise ValueError("fma: score='learned' has parameters and needs kv_heads and width")
             self.spread = nn.Parameter(torch.full((kv_heads, width), 0.5))
 
+    def _scale(self, q: Tensor) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return q.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
+
     def _check_opening(self) -> None:
         if self.open < 0 or (self.beam is not None and self.beam < self.open):
             raise ValueError(
@@ -393,7 +397,7 @@ class FMA(Mechanism):
         plan = self.plan()
         if self.score not in on_gpu.SCORES or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
             return None
-        scale = q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
+        scale = self._scale(q)
         chosen = on_gpu.choose(q, k, tree, plan, scale)
         if self.hold % on_gpu.TILE == 0:
             near, listed = on_gpu.lists(*chosen, tree, plan, q.shape[2])
@@ -446,7 +450,7 @@ class FMA(Mechanism):
         sketches = self._sketches(k, tree, self._present(tree, q.device))
         first = (radius[0] + 1) * self.block
         at = torch.linspace(first, tokens - 1, min(queries, tokens - first), device=q.device).long()
-        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        scale = self._scale(q)
         return opened.score_loss(
             q[:, :, at],
             k,
@@ -482,7 +486,7 @@ class FMA(Mechanism):
 
         q and the keys are rotated; `asking` chooses; `more` groups than `open` are opened.
         """
-        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        scale = self._scale(q)
         sinks = -(-self.sinks // self.rank)
         picks = self.open + more
         beam = 2 * picks if self.beam is None else max(self.beam, picks)
@@ -872,7 +876,7 @@ class FMA(Mechanism):
         holds = self._opened(q, k) if self.open else torch.zeros(1, 1, tokens, -(-tokens // m), dtype=torch.bool)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         i = torch.arange(tokens)
-        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scale = self._scale(q)
         distance, radius = (i[:, None] // m - i // m).abs(), self.near // m
         seen = (distance <= radius) | (i < self.sinks) | holds[..., i // m]
         if self.causal:
@@ -909,7 +913,7 @@ class FMA(Mechanism):
         """By definition: which blocks each query opens, [B, H, T, blocks]."""
         tokens, m, d = q.shape[2], self.block, self.detail
         repeat = q.shape[1] // k.shape[1]
-        x = q.detach() * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        x = q.detach() * self._scale(q)
         x = x[:, :, torch.arange(tokens) // self.hold * self.hold]
         k = k.detach().repeat_interleave(repeat, 1)
         levels = [(m, self.near // m)]
