@@ -234,6 +234,21 @@ def test_tables_are_those_of_the_record():
     assert tables.put(page.replace("| near field alone |", "| ? |"), found) == page
 
 
+def test_tables_of_kernels_are_those_of_the_records():
+    found = load(ROOT / "docs" / "kernel_tables.py")
+    page = found.PAGE.read_text(encoding="utf-8")
+    assert found.put(page, found.written().items()) == page, "run: python docs/kernel_tables.py"
+    (last,) = [
+        r for r in found.load("fma-long") if r.contender == "fma-long" and r.tokens == 1 << 20 and "+" in r.passes
+    ]
+    assert f"{last.ratio:.0f}x |\n\n<!-- long: stop" in page
+    changed = page.replace(f"{last.ratio:.0f}x |\n\n<!-- long: stop", "1x |\n\n<!-- long: stop")
+    assert changed != page
+    assert found.put(changed, found.written().items()) == page
+    with pytest.raises(ValueError, match="no spot for a table"):
+        found.put(page.replace("<!-- floor: stop", "<!-- "), found.written().items())
+
+
 def test_there_is_no_other_picture(pictures):
     assert {path.stem for path in (ROOT / "docs" / "pictures").iterdir()} == set(pictures.PICTURES)
 

@@ -196,6 +196,7 @@ def held(rows):
 DECODE = {
     "1": (held(5000), ONE),
     "64": (held(5000), {**ONE, "batch": 64}),
+    "64-whole": ((source(64, rows=5000, causal=True, picks=79),), {**ONE, "batch": 64}),
     "width64": (held(5000), {**ONE, "heads": 8, "width": 64}),
     "fp32": (held(5000), {**ONE, "dtype": "fp32"}),
     "everything": (ALL, {"tokens": 3, "q_block": 4, "position": True, "group": True}),
@@ -484,7 +485,7 @@ FEW = (
     "forward-blocks64-128", "forward-blocks128-128", "forward-fma-fp32-64", "forward-fma-fp32-128",
     "forward-fma-fp32-256", "forward-everything-fp32",
     "backward-fma-64", "backward-fma-128", "backward-blocks64-128", "backward-blocks128-128",
-    "decode-1", "decode-64", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "walk-128",
+    "decode-1", "decode-64", "decode-64-whole", "decode-fp32", "pool-64-m64-p4", "walk", "walk-long", "walk-128",
     "walk-halves-64-100000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",

@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from farfield.bench import tables
 from farfield.bench.records import Record
 from farfield.mechanisms import names as mechanism_names
 
@@ -205,7 +206,7 @@ def _write_ratio(ax: Axes, points: Sequence[tuple[float, Record]]) -> None:
     n, last = points[-1]
     if last.ratio:
         ax.annotate(
-            f"{last.ratio:.1f}x",
+            tables.times(last.ratio),
             (n, last.seconds),
             textcoords="offset points",
             xytext=(-2, -12),
@@ -518,6 +519,8 @@ def save(figure: Figure, path: Path | str) -> Path:
 
 
 def _tokens_tick(n: float) -> str:
+    if n >= 1 << 20 and n % (1 << 20) == 0:
+        return f"{n / (1 << 20):g}M"
     return f"{n / 1024:g}k" if n >= 1024 and n % 1024 == 0 else f"{n:g}"
 
 

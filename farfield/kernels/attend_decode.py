@@ -19,6 +19,7 @@ from farfield.ops.attend import Call
 
 QUERIES = 64  # of one unit, its stacked heads counted apart: more fill a tile of the forward kernel
 MOST = 64  # splits
+FEW = 1024  # rows of a list
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -77,10 +78,13 @@ def _tiles(call: Call, units: int, q_block: int) -> Tiles:
     size = heads // units * q_block
     tile = min(padded(size), most)
     room = _processors(q.device) // (-(-size // tile) * index[0].shape[2] * batch * units)
-    if room < 2:
-        # the GPU is full: long steps, several in flight
-        return Tiles(tile, step if exact or wide > 128 else 64, 4, 3)
     longest = sum(min(x.shape[3] * p.k_block, y.shape[2]) for x, y, p in zip(index, call.k, call.plans, strict=True))
+    if room < 2:
+        # the GPU is full. Few rows: short steps, so that more programs fit that hide each other's waits.
+        # Many: long steps, several in flight
+        if longest <= FEW and not exact and wide <= 128:
+            return Tiles(tile, step, 4, 2)
+        return Tiles(tile, step if exact or wide > 128 else 64, 4, 3)
     most = min(room, MOST)
     return Tiles(tile, step, 4, 2, max(1, min(most, -(-longest // step))), most)
 
