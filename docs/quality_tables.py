@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar.json"
 EVERY = RESULTS / "compare-mechanisms.json"  # all mechanisms, with fewer tokens
 CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of that read with other fields of their config
 REREAD = RESULTS / "compare-csource-lengths.json"  # the same of models of COMPARED
+REASKED = RESULTS / "recall-mqar-changes.json"  # and of those that ASKED is on
 BUCKETS = ("none", "1-128", "128-512", "512-1k", ">1k")
 SPOT = "<!-- {}: {}, written by docs/quality_tables.py -->"
 
@@ -120,15 +121,21 @@ def lengths(found: Models) -> str:
 def changed(path: Path = CHANGED) -> str:
     """Bits per byte in longer windows, as trained and with other fields."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    rows: dict[tuple[str, str], dict[int, float]] = {}
-    for part in (part for key, part in found.items() if key != "env"):
-        model = name(part["checkpoint"][1])
-        for x in part["found"]:
-            if x["group"] == "length" and x.get("overall") is not None:
-                said = "as trained" if x["label"] == "plain" else x["label"]
-                rows.setdefault((model, said), {})[x["length"]] = x["overall"]
-    tested = sorted({n for at in rows.values() for n in at})
-    body = [[model, said, *(_bits(at.get(n)) for n in tested)] for (model, said), at in rows.items()]
+    parts = [(name(x["checkpoint"][1]), x["found"]) for key, x in found.items() if key != "env"]
+    rows = {
+        (model, "as trained" if x["label"] == "plain" else x["label"], x["length"]): x["overall"]
+        for model, scored in parts for x in scored if x["group"] == "length" and x.get("overall") is not None
+    }  # fmt: skip
+    return _read(rows, _bits)
+
+
+def _read(rows: Mapping[tuple[str, str, int], float], shown: Callable[[float | None], str]) -> str:
+    """What models give by what they were read with and by length."""
+    tested = sorted({n for _, _, n in rows})
+    body = []
+    for model, said in dict.fromkeys((model, said) for model, said, _ in rows):
+        at = [shown(rows.get((model, said, n))) for n in tested]
+        body.append([model, said, *at])
     return table(["attention", "read with", *(_short(n) for n in tested)], body)
 
 
@@ -149,10 +156,21 @@ def answers(path: Path = ASKED) -> str:
     body = []
     for label, m in found.items():
         at = m["lengths"]
-        body.append([name(label), *(f"{at[n]['accuracy']:.1%}" if n in at else "" for n in tested),
+        each = {n: " / ".join(f"{x:.1%}" for x in at[n]["seeds"]) for n in tested if n in at}
+        body.append([name(label), *(each.get(n, "") for n in tested),
                      *(_whole(at[n]["rows"]) if n in at else "" for n in (tested[0], tested[-1]))])  # fmt: skip
     headings = [*(f"{n:,}" for n in tested), f"rows at {tested[0]:,}", f"rows at {tested[-1]:,}"]
     return table(["attention", *headings], body)
+
+
+def asked(path: Path = REASKED) -> str:
+    """Share of right answers of trained models that were read with other fields."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = {
+        (name(part["checkpoint"][1]), x["label"], x["length"]): x["accuracy"]
+        for part in found.values() for x in part["found"] if x.get("accuracy") is not None
+    }  # fmt: skip
+    return _read(rows, lambda x: "" if x is None else f"{x:.1%}")
 
 
 def written() -> dict[str, str]:
@@ -166,6 +184,9 @@ def written() -> dict[str, str]:
         "mechanism-copies": copies(mechanisms),
         "mechanism-costs": costs(mechanisms),
         "changed": changed(),
+        "reread": changed(REREAD),
+        "choices": choices(),
+        "asked": asked(),
         "answers": answers(),
     }
 

@@ -228,8 +228,8 @@ def test_tables_are_those_of_the_record():
     assert tables.put(page, found) == page, "run: python docs/quality_tables.py"
     models = tables.models()
     # as the record says it
-    record = json.loads(tables.COMPARED.read_text(encoding="utf-8"))["runs"]["near-field:near=128 seed 0"]
-    assert f"| near field alone | {record['rows']:,.0f} | {record['overall']:.3f} | {record['early']:.3f} |" in page
+    record = json.loads(tables.COMPARED.read_text(encoding="utf-8"))["runs"]["window:width=256 seed 0"]
+    assert f"| window 256 | {record['rows']:,.0f} | {record['overall']:.3f} | {record['early']:.3f} |" in page
     assert all(", cut" not in label for label in models)
     assert tables.put(page.replace("| near field alone |", "| ? |"), found) == page
 
