@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from drawn import draw, qkv
 from torch.utils.checkpoint import checkpoint
 
 import farfield as ff
@@ -17,16 +18,6 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def draw(*shape, dtype=torch.bfloat16, seed=0):
-    gen = torch.Generator(device="cuda").manual_seed(seed)
-    return torch.randn(shape, generator=gen, device="cuda").bfloat16().to(dtype)
-
-
-def qkv(tokens, *, batch=1, heads=4, kv_heads=2, width=64, dtype=torch.bfloat16):
-    shapes = ((batch, h, tokens, width) for h in (heads, kv_heads, kv_heads))
-    return [draw(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
 
 
 def run(f, x, grad=None):

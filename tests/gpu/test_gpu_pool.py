@@ -1,5 +1,8 @@
 """pool, the lists and FMA around them on a GPU, against the same calls in float64."""
 
+from functools import partial
+
+import drawn
 import pytest
 import torch
 
@@ -25,9 +28,7 @@ def complete(tokens, block, rank, lo=0):
     return Tree(block, rank, blocks, blocks.bit_length(), complete=True, lo=lo, hi=blocks * block)
 
 
-def draw(*shape, seed=0):
-    gen = torch.Generator(device="cuda").manual_seed(seed)
-    return torch.randn(shape, generator=gen, device="cuda").bfloat16().double()
+draw = partial(drawn.draw, dtype=torch.float64)
 
 
 SMALL, LARGE, TINY = ((64, 4), 4099, 3), ((128, 16), 9001, 0), ((16, 1), 2048, 7)

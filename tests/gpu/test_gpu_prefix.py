@@ -1,5 +1,8 @@
 """prefix_softmax on a GPU: the kernels against float64 in PyTorch."""
 
+from functools import partial
+
+import drawn
 import pytest
 import torch
 
@@ -12,9 +15,7 @@ if not torch.cuda.is_available():
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def draw(*shape, seed=0):
-    gen = torch.Generator(device="cuda").manual_seed(seed)
-    return torch.randn(shape, generator=gen, device="cuda").bfloat16().double()
+draw = partial(drawn.draw, dtype=torch.float64)
 
 
 def problem(T=3001, H=4, G=2, E=64, size=1.0):

@@ -1,5 +1,8 @@
 """scan on a GPU: the kernels against float64, and the calls around them."""
 
+from functools import partial
+
+import drawn
 import pytest
 import torch
 
@@ -14,9 +17,7 @@ if not torch.cuda.is_available():
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def draw(*shape, seed=0):
-    gen = torch.Generator(device="cuda").manual_seed(seed)
-    return torch.randn(shape, generator=gen, device="cuda").bfloat16().double()
+draw = partial(drawn.draw, dtype=torch.float64)
 
 
 def problem(B=1, H=4, G=2, T=3001, D=64, E=64):
