@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from farfield.kernels import attend_backward, attend_hopper, multipole_backward, pool
+from farfield.kernels import attend_backward, attend_hopper, multipole_backward, multipole_hopper, pool
 from farfield.kernels.lists import build
 from farfield.kernels.replay import ALIGNED, Recorded, constant
 from farfield.kernels.transpose import Readers, transpose
@@ -73,10 +73,12 @@ class Whole:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float) -> tuple[Tensor, Tensor]:
     tree, size = tree_of(q.shape[2], field), kept_parts(q.shape, k.shape, q.element_size(), field)[-1]
-    lists = constant(_lists, -(-q.shape[2] // field.block), field, q.device)
     kept = q.new_empty(size, dtype=torch.uint8)
     lse, far_k, far_v, bias = _parts(kept, q, k, field)
     pool.forward(k, v, q.new_empty(0, dtype=torch.float32), tree, (far_k, far_v, bias))
+    if multipole_hopper.wants(q, field.near, tree):
+        return multipole_hopper.forward(q, k, v, far_k, far_v, lse, tree, scale), kept
+    lists = constant(_lists, -(-q.shape[2] // field.block), field, q.device)
     out, _ = attend_hopper.forward(_call(q, k, v, far_k, far_v, bias, lists, field, scale), lse)
     return out, kept
 
@@ -89,21 +91,14 @@ def _backward(
     if multipole_backward.wants(q, k, field.near, tree):
         return multipole_backward.backward(q, k, v, out, d_out, lse, far_k, far_v, tree, scale)
     none = q.new_empty(0, dtype=torch.float32)
-    halves = multipole_backward.wants_halves(q, k, field.near, tree)
-    if halves:
+    if multipole_backward.wants_halves(q, k, field.near, tree):
         shift, delta = multipole_backward.statistics_of(out, d_out, lse, field.block)
-    if halves and q.shape[3] == 64:
         d_q, *near = multipole_backward.near_gradients(q, k, v, d_out, shift, delta, scale)
+        far = multipole_backward.far_gradients(q, d_out, shift, delta, far_k, far_v, d_q, tree, scale)
     else:
         lists, read = constant(_transposed, -(-q.shape[2] // field.block), field, q.device)
         call = _call(q, k, v, far_k, far_v, bias, lists, field, scale)
-        if halves:
-            call, read = _first(call), read[:1]
-        _, d_q, (near, *rest) = attend_backward.gradients(call, d_out, None, out, lse, False, read)
-    if halves:
-        far = multipole_backward.far_gradients(q, d_out, shift, delta, far_k, far_v, d_q, tree, scale)
-    else:
-        (far,) = rest
+        _, d_q, (near, far) = attend_backward.gradients(call, d_out, None, out, lse, False, read)
     d_k, d_v, _ = pool.backward(*near[:2], *far[:2], none, none, none, q.shape[2], tree)
     return d_q, d_k, d_v
 
@@ -116,14 +111,6 @@ def _call(q, k, v, far_k, far_v, bias, lists: Sequence[Tensor], field: Field, sc
         q, (k, far_k), (v, far_v), (none, bias), (none, none), (none, none), none, none,
         (near, far), (near_count, far_count), plans, scale,
     )  # fmt: skip
-
-
-def _first(call: Call) -> Call:
-    """The call with its first source alone."""
-    q, k, v, bias, end, row_group, position, group, index, count, plans, scale = call
-    return Call(
-        q, k[:1], v[:1], bias[:1], end[:1], row_group[:1], position, group, index[:1], count[:1], plans[:1], scale
-    )
 
 
 def _parts(kept: Tensor, q: Tensor, k: Tensor, field: Field) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -214,9 +214,9 @@ def wants_halves(q: Tensor, k: Tensor, near: int, tree: Tree) -> bool:
 def near_gradients(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, shift: Tensor, delta: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What heads of 64 get of q, k and v where they are read one by one, in blocks of 128."""
+    """Gradients of q, k and v as they are read one by one, in blocks of 128."""
     batch, heads, tokens, width = q.shape
-    blocks, tiles = -(-tokens // 128), near_field.TILES
+    blocks, tiles = -(-tokens // 128), near_field.TILES[width]
     runs = -(-blocks >> RUN)
     items = batch * heads * runs
     d_q, d_k, d_v = (torch.empty((batch, heads, tokens, width), dtype=q.dtype, device=q.device) for _ in range(3))
@@ -224,7 +224,7 @@ def near_gradients(
         near_field.multipole_walk_near, (min(items, _processors(q.device)),),
         *(_descriptor(x, 64) for x in (q, d_out, k, v)), shift, delta, *(_descriptor(x, 64) for x in (d_q, d_k, d_v)),
         items, runs, 1 << RUN, blocks, heads, scale,
-        QS=tiles.q_stages, KS=tiles.k_stages, REGISTERS=tiles.registers, LOADING=tiles.loading, num_warps=4,
+        D=width, QS=tiles.q_stages, KS=tiles.k_stages, REGISTERS=tiles.registers, LOADING=tiles.loading, num_warps=4,
         maxnreg=128,
     )  # fmt: skip
     return d_q, d_k, d_v

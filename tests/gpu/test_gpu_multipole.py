@@ -8,8 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import farfield as ff
+from farfield.kernels import multipole_hopper
 from farfield.ops import multipole as op
 from farfield.testing import contract, inputs
+from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -32,7 +34,9 @@ def run(f, x, seed=9):
 
 @pytest.fixture
 def general(monkeypatch):
-    """Runs a call on the general path."""
+    """Runs a call on the general path, whose forward the operation has here as well."""
+    monkeypatch.setattr(multipole_hopper, "wants", lambda *given: False)
+    op.forget()
 
     def call(f, x, **more):
         with monkeypatch.context() as patch:
@@ -40,7 +44,8 @@ def general(monkeypatch):
             patch.setattr(op, "refusal", lambda *given: "not here")
             return run(f, x, **more)
 
-    return call
+    yield call
+    op.forget()
 
 
 def equal(got, want):
@@ -69,6 +74,28 @@ def test_the_general_path_has_the_same_bits(general, options, sizes):
         x = qkv(**sizes, seed=seed)
         assert "Multipole" in type(mech(*x).grad_fn).__name__
         equal(run(mech, x), general(mech, x))
+
+
+# the first block alone has a far field; a last block of one row; levels of one group and of two; more units than
+# programs; heads that share keys; further tiles of far rows
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads"),
+    [(257, 2, 2), (320, 1, 1), (1500, 4, 2), (4095, 2, 2), (2049, 80, 40), (66_001, 1, 1)],
+)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("block", "rank"), [(64, 4), (128, 16)])
+def test_a_forward_that_follows_from_the_tree(block, rank, width, tokens, heads, kv_heads, dtype, monkeypatch):
+    calls, forward = [], multipole_hopper.forward
+    monkeypatch.setattr(multipole_hopper, "forward", lambda *given: calls.append(given) or forward(*given))
+    op.forget()
+    mech = ff.FMA(block=block, near=block, rank=rank)
+    x = [torch.randn(2, tokens, h, width, device="cuda").transpose(1, 2).to(dtype) for h in (heads, kv_heads, kv_heads)]
+    got = mech(*x)
+    assert calls, "other kernels have taken the call"
+    assert_within(got, mech(*(t.double() for t in x)), terms=tokens, name="out")
+    for _ in range(20):
+        assert torch.equal(mech(*x), got)
 
 
 def test_any_lengths_in_any_order(general):
