@@ -58,6 +58,7 @@ _ONCE = 24  # numbers of the whole kernel that are kept once and read once a til
 SPILLS: dict[str, int] = {
     **dict.fromkeys(("forward-fma-64", "forward-fma-128", "forward-fma-fp16-64", "forward-fma-fp16-128"), _ONCE),
     **dict.fromkeys(("forward-fma-m128-64", "forward-fma-m128-128"), _ONCE),
+    "tree-m128-64": 8,  # Triton 3.6
     # two programs a multiprocessor instead of one
     "backward-fma-128": 16,
     "backward-fma-m128-128": 16,
