@@ -269,13 +269,13 @@ def pooling(case, tokens=5000):
     pool.backward(k, v, far_k, far_v, far_k if learned else none, far_v if learned else none, filters, tokens, tree)
 
 
-def reading(tokens=5000, dtype="bf16", width=64, block=64, rank=4):
+def reading(tokens=5000, dtype="bf16", width=64, block=64, near=64, rank=4):
     """FMA's forward where its kernel knows the tree."""
-    tree = tree_of(tokens, Field(block, block, rank, 0))
+    tree = tree_of(tokens, Field(block, near, rank, 0))
     q, k = (empty(1, heads, tokens, width, dtype=DTYPES[dtype]) for heads in (4, 2))
     far = empty(1, 2, tree.rows, width, dtype=DTYPES[dtype])
-    assert multipole_hopper.wants(q, block, tree)
-    multipole_hopper.forward(q, k, k, far, far, empty(1, 4, tokens, dtype=torch.float32), tree, 0.125)
+    assert multipole_hopper.wants(q, near, tree)
+    multipole_hopper.forward(q, k, k, far, far, empty(1, 4, tokens, dtype=torch.float32), near, tree, 0.125)
 
 
 def walking(tokens=5000, dtype="bf16", width=64, field=(64, 64, 4, 0)):
@@ -435,10 +435,8 @@ LAUNCHES = {
     **{f"decode-{name}": (lambda case=case: decode(case)) for name, case in DECODE.items()},
     **{f"pool-{name}": (lambda case=case: pooling(case)) for name, case in POOL.items()},
     **{
-        f"tree-m{block}-{width}": (
-            lambda block=block, rank=rank, width=width: reading(5000, "bf16", width, block, rank)
-        )
-        for block, rank in ((64, 4), (128, 16))
+        f"tree-{name}-{width}": (lambda field=field, width=width: reading(5000, "bf16", width, *field))
+        for name, field in (("m64", (64, 64, 4)), ("m128", (128, 128, 16)), ("near-128", (64, 128, 16)))
         for width in (64, 128)
     },
     "tree-fp16": lambda: reading(dtype="fp16"),
@@ -505,7 +503,7 @@ FEW = (
     "forward-fma-fp32-256", "forward-everything-fp32",
     "backward-fma-64", "backward-fma-128", "backward-blocks64-128", "backward-blocks128-128",
     "decode-1", "decode-64", "decode-64-whole", "decode-fp32", "pool-64-m64-p4", "tree-m64-128", "tree-m128-64",
-    "tree-m128-128", "walk", "walk-long", "walk-128",
+    "tree-m128-128", "tree-near-128-64", "walk", "walk-long", "walk-128",
     "walk-halves-64-100000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
@@ -576,7 +574,8 @@ AT_LENGTH = {
     "pool": lambda n: pooling(POOL["64-m64-p4"], n),
     "decode": lambda n: decode((held(n), ONE)),
     "tree": reading,
-    "tree-m128": lambda n: reading(max(n, 257), block=128, rank=16),
+    "tree-m128": lambda n: reading(max(n, 257), block=128, near=128, rank=16),
+    "tree-near-128": lambda n: reading(max(n, 193), near=128, rank=16),
     # one kernel for up to 64 far rows, and one for more
     "walk": walking,
     "walk-128": lambda n: walking(n, width=128),

@@ -77,7 +77,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, field: Field, scale: float) -> tup
     lse, far_k, far_v, bias = _parts(kept, q, k, field)
     pool.forward(k, v, q.new_empty(0, dtype=torch.float32), tree, (far_k, far_v, bias))
     if multipole_hopper.wants(q, field.near, tree):
-        return multipole_hopper.forward(q, k, v, far_k, far_v, lse, tree, scale), kept
+        return multipole_hopper.forward(q, k, v, far_k, far_v, lse, field.near, tree, scale), kept
     lists = constant(_lists, -(-q.shape[2] // field.block), field, q.device)
     out, _ = attend_hopper.forward(_call(q, k, v, far_k, far_v, bias, lists, field, scale), lse)
     return out, kept

@@ -46,25 +46,28 @@ def _place(item, items, blocks, heads, TILES: gl.constexpr):
 
 
 @gluon.jit
-def _far_tiles(n, RANK: gl.constexpr):
-    """Tiles of 64 far rows that block n reads: on each level below that of its highest bit one group or two."""
+def _far_tiles(n, RANK: gl.constexpr, RADIUS: gl.constexpr):
+    """Tiles of 64 far rows that block n reads: on each level below that of its highest bit one group or two.
+
+    Where two blocks before n are read one by one, it is one group less of the lowest level.
+    """
     levels = 31 - gl.inline_asm_elementwise("clz.b32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=True, pack=1)
     if RANK < 8:
         # both groups of a level are a box
         rows = gl.maximum(levels, 0) * (2 * RANK)
     else:
         ones = gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=True, pack=1)
-        rows = gl.maximum(levels + ones - 1, 0) * RANK
+        rows = gl.maximum(levels + ones - RADIUS, 0) * RANK
     return (rows + 63) // 64
 
 
 @gluon.jit
-def _after(n, level, second, begin, size, RANK: gl.constexpr):
+def _after(n, level, second, begin, size, RANK: gl.constexpr, RADIUS: gl.constexpr):
     """The group, or pair of groups, that block n reads next."""
     if RANK < 8:
         return level + 1, second, begin + size, size >> 1
     else:
-        stays = (second == 0) & ((n >> level & 1) == 1)
+        stays = (second == 0) & ((n >> level & 1) == 1) & (level >= RADIUS - 1)
         second = gl.where(stays, 1, 0)
         begin += gl.where(stays, 0, size)
         size = gl.where(stays, size, size >> 1)
@@ -72,7 +75,7 @@ def _after(n, level, second, begin, size, RANK: gl.constexpr):
 
 
 @gluon.jit
-def _gather(far, tile, full, b, g, n, level, second, begin, size, far_rows, RANK: gl.constexpr):
+def _gather(far, tile, full, b, g, n, level, second, begin, size, far_rows, RANK: gl.constexpr, RADIUS: gl.constexpr):
     """64 far rows of block n from group `second` of a level on, which has `size` groups from `begin` on.
 
     Returns the same of the group after them. Groups that are not there come as 0.
@@ -86,12 +89,12 @@ def _gather(far, tile, full, b, g, n, level, second, begin, size, far_rows, RANK
         row = gl.where(parent < 0, far_rows, (begin + 2 * parent + second) * RANK)
         for half in gl.static_range(D // 64):
             tma.async_copy_global_to_shared(far, [b, g, row, half * 64], full, boxes.index(half * (64 // BOX) + i))
-        level, second, begin, size = _after(n, level, second, begin, size, RANK)
+        level, second, begin, size = _after(n, level, second, begin, size, RANK, RADIUS)
     return level, second, begin, size
 
 
 @gluon.jit
-def _counts(n, level, second, log_segment, column, RANK: gl.constexpr):
+def _counts(n, level, second, log_segment, column, RANK: gl.constexpr, RADIUS: gl.constexpr):
     """log2 of the tokens that each of 64 far rows stands for; -inf for those that block n does not read."""
     if RANK < 8:
         of = level + column // (2 * RANK)
@@ -100,7 +103,7 @@ def _counts(n, level, second, log_segment, column, RANK: gl.constexpr):
         of = column * 0
         for i in gl.static_range(64 // RANK):
             of = gl.where(column // RANK == i, level, of)
-            level, second, _, _ = _after(n, level, second, 0, 0, RANK)
+            level, second, _, _ = _after(n, level, second, 0, 0, RANK, RADIUS)
         there = n >> (of + 1) > 0
     return gl.where(there, (of + log_segment).to(gl.float32), float("-inf"))
 
@@ -110,7 +113,7 @@ def _load(
     q, k, v, far_k, far_v, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     items, blocks, heads, done, far_rows, log_segment,
     REPEAT: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, RANK: gl.constexpr,
-    QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    RADIUS: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values, by one warp: the values of 64 rows after the keys of the next."""
     D: gl.constexpr = tiles.shape[4]
@@ -135,24 +138,28 @@ def _load(
         turn += 1
         # its own block up to its last query, the block before, far rows
         own = (tile + 1) * GROUPS
-        near = own + gl.where(n > 0, BLOCK // 64, 0)
-        count = near + _far_tiles(n, RANK)
+        near = own + gl.minimum(n, RADIUS) * (BLOCK // 64)
+        count = near + _far_tiles(n, RANK, RADIUS)
         level, second, begin, size = 0, 0, 0, done
+        if RADIUS == 2:
+            # nor does an even block read any of it
+            even = (n & 1) == 0
+            level, begin, size = gl.where(even, 1, 0), gl.where(even, done, 0), gl.where(even, done >> 1, done)
         for t in range(gl.where(item < items, count, 1)):
             s = step % KS
             full = k_full.index(s)
             mbarrier.wait(k_empty.index(s), step // KS & 1 ^ 1)
-            row = n * BLOCK + gl.where(t < own, t * 64, (t - own) * 64 - BLOCK)
+            row = n * BLOCK + gl.where(t < own, t * 64, (t - own) * 64 - gl.minimum(n, RADIUS) * BLOCK)
             now_level, now_second, now_begin, now_size = level, second, begin, size
             if t < near:
                 mbarrier.expect(full, BYTES)
                 tma.async_copy_global_to_shared(k, [b, g, row, 0], full, tiles.index(K0 + s))
             else:
-                counts.index(s).store(_counts(n, level, second, log_segment, column, RANK).to(counts.dtype))
+                counts.index(s).store(_counts(n, level, second, log_segment, column, RANK, RADIUS).to(counts.dtype))
                 _sync()
                 mbarrier.expect(full, BYTES)
                 level, second, begin, size = _gather(
-                    far_k, tiles.index(K0 + s), full, b, g, n, level, second, begin, size, far_rows, RANK
+                    far_k, tiles.index(K0 + s), full, b, g, n, level, second, begin, size, far_rows, RANK, RADIUS
                 )
                 row = -1
             if step > 0:
@@ -164,7 +171,9 @@ def _load(
                 if v_row >= 0:
                     tma.async_copy_global_to_shared(v, [v_b, v_g, v_row, 0], full, place)
                 else:
-                    _gather(far_v, place, full, v_b, v_g, v_n, v_level, v_second, v_begin, v_size, far_rows, RANK)
+                    _gather(
+                        far_v, place, full, v_b, v_g, v_n, v_level, v_second, v_begin, v_size, far_rows, RANK, RADIUS
+                    )
             v_b, v_g, v_row, v_n = b, g, row, n
             v_level, v_second, v_begin, v_size = now_level, now_second, now_begin, now_size
             step += 1
@@ -201,7 +210,7 @@ def _skip(k_full, k_empty, v_full, v_empty, step, KS: gl.constexpr, VS: gl.const
 def _compute(
     out, lse, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, blocks, heads, tokens, scale,
     GROUP: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, RANK: gl.constexpr,
-    QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    RADIUS: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = tiles.shape[4]
     K0: gl.constexpr = QS * GROUPS
@@ -245,7 +254,7 @@ def _compute(
             # the second half of its own block is hidden from the first
             step += 1
             _skip(k_full, k_empty, v_full, v_empty, step, KS, VS)
-        for t in range(1, gl.where(n > 0, part + 1 + BLOCK // 64, part + 1)):
+        for t in range(1, part + 1 + gl.minimum(n, RADIUS) * (BLOCK // 64)):
             step += 1
             product, summed = _begin(queries, operand, acc, tiles, k_full, v_full, step, last, score, K0, KS, VS)
             scores = warpgroup_mma_wait(1, deps=[product])
@@ -261,7 +270,7 @@ def _compute(
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
             operand = gl.convert_layout(weights.to(tiles.dtype), left)
             last = step
-        for _ in range(_far_tiles(n, RANK)):
+        for _ in range(_far_tiles(n, RANK, RADIUS)):
             step += 1
             product, summed = _begin(queries, operand, acc, tiles, k_full, v_full, step, last, score, K0, KS, VS)
             scores = warpgroup_mma_wait(1, deps=[product])
@@ -309,8 +318,8 @@ def _compute(
 def multipole_hopper(
     q, k, v, far_k, far_v, out, lse, items, blocks, heads, tokens, done, far_rows, log_segment, scale,
     REPEAT: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, RANK: gl.constexpr,
-    D: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr, COMPUTING: gl.constexpr,
-    LOADING: gl.constexpr,
+    RADIUS: gl.constexpr, D: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    COMPUTING: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
     # queries, keys, values
     tiles = gl.allocate_shared_memory(q.dtype, [QS * GROUPS + KS + VS, 1, 1, 64, D], q.layout)
@@ -340,26 +349,28 @@ def multipole_hopper(
         gl.warp_specialize([
             (_compute, (
                 out, lse, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, blocks, heads,
-                tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, QS, KS, VS,
+                tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
             (_load, (
                 q, k, v, far_k, far_v, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                items, blocks, heads, done, far_rows, log_segment, REPEAT, BLOCK, TILES, GROUPS, RANK, QS, KS, VS,
+                items, blocks, heads, done, far_rows, log_segment,
+                REPEAT, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
         ], [1], [LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
                 out, lse, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, blocks, heads,
-                tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, QS, KS, VS,
+                tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
             (_compute, (
                 out, lse, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, blocks, heads,
-                tokens, scale, 1, BLOCK, TILES, GROUPS, RANK, QS, KS, VS,
+                tokens, scale, 1, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
             (_load, (
                 q, k, v, far_k, far_v, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                items, blocks, heads, done, far_rows, log_segment, REPEAT, BLOCK, TILES, GROUPS, RANK, QS, KS, VS,
+                items, blocks, heads, done, far_rows, log_segment,
+                REPEAT, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
         ], [4, 1], [COMPUTING, LOADING])  # fmt: skip
 
@@ -385,28 +396,30 @@ class Tiles(NamedTuple):
     loading: int = 40
 
 
-# (width, queries of a block, rows of a group) -> tiles, by measurements on an H200
+# (width, queries of a block, near field, rows of a group) -> tiles, by measurements on an H200
 TILES = {
-    (64, 64, 4): Tiles(1, 4, 3, programs=3, registers=80),
-    (128, 64, 4): Tiles(1, 3, 2, programs=2, registers=128),
-    (64, 128, 16): Tiles(1, 4, 3, programs=3, registers=80),
-    (128, 128, 16): Tiles(2, 5, 5),
+    (64, 64, 64, 4): Tiles(1, 4, 3, programs=3, registers=80),
+    (128, 64, 64, 4): Tiles(1, 3, 2, programs=2, registers=128),
+    (64, 128, 128, 16): Tiles(1, 4, 3, programs=3, registers=80),
+    (128, 128, 128, 16): Tiles(2, 5, 5),
+    (64, 64, 128, 16): Tiles(1, 4, 3, programs=3, registers=80),
+    (128, 64, 128, 16): Tiles(1, 3, 2, programs=2, registers=128),
 }
 
 
 def wants(q: Tensor, near: int, tree: Tree) -> bool:
-    """Whether this kernel takes what ops.multipole does: one near block, no sinks, and groups that have tiles."""
-    return near == tree.block and tree.lo == 0 and (q.shape[3], tree.block, tree.rank) in TILES
+    """Whether this kernel takes what ops.multipole does: a near field and groups that have tiles, no sinks."""
+    return tree.lo == 0 and (q.shape[3], tree.block, near, tree.rank) in TILES
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, lse: Tensor, tree: Tree, scale: float
+    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, lse: Tensor, near: int, tree: Tree, scale: float
 ) -> Tensor:
     """out; lse, [B, H, T], is written. The far rows are those of `tree`, contiguous."""
     batch, heads, tokens, width = q.shape
     block, rank = tree.block, tree.rank
     out = q.new_empty(q.shape)
-    tiles = TILES[width, block, rank]
+    tiles = TILES[width, block, near, rank]
     parts, blocks = block // (64 * tiles.groups), -(-tokens // block)
     items = batch * heads * blocks * parts
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
@@ -415,8 +428,8 @@ def forward(
         *(_descriptor(x, 64) for x in (q, k, v)), *(_boxes(x, 2 * rank if rank < 8 else rank) for x in (far_k, far_v)),
         _descriptor(out, 64), lse, items, blocks, heads, tokens, tree.blocks, far_k.shape[2],
         (block // rank).bit_length() - 1, scale,
-        REPEAT=heads // k.shape[1], BLOCK=block, TILES=parts, GROUPS=tiles.groups, RANK=rank, D=width,
-        QS=tiles.q_stages, KS=tiles.k_stages, VS=tiles.v_stages,
+        REPEAT=heads // k.shape[1], BLOCK=block, TILES=parts, GROUPS=tiles.groups, RANK=rank,
+        RADIUS=near // block, D=width, QS=tiles.q_stages, KS=tiles.k_stages, VS=tiles.v_stages,
         COMPUTING=(3 * (tiles.registers or 168) - tiles.loading) // 16 * 8, LOADING=tiles.loading,
         num_warps=4, **bounds,
     )  # fmt: skip
