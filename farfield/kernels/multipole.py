@@ -1,7 +1,8 @@
 """Causal FMA with mean pooling as one call: pool, lists and attention, forward and backward, on Hopper GPUs.
 
-The kernels are those of pool and attend. Launches are recorded (kernels.replay), and the lists, which depend on the
-number of blocks only, are constants of a recording: they are made once for a shape, and given back with it.
+The kernels are those of pool and attend, or know the tree (multipole_hopper, multipole_backward). Launches are recorded
+(kernels.replay), and the lists, which depend on the number of blocks only, are constants of a recording: they are made
+once for a shape, and given back with it.
 """
 
 from __future__ import annotations

@@ -103,8 +103,9 @@ def multipole(
 ) -> Float[Tensor, "B H T D"]:
     """FMA(**field)(q, k, v): summaries, lists and attention.
 
-    The kernels are those of `pool` and `attend` and so are their numbers; a call costs the host less. Differentiable
-    in q, k and v. Takes what `refusal` has nothing against; what lies in memory as no kernel reads it is copied.
+    The kernels are those of `pool` and `attend`, or know the tree and need no lists; a call costs the host less.
+    Differentiable in q, k and v. Takes what `refusal` has nothing against; what lies in memory as no kernel reads it is
+    copied.
     """
     if not eager(q, k, v):
         return _forward(q, k, v, *field, q.shape[3] ** -0.5 if scale is None else float(scale))[0]
