@@ -162,16 +162,21 @@ def _read(
             theirs = tl.load(group + group_at + row, mask=there, other=0)
             seen = seen & (theirs.to(tl.int64)[None, :] == mine[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        # a query that has read nothing keeps peak = -inf, and -inf - -inf is nan
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(peak - base)
-        mass = mass * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
-        peak = higher
+        peak, mass, acc = soften(peak, mass, acc, scores, v_tile)
     return peak, mass, acc
+
+
+@triton.jit
+def soften(peak, mass, acc, scores, v_tile):
+    """One step of the running softmax, in units of log 2: peak, mass and sum with these rows."""
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    # a query that has read nothing keeps peak = -inf, and -inf - -inf is nan
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(peak - base)
+    mass = mass * fade + tl.sum(weights, 1)
+    acc = acc * fade[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
+    return higher, mass, acc
 
 
 class Tiles(NamedTuple):

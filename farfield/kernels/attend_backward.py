@@ -6,7 +6,7 @@ dq = scale ds k,  dk = scale ds' q.
 1. One program a query tile: delta, then dq over the lists of all sources. Small row blocks (fewer than SMALL rows:
    gathered rows, the groups of a pyramid) are read by few query blocks or by nearly all of them, so their readers do
    not make even work; but s and ds are at hand here, and so is each row's share of dk and dv, which is written down
-   entry by entry. Shares are added up over the transposed lists, at most PIECE readers a program, pieces afterwards.
+   entry by entry. They are added up over the transposed lists (attend_backward_sums), at most PIECE readers a program.
 2. Large row blocks: one program a row block walks the transposed list, dk and dv in registers. Row blocks read far
    more often than the average are cut into pieces too.
 """

@@ -23,8 +23,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _list, _place, _processors
-from farfield.kernels.hopper import EVERY, LOG2E, barriers, fetch, report, sync, wait_empty, wait_full
+from farfield.kernels.attend_hopper import _list, _place
+from farfield.kernels.hopper import (
+    EVERY,
+    LOG2E,
+    aligned,
+    barriers,
+    descriptor,
+    fetch,
+    on_hopper,
+    processors,
+    report,
+    sync,
+    wait_empty,
+    wait_full,
+)
 from farfield.kernels.replay import start
 
 
@@ -365,9 +378,9 @@ def queries_backward(
     items = batch * heads * blocks * (q_block // (64 * tiles.groups))
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     start(
-        attend_backward_queries_hopper, (min(items, _processors(q.device) * tiles.programs),),
-        _descriptor(q, 64), _descriptor(d_out, 64), _descriptor(out, 64), _descriptor(k, ROWS), _descriptor(v, ROWS),
-        _descriptor(d_q, 64), delta, shift, lse, lse if d_lse is None else d_lse, index, count,
+        attend_backward_queries_hopper, (min(items, processors(q.device) * tiles.programs),),
+        descriptor(q, 64), descriptor(d_out, 64), descriptor(out, 64), descriptor(k, ROWS), descriptor(v, ROWS),
+        descriptor(d_q, 64), delta, shift, lse, lse if d_lse is None else d_lse, index, count,
         lse if position is None else position, picks, *lists, *position_strides, items, blocks, heads, tokens,
         k.shape[2], scale,
         STACK=stack, REPEAT=repeat, TILES=q_block // (64 * tiles.groups), GROUPS=tiles.groups, Q_BLOCK=q_block,
@@ -393,6 +406,6 @@ def wants_queries(q: Tensor, d_out: Tensor, out: Tensor, k: Tensor, v: Tensor, k
         and q.dtype in (torch.bfloat16, torch.float16)
         and width == v.shape[-1]
         and k.shape[2] > 0
-        and _hopper(q.device)
-        and all(_aligned(x) for x in (q, d_out, out, k, v))
+        and on_hopper(q.device)
+        and all(aligned(x) for x in (q, d_out, out, k, v))
     )

@@ -9,7 +9,6 @@ are all that passes between them.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,17 +23,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from farfield.kernels.hopper import EVERY, LN2, LOG2E, UNIT, fetch, report, wait_empty, wait_full
+from farfield.kernels.hopper import aligned as _aligned
+from farfield.kernels.hopper import descriptor as _descriptor
+from farfield.kernels.hopper import on_hopper as _hopper
+from farfield.kernels.hopper import processors as _processors
+from farfield.kernels.hopper import soften as _soften
+from farfield.kernels.hopper import soften_scaled as _soften_scaled
+from farfield.kernels.hopper import sync as _sync
 from farfield.kernels.replay import start
 from farfield.ops.attend import Call
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -63,18 +62,19 @@ def _rows_of(index, count, at, picks, rows, K_BLOCK: gl.constexpr):
 
 @gluon.jit
 def _load_blocks(
-    q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    block_rows, index, count, picks, batch_lists, head_lists,
-    far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows, items, blocks, heads,
-    REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
-    BK: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, FAR: gl.constexpr, K_BLOCK: gl.constexpr,
+    given, rings,
+    REPEAT: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr, BK: gl.constexpr,
+    SPLIT: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr, FAR: gl.constexpr, K_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Queries and the blocks of the first source, SPLIT tiles of each, by one warp.
 
     CAUSAL: rows behind the last query are not read, in the last block of a list at least.
     """
-    BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
+    (
+        q, k, v, index, count, picks, batch_lists, head_lists, far_index, far_count, far_picks, far_batch_lists,
+        far_head_lists, far_rows, rows, items, blocks, heads,
+    ) = given  # fmt: skip
+    counts, block_rows, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     step, turn = 0, 0
@@ -103,33 +103,33 @@ def _load_blocks(
         _sync()
         for group in gl.static_range(GROUPS):
             slot = turn % Q_STAGES * GROUPS + group
-            mbarrier.expect(q_full.index(slot), 64 * D * BYTES)
             first = n * Q_BLOCK + (tile * GROUPS + group) * 64
-            tma.async_copy_global_to_shared(q, [b, h, first, 0], q_full.index(slot), q_ring.index(slot))
+            fetch(q, [b, h, first, 0], q_full, q_ring, slot)
         turn += 1
         for j in range(listed):
             block = gl.load(list_at + j // SPLIT, mask=j < filled, other=0)
             row = gl.where(j < filled, block * (BK * SPLIT) + j % SPLIT * BK, rows)
-            s, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(k_empty.index(s), phase ^ 1)
+            s = wait_empty(k_empty, step)
             block_rows.index(s).store(gl.full([1], row, gl.int32, ONE))
             _sync()
-            mbarrier.expect(k_full.index(s), BK * D * BYTES)
-            tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s))
-            mbarrier.wait(v_empty.index(s), phase ^ 1)
-            mbarrier.expect(v_full.index(s), BK * E * BYTES)
-            tma.async_copy_global_to_shared(v, [b, g, row, 0], v_full.index(s), v_ring.index(s))
+            fetch(k, [b, g, row, 0], k_full, k_ring, s)
+            wait_empty(v_empty, step)
+            fetch(v, [b, g, row, 0], v_full, v_ring, s)
             step += 1
 
 
 @gluon.jit
 def _load_rows(
-    far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
-    far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists, far_rows,
-    items, blocks, heads, REPEAT: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-    K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr, SEGMENT: gl.constexpr,
+    given, rings, named, far_k_strides, far_v_strides,
+    REPEAT: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, K_BLOCK: gl.constexpr, BF: gl.constexpr,
+    BIAS: gl.constexpr, SEGMENT: gl.constexpr,
 ):  # fmt: skip
     """The rows of the second source, gathered by two warps."""
+    (
+        far_k, far_v, far_bias, far_index, far_count, bias_batch, bias_head, far_picks, far_batch_lists,
+        far_head_lists, far_rows, items, blocks, heads,
+    ) = given  # fmt: skip
+    fk_ring, fv_ring, bias_ring, far_full, far_empty = rings
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [2, 1], [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, across)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
@@ -154,8 +154,7 @@ def _load_rows(
                 start = segment + c * BF
                 row = tiles.index(c).load(down).to(gl.int64)[:, None]
                 there = (start + gl.arange(0, BF, down) < listed)[:, None]
-                f = far_step % FAR_STAGES
-                mbarrier.wait(far_empty.index(f), far_step // FAR_STAGES & 1 ^ 1)
+                f = wait_empty(far_empty, far_step)
                 # rows that are not there come as 0
                 k_from = k_at + row * far_k_strides[2] + columns
                 async_copy.async_copy_global_to_shared(fk_ring.index(f), k_from, mask=there)
@@ -208,36 +207,18 @@ def _weigh(scores, bias_at, start, listed, factor, layout: gl.constexpr, BF: gl.
 
 
 @gluon.jit
-def _soften(scores, peak, mass):
-    """One step of the running softmax, in units of log 2: weights, peak, mass, and what the sums so far fade by."""
-    higher = gl.maximum(peak, gl.max(scores, 1))
-    # a query that has read nothing keeps peak = -inf, and -inf - -inf is nan
-    base = gl.where(higher == float("-inf"), 0.0, higher)
-    weights = gl.exp2(scores - base[:, None])
-    fade = gl.exp2(peak - base)
-    return weights, higher, mass * fade + gl.sum(weights, 1), fade
-
-
-@gluon.jit
-def _soften_scaled(scores, peak, mass, factor):
-    """The same from raw products: the factor, which is positive, goes into the exponent's multiply-add."""
-    higher = gl.maximum(peak, gl.max(scores, 1) * factor)
-    base = gl.where(higher == float("-inf"), 0.0, higher)
-    weights = gl.exp2(scores * factor - base[:, None])
-    fade = gl.exp2(peak - base)
-    return weights, higher, mass * fade + gl.sum(weights, 1), fade
-
-
-@gluon.jit
 def _compute(
-    out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
-    items, blocks, heads, tokens, rows, reach, sinks, scale,
+    given, rings, far_rings,
     GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
     BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, REACH: gl.constexpr, POSITION: gl.constexpr,
-    FAR: gl.constexpr, K_BLOCK: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr,
+    FAR: gl.constexpr, BF: gl.constexpr, FAR_STAGES: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
+    (
+        out, lse, position, position_b, position_h, items, blocks, heads, tokens, rows, reach, sinks, scale,
+    ) = given  # fmt: skip
+    counts, block_rows, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
+    fk_ring, fv_ring, bias_ring, far_full, far_empty = far_rings
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
@@ -272,13 +253,11 @@ def _compute(
         pair = counts.index(turn % Q_STAGES).load(PAIR)
         listed = gl.sum(gl.where(which == 0, pair, 0), 0)
         far_listed = gl.sum(gl.where(which == 1, pair, 0), 0)
-        s = step % STAGES
-        mbarrier.wait(k_full.index(s), step // STAGES & 1)
+        s = wait_full(k_full, step)
         row = gl.max(block_rows.index(s).load(ONE), 0)
         keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
         scores = warpgroup_mma(queries, keys, scores, use_acc=False)
-        _sync()
-        mbarrier.arrive(k_empty.index(s), count=1)
+        report(k_empty, s)
         scores = _hide(scores, row, first, at, least, rows, reach, sinks, score, BK, CAUSAL, REACH, POSITION)
         weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
         operand = gl.convert_layout(weights.to(dtype), left)
@@ -286,28 +265,23 @@ def _compute(
             last = step % STAGES
             last_phase = step // STAGES & 1
             step += 1
-            s = step % STAGES
-            mbarrier.wait(k_full.index(s), step // STAGES & 1)
+            s = wait_full(k_full, step)
             row = gl.max(block_rows.index(s).load(ONE), 0)
             keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
             product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(last), last_phase)
             summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[product])
-            _sync()
-            mbarrier.arrive(k_empty.index(s), count=1)
+            report(k_empty, s)
             scores = _hide(scores, row, first, at, least, rows, reach, sinks, score, BK, CAUSAL, REACH, POSITION)
             weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-            _sync()
-            mbarrier.arrive(v_empty.index(last), count=1)
+            report(v_empty, last)
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
             operand = gl.convert_layout(weights.to(dtype), left)
-        last = step % STAGES
-        mbarrier.wait(v_full.index(last), step // STAGES & 1)
+        last = wait_full(v_full, step)
         acc = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc)
-        _sync()
-        mbarrier.arrive(v_empty.index(last), count=1)
+        report(v_empty, last)
         step += 1
         if FAR:
             far_score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
@@ -316,8 +290,7 @@ def _compute(
             mass = gl.convert_layout(mass, of_far)
             far_scores = gl.zeros([64, BF], gl.float32, far_score)
             if far_listed > 0:
-                f = far_step % FAR_STAGES
-                mbarrier.wait(far_full.index(f), far_step // FAR_STAGES & 1)
+                f = wait_full(far_full, far_step)
                 # these copies were ordinary writes to shared memory; the tensor cores read it another way
                 fence_async_shared()
                 far_scores = warpgroup_mma(queries, fk_ring.index(f).permute((1, 0)), far_scores, use_acc=False)
@@ -328,8 +301,7 @@ def _compute(
                 for start in range(BF, far_listed, BF):
                     before = far_step % FAR_STAGES
                     far_step += 1
-                    f = far_step % FAR_STAGES
-                    mbarrier.wait(far_full.index(f), far_step // FAR_STAGES & 1)
+                    f = wait_full(far_full, far_step)
                     fence_async_shared()
                     product = warpgroup_mma(
                         queries, fk_ring.index(f).permute((1, 0)), far_scores, use_acc=False, is_async=True
@@ -339,14 +311,12 @@ def _compute(
                     far_scores = _weigh(far_scores, bias_ring.index(f), start, far_listed, factor, far_score, BF, BIAS)
                     far_weights, peak, mass, far_fade = _soften(far_scores, peak, mass)
                     acc, far_operand = warpgroup_mma_wait(0, deps=[summed, far_operand])
-                    _sync()
-                    mbarrier.arrive(far_empty.index(before), count=1)
+                    report(far_empty, before)
                     acc = acc * gl.convert_layout(far_fade, of_value)[:, None]
                     far_operand = gl.convert_layout(far_weights.to(dtype), left)
                 f = far_step % FAR_STAGES
                 acc = warpgroup_mma(far_operand, fv_ring.index(f), acc)
-                _sync()
-                mbarrier.arrive(far_empty.index(f), count=1)
+                report(far_empty, f)
                 far_step += 1
             peak = gl.convert_layout(peak, per_row)
             mass = gl.convert_layout(mass, per_row)
@@ -363,8 +333,7 @@ def _compute(
         # log2(0) = -inf is what a query that read nothing has
         gl.store(lse_at + at, (peak + gl.log2(mass)) * LN2, at < tokens)
         tma.store_wait(0)
-        _sync()
-        mbarrier.arrive(q_empty.index(slot), count=1)
+        report(q_empty, slot)
         turn += 1
 
 
@@ -425,97 +394,74 @@ def attend_hopper(
             mbarrier.init(far_empty.index(s), count=GROUPS)
     fence_async_shared()
 
+    rings = counts, block_rows, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty
+    far_rings = fk_ring, fv_ring, bias_ring, far_full, far_empty
+    computing = out, lse, position, position_b, position_h, items, blocks, heads, tokens, rows, reach, sinks, scale
+    gathering = (
+        far_k, far_v, far_bias, far_index, far_count, bias_batch, bias_head, far_picks, far_batch_lists,
+        far_head_lists, far_rows, items, blocks, heads,
+    )  # fmt: skip
+    loading = (
+        q, k, v, index, count, picks, batch_lists, head_lists, far_index, far_count, far_picks, far_batch_lists,
+        far_head_lists, far_rows, rows, items, blocks, heads,
+    )  # fmt: skip
     # constants stay constants only where they are written into the call
     if GROUPS == 1 and FAR:
         gl.warp_specialize([
             (_compute, (
-                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
-                items, blocks, heads, tokens, rows, reach, sinks, scale,
-                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
-                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+                computing, rings, far_rings, 0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                POSITION, FAR, BF, FAR_STAGES, BIAS,
             )),
             (_load_rows, (
-                far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
-                far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists,
-                far_rows, items, blocks, heads, REPEAT, TILES, D, E, K_BLOCK, BF, FAR_STAGES, BIAS, SEGMENT,
+                gathering, far_rings, named, far_k_strides, far_v_strides, REPEAT, TILES, D, K_BLOCK, BF, BIAS, SEGMENT,
             )),
             (_load_blocks, (
-                q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, index, count, picks, batch_lists, head_lists,
-                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
-                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, D, E, Q_STAGES, STAGES,
-                CAUSAL and not POSITION, FAR, K_BLOCK,
+                loading, rings, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, Q_STAGES, CAUSAL and not POSITION,
+                FAR, K_BLOCK,
             )),
         ], [2, 1], [REGISTERS, REGISTERS])  # fmt: skip
     elif GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
-                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
-                items, blocks, heads, tokens, rows, reach, sinks, scale,
-                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
-                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+                computing, rings, far_rings, 0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                POSITION, FAR, BF, FAR_STAGES, BIAS,
             )),
             (_load_blocks, (
-                q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, index, count, picks, batch_lists, head_lists,
-                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
-                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, D, E, Q_STAGES, STAGES,
-                CAUSAL and not POSITION, FAR, K_BLOCK,
+                loading, rings, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, Q_STAGES, CAUSAL and not POSITION,
+                FAR, K_BLOCK,
             )),
         ], [1], [24])  # fmt: skip
     elif FAR:
         gl.warp_specialize([
             (_compute, (
-                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
-                items, blocks, heads, tokens, rows, reach, sinks, scale,
-                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
-                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+                computing, rings, far_rings, 0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                POSITION, FAR, BF, FAR_STAGES, BIAS,
             )),
             (_compute, (
-                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
-                items, blocks, heads, tokens, rows, reach, sinks, scale,
-                1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
-                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+                computing, rings, far_rings, 1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                POSITION, FAR, BF, FAR_STAGES, BIAS,
             )),
             (_load_rows, (
-                far_k, far_v, far_bias, named, fk_ring, fv_ring, bias_ring, far_full, far_empty, far_index, far_count,
-                far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists,
-                far_rows, items, blocks, heads, REPEAT, TILES, D, E, K_BLOCK, BF, FAR_STAGES, BIAS, SEGMENT,
+                gathering, far_rings, named, far_k_strides, far_v_strides, REPEAT, TILES, D, K_BLOCK, BF, BIAS, SEGMENT,
             )),
             (_load_blocks, (
-                q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, index, count, picks, batch_lists, head_lists,
-                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
-                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, D, E, Q_STAGES, STAGES,
-                CAUSAL and not POSITION, FAR, K_BLOCK,
+                loading, rings, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, Q_STAGES, CAUSAL and not POSITION,
+                FAR, K_BLOCK,
             )),
         ], [4, 2, 1], [(504 - REGISTERS) // 16 * 8, REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
-                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
-                items, blocks, heads, tokens, rows, reach, sinks, scale,
-                0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
-                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+                computing, rings, far_rings, 0, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                POSITION, FAR, BF, FAR_STAGES, BIAS,
             )),
             (_compute, (
-                out, lse, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, fk_ring, fv_ring, bias_ring, far_full, far_empty, position, position_b, position_h,
-                items, blocks, heads, tokens, rows, reach, sinks, scale,
-                1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH, POSITION,
-                FAR, K_BLOCK, BF, FAR_STAGES, BIAS,
+                computing, rings, far_rings, 1, TILES, GROUPS, Q_BLOCK, BK, D, E, Q_STAGES, STAGES, CAUSAL, REACH,
+                POSITION, FAR, BF, FAR_STAGES, BIAS,
             )),
             (_load_blocks, (
-                q, k, v, counts, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                block_rows, index, count, picks, batch_lists, head_lists,
-                far_index, far_count, far_picks, far_batch_lists, far_head_lists, far_rows, rows,
-                items, blocks, heads, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, D, E, Q_STAGES, STAGES,
-                CAUSAL and not POSITION, FAR, K_BLOCK,
+                loading, rings, REPEAT, TILES, GROUPS, Q_BLOCK, BK, SPLIT, Q_STAGES, CAUSAL and not POSITION,
+                FAR, K_BLOCK,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -566,7 +512,7 @@ TILES = {
     (128, 128, 64, True): Tiles(2, 2, loading=56),
 }
 SEGMENT = 256  # gathered rows whose numbers are looked up at a time
-ALIGNED = 8  # elements of 16 bits in the 16 bytes that tensor memory accelerators and vector copies ask for
+ALIGNED = UNIT.value
 
 
 def wants(call: Call) -> bool:
@@ -631,43 +577,8 @@ def forward(call: Call, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _aligned(x: Tensor) -> bool:
-    *outer, last = x.stride()
-    if last != 1 or x.data_ptr() % 16:
-        return False
-    return all(n == 1 or (stride > 0 and stride % ALIGNED == 0) for n, stride in zip(x.shape, outer, strict=False))
-
-
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor of boxes of `rows` rows. Made from a template: the checks of its constructor are `_aligned`'s."""
-    made = object.__new__(TensorDescriptor)
-    # a dimension of one element may have any stride; the descriptor asks for an aligned one
-    width = x.shape[-1]
-    strides = [s if n > 1 else width for n, s in zip(x.shape[:-1], x.stride(), strict=False)]
-    made.__dict__.update(_template(rows, width, x.dtype), base=x, shape=list(x.shape), strides=[*strides, 1])
-    return made
-
-
-@cache
-def _template(rows: int, width: int, dtype: torch.dtype) -> dict:
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    box = [1, 1, rows, width]
-    like = torch.empty(box, dtype=dtype, device="meta")
-    return vars(TensorDescriptor.from_tensor(like, box, gl.NVMMASharedLayout.get_default_for(box, kind)))
-
-
 def _lists(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
     """Lists [1|B, 1|H, N, P] one behind the other, how long each is, how far those of batches and heads are apart."""
     batches, heads, blocks, picks = index.shape
     apart = 0 if batches == 1 else heads * blocks, 0 if heads == 1 else blocks
     return index.contiguous(), count.contiguous(), picks, *apart
-
-
-@cache
-def _hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from farfield.kernels import attend_listed_backward_hopper as hopper
 from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
-from farfield.kernels.attend_hopper import _descriptor
 from farfield.kernels.attend_listed import FEWEST, _unit, piece_size
+from farfield.kernels.hopper import descriptor
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import WHOLE, counted, counts, piece_of, placed, transpose
 from farfield.ops.attend import Call
@@ -278,7 +278,7 @@ def attend_listed_backward(
         )  # fmt: skip
         start(
             hopper.read_blocks_backward_hopper, (batch * units * tile_rows,),
-            q, k, v, d_out, own_shift, own_delta, token, _descriptor(own_parts[None, None], tiles.queries), own_parts,
+            q, k, v, d_out, own_shift, own_delta, token, descriptor(own_parts[None, None], tiles.queries), own_parts,
             d_k, d_v, own_shift, own_shift, own_start, token, 0, 0, 0, WHOLE, 0, units, per, line, rows, tile_rows, 0,
             q_at[0] // 8, line * q_at[2] // 8, q_at[2] // 8, d_at[0] // 8, line * d_at[2] // 8, d_at[2] // 8,
             *[n // 8 for n in (*k_at, *v_at)], scale,
@@ -305,7 +305,7 @@ def attend_listed_backward(
             )  # fmt: skip
             start(
                 hopper.read_blocks_backward_hopper, (cuts * batch * units * (row_blocks + found.pieces),),
-                q, k, v, d_out, shift, delta, token, _descriptor(parts[None, None], tiles.queries), parts, d_k, d_v,
+                q, k, v, d_out, shift, delta, token, descriptor(parts[None, None], tiles.queries), parts, d_k, d_v,
                 piece_k, piece_v, found.start, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
                 many * picks, tokens, rows, row_blocks, part_rows,
                 *[n // 8 for n in (*q_at, *d_at, *k_at, *v_at)], scale,

@@ -27,14 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import _aligned, _hopper
-
-LOG2E = gl.constexpr(1.4426950408889634)
-UNIT = gl.constexpr(8)  # elements of 16 bytes: strides are given in them, so that it is known that rows are aligned
-ALWAYS = gl.constexpr(1 << 30)
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
+from farfield.kernels.hopper import EVERY, LOG2E, UNIT, aligned, on_hopper, sync
 
 
 @triton.jit(do_not_specialize=["first", "picks", "total"])
@@ -201,7 +194,7 @@ def read_blocks_backward_hopper(
         )  # fmt: skip
         async_copy.commit_group()
         async_copy.wait_group(0)
-        _sync()
+        sync()
         for t in gl.static_range(STAGES - 1):
             _gather(
                 q_ring.index(t).reshape([BQ, D]), d_ring.index(t), shift_ring.index(t), delta_ring.index(t),
@@ -215,7 +208,7 @@ def read_blocks_backward_hopper(
         acc_v = gl.zeros([ROWS, D], gl.float32, wide)
         factor = scale * LOG2E
         # the first row that a query may stand before; readers ascend
-        edge = gl.where(row0 + ROWS > rows, ALWAYS, row0 + ROWS - 1)
+        edge = gl.where(row0 + ROWS > rows, EVERY, row0 + ROWS - 1)
         masking = row0 + ROWS > rows
         if CAUSAL:
             masking = edge >= 0
@@ -224,7 +217,7 @@ def read_blocks_backward_hopper(
             async_copy.wait_group(STAGES - 2)
             # these copies were ordinary writes to shared memory; the tensor cores read it another way
             fence_async_shared()
-            _sync()
+            sync()
             q_tile = q_ring.index(s).reshape([BQ, D])
             d_tile = d_ring.index(s)
             scores = gl.zeros([ROWS, BQ], gl.float32, score)
@@ -253,7 +246,7 @@ def read_blocks_backward_hopper(
             fence_async_shared()
             # the dq of the tile before has left by now
             tma.store_wait(0)
-            _sync()
+            sync()
             ahead = t + STAGES - 1
             if ahead < tiles:
                 to = ahead % STAGES
@@ -278,16 +271,16 @@ def read_blocks_backward_hopper(
                 d_queries = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, d_queries, use_acc=False)
                 place = q_tile
             # the queries are done with: their place in shared memory is where dq leaves from
-            _sync()
+            sync()
             place.store(d_queries.to(dtype))
             to_row = cut * part_rows + (unit * per + first - zero + t * EACH) * STACK
             if (t + 1) * EACH <= count:
                 fence_async_shared()
-                _sync()
+                sync()
                 tma.async_copy_shared_to_global(parts, [0, 0, to_row, 0], q_ring.index(s))
             else:
                 # what comes after these rows is not this piece's
-                _sync()
+                sync()
                 spot = gl.arange(0, BQ, gl.SliceLayout(1, across))
                 here = (t * EACH + spot // STACK < count)[:, None]
                 gl.store(loose + ((to_row + spot).to(gl.int64) * D)[:, None] + columns, q_tile.load(across), mask=here)
@@ -389,9 +382,9 @@ def wants(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, k_block: int, stack: i
         and k_block >= 64
         and stack in (1, 2, 4, 8, 16, 32)
         and q.dtype in (torch.bfloat16, torch.float16)
-        and _hopper(q.device)
+        and on_hopper(q.device)
         and all(sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) < 1 << 33 for x in (q, d_out))
-        and all(_aligned(x) for x in (q, k, v, d_out))
+        and all(aligned(x) for x in (q, k, v, d_out))
     )
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farfield.kernels.attend import LN2, LOG2E, _dense, padded
+from farfield.kernels.attend import LN2, LOG2E, _dense, padded, soften
 from farfield.kernels.attend_listed import _unit, attend_listed
 from farfield.kernels.attend_listed_backward import attend_listed_backward
 from farfield.kernels.opened import TILE, masks
@@ -32,10 +32,23 @@ VARIES = ["heads", "lists", "tokens", "tiles", "radius", "far_rows", "words", "e
 
 
 @triton.jit
-def _piece(word, bit, RANK: tl.constexpr, BK: tl.constexpr):
-    """[queries, BK]: whether each query reads each row of a piece whose first group has this bit of its word."""
-    place = bit + tl.arange(0, BK) // RANK
-    return ((word[:, None] >> place[None, :]) & 1) != 0
+def _piece(
+    q_tile, far_k, far_v, bias, entry_row, entry_bit, bits, asked, tokens, far_rows, scale, dims,
+    D: tl.constexpr, RANK: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """Scores [queries, FAR] of a piece of the far buffer, its keys and values, and which query reads which row."""
+    row = tl.load(entry_row) + tl.arange(0, FAR)
+    code = tl.load(entry_bit)
+    there = row < far_rows
+    mask = there[:, None] & (dims < D)
+    k_tile = tl.load(far_k + row[:, None] * D + dims, mask=mask, other=0.0)
+    v_tile = tl.load(far_v + row[:, None] * D + dims, mask=mask, other=0.0)
+    more = tl.load(bias + row, mask=there, other=0.0)
+    # the bit of the piece's first group
+    word = tl.load(bits + (code // 32) * tokens.to(tl.int64), mask=asked, other=0)
+    seen = ((word[:, None] >> (code % 32 + tl.arange(0, FAR) // RANK)[None, :]) & 1) != 0
+    scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E) + (more * LOG2E)[None, :]
+    return scores, k_tile, v_tile, seen
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -73,34 +86,17 @@ def near_far_forward(
         v_tile = tl.load(v_at + (at * v_r.to(tl.int64))[:, None] * UNIT + dims, mask=there, other=0.0)
         scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E)
         scores = tl.where(at[None, :] <= i[:, None], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        floor = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - floor[:, None])
-        fade = tl.exp2(peak - floor)
-        mass = mass * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
-        peak = higher
+        peak, mass, acc = soften(peak, mass, acc, scores, v_tile)
     far_at = (b * (heads // REPEAT) + g) * far_b
     listed = (unit * tiles + tile) * entries
     bits_at = bits + unit * words * tokens + i
     for step in range(tl.load(entry_count + unit * tiles + tile)):
-        row = tl.load(entry_row + listed + step) + tl.arange(0, FAR)
-        code = tl.load(entry_bit + listed + step)
-        there = row < far_rows
-        k_tile = tl.load(far_k + far_at + row[:, None] * D + dims, mask=there[:, None] & wide, other=0.0)
-        v_tile = tl.load(far_v + far_at + row[:, None] * D + dims, mask=there[:, None] & wide, other=0.0)
-        more = tl.load(bias + b * bias_b + g * bias_h + row, mask=there, other=0.0)
-        word = tl.load(bits_at + (code // 32) * tokens.to(tl.int64), mask=asked, other=0)
-        seen = _piece(word, code % 32, RANK, FAR)
-        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E) + (more * LOG2E)[None, :]
+        scores, k_tile, v_tile, seen = _piece(
+            q_tile, far_k + far_at, far_v + far_at, bias + b * bias_b + g * bias_h, entry_row + listed + step,
+            entry_bit + listed + step, bits_at, asked, tokens, far_rows, scale, dims, D, RANK, FAR,
+        )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        floor = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - floor[:, None])
-        fade = tl.exp2(peak - floor)
-        mass = mass * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
-        peak = higher
+        peak, mass, acc = soften(peak, mass, acc, scores, v_tile)
     acc *= (1.0 / tl.where(mass > 0, mass, 1.0))[:, None]
     tl.store(out + place[:, None] * D + dims, acc.to(out.dtype.element_ty), mask=asked[:, None] & wide)
     tl.store(lse + place, (peak + tl.log2(mass)) * LN2, mask=asked)
@@ -148,15 +144,10 @@ def near_far_queries(
     listed = (unit * tiles + tile) * entries
     bits_at = bits + unit * words * tokens + i
     for step in range(tl.load(entry_count + unit * tiles + tile)):
-        row = tl.load(entry_row + listed + step) + tl.arange(0, FAR)
-        code = tl.load(entry_bit + listed + step)
-        there = row < far_rows
-        k_tile = tl.load(far_k + far_at + row[:, None] * D + dims, mask=there[:, None] & wide, other=0.0)
-        v_tile = tl.load(far_v + far_at + row[:, None] * D + dims, mask=there[:, None] & wide, other=0.0)
-        more = tl.load(bias + b * bias_b + g * bias_h + row, mask=there, other=0.0)
-        word = tl.load(bits_at + (code // 32) * tokens.to(tl.int64), mask=asked, other=0)
-        seen = _piece(word, code % 32, RANK, FAR)
-        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E) + (more * LOG2E)[None, :]
+        scores, k_tile, v_tile, seen = _piece(
+            q_tile, far_k + far_at, far_v + far_at, bias + b * bias_b + g * bias_h, entry_row + listed + step,
+            entry_bit + listed + step, bits_at, asked, tokens, far_rows, scale, dims, D, RANK, FAR,
+        )  # fmt: skip
         weights = tl.where(seen, tl.exp2(scores - total[:, None]), 0.0)
         d_scores = weights * (tl.dot(d_tile, v_tile.T, input_precision="ieee") - less[:, None])
         acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")

@@ -18,21 +18,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import LOG2E, _aligned, _descriptor, _hopper, _processors
 from farfield.kernels.choose_hopper import _ended
+from farfield.kernels.hopper import (
+    LOG2E,
+    aligned,
+    barriers,
+    descriptor,
+    on_hopper,
+    processors,
+    report,
+    sync,
+    wait_empty,
+    wait_full,
+)
 from farfield.kernels.replay import start
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
 def _load_for_queries(
-    q, d_out, k, v, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty,
-    items, tiles, batch, heads, tokens, rows, stride, span, first,
-    REPEAT: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    q, d_out, k, v, sizes, rings, REPEAT: gl.constexpr, BK: gl.constexpr, D: gl.constexpr
 ):  # fmt: skip
     """Queries with their gradients, then both numbers of the rows, and values, by one warp."""
+    items, tiles, batch, heads, tokens, rows, stride, span, first = sizes
+    q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty = rings
     step, turn = 0, 0
     units = batch * heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -48,8 +56,7 @@ def _load_for_queries(
             tma.async_copy_global_to_shared(d_out, [b, h, at, 0], q_full.index(group), d_ring.index(group))
         turn += 1
         for row in range(0, stop, BK):
-            s = step % STAGES
-            mbarrier.wait(k_empty.index(s), step // STAGES & 1 ^ 1)
+            s = wait_empty(k_empty, step)
             mbarrier.expect(k_full.index(s), 3 * BK * D * 2)
             tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(2 * s))
             tma.async_copy_global_to_shared(k, [batch + b, g, row, 0], k_full.index(s), k_ring.index(2 * s + 1))
@@ -59,10 +66,10 @@ def _load_for_queries(
 
 @gluon.jit
 def _differentiate_queries(
-    out, lse, d_q, delta, shift, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty,
-    items, tiles, batch, heads, tokens, rows, stride, span, first, scale,
-    GROUP: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    out, lse, d_q, delta, shift, scale, sizes, rings, GROUP: gl.constexpr, BK: gl.constexpr, D: gl.constexpr
 ):  # fmt: skip
+    items, tiles, batch, heads, tokens, rows, stride, span, first = sizes
+    q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty = rings
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
@@ -94,8 +101,7 @@ def _differentiate_queries(
         exact = gl.zeros([64], gl.float32, per_row)
         acc = gl.zeros([64, D], gl.float32, value)
         for row in range(0, stop, BK):
-            s = step % STAGES
-            mbarrier.wait(k_full.index(s), step // STAGES & 1)
+            s = wait_full(k_full, step)
             high = k_ring.index(2 * s).reshape([BK, D])
             low = k_ring.index(2 * s + 1).reshape([BK, D])
             values = v_ring.index(s).reshape([BK, D])
@@ -113,19 +119,17 @@ def _differentiate_queries(
             exact += gl.sum(weights * d_weights, 1)
             operand = gl.convert_layout((weights * (d_weights - less[:, None])).to(dtype), left)
             acc = warpgroup_mma(operand, high, acc)
-            _sync()
-            mbarrier.arrive(k_empty.index(s), count=1)
+            report(k_empty, s)
             step += 1
         gl.store(delta + plane + line, exact, line < tokens)
         gl.store(shift + plane + line, total, line < tokens)
         # the queries are done with: their place in shared memory is where the result leaves from
         q_ring.index(GROUP).reshape([64, D]).store((acc * scale).to(dtype))
         fence_async_shared()
-        _sync()
+        sync()
         tma.async_copy_shared_to_global(d_q, [b, h, at, 0], q_ring.index(GROUP))
         tma.store_wait(0)
-        _sync()
-        mbarrier.arrive(q_empty.index(GROUP), count=1)
+        report(q_empty, GROUP)
         turn += 1
 
 
@@ -138,36 +142,20 @@ def ended_queries_hopper(
     REPEAT: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq, from a delta of the out that was kept; delta of the weights; lse in units of log 2, inf where it is -inf."""
-    bars: gl.constexpr = mbarrier.MBarrierLayout()
     q_ring = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 64, D], q.layout)
     d_ring = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 64, D], d_out.layout)
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES * 2, 1, 1, BK, D], k.layout)
     v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BK, D], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    for s in gl.static_range(2):
-        mbarrier.init(q_full.index(s), count=1)
-        mbarrier.init(q_empty.index(s), count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=2)
+    q_full, q_empty = barriers(2, 1, 1)
+    k_full, k_empty = barriers(STAGES, 1, 2)
     fence_async_shared()
+    rings = q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty
+    sizes = items, tiles, batch, heads, tokens, rows, stride, span, first
     # constants stay constants only where they are written into the call
     gl.warp_specialize([
-        (_differentiate_queries, (
-            out, lse, d_q, delta, shift, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty,
-            items, tiles, batch, heads, tokens, rows, stride, span, first, scale, 0, BK, D, STAGES,
-        )),
-        (_differentiate_queries, (
-            out, lse, d_q, delta, shift, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty,
-            items, tiles, batch, heads, tokens, rows, stride, span, first, scale, 1, BK, D, STAGES,
-        )),
-        (_load_for_queries, (
-            q, d_out, k, v, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty,
-            items, tiles, batch, heads, tokens, rows, stride, span, first, REPEAT, BK, D, STAGES,
-        )),
+        (_differentiate_queries, (out, lse, d_q, delta, shift, scale, sizes, rings, 0, BK, D)),
+        (_differentiate_queries, (out, lse, d_q, delta, shift, scale, sizes, rings, 1, BK, D)),
+        (_load_for_queries, (q, d_out, k, v, sizes, rings, REPEAT, BK, D)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -185,10 +173,10 @@ def _steps_of(tokens, stride, span, first, pieces, length, ROWS: gl.constexpr, B
 
 @gluon.jit
 def _load_for_rows(
-    q, d_out, k, v, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
-    tiles, batch, heads, tokens, stride, span, first, pieces, length,
-    REPEAT: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    q, d_out, k, v, tiles, batch, heads, tokens, stride, span, first, pieces, length, rings,
+    REPEAT: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
+    q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full = rings
     unit, row, _, begin, _, steps = _steps_of(tokens, stride, span, first, pieces, length, 128, BQ, tiles)
     kv_heads = heads // REPEAT
     b, g = unit // kv_heads, unit % kv_heads
@@ -201,8 +189,7 @@ def _load_for_rows(
             tma.async_copy_global_to_shared(v, [b, g, at, 0], k_full.index(group), v_ring.index(group))
         for step in range(steps * REPEAT):
             h, i = g * REPEAT + step // steps, begin + step % steps * BQ
-            s = step % STAGES
-            mbarrier.wait(q_empty.index(s), step // STAGES & 1 ^ 1)
+            s = wait_empty(q_empty, step)
             mbarrier.expect(q_full.index(s), 2 * BQ * D * 2)
             tma.async_copy_global_to_shared(q, [b, h, i, 0], q_full.index(s), q_ring.index(s))
             tma.async_copy_global_to_shared(d_out, [b, h, i, 0], q_full.index(s), d_ring.index(s))
@@ -210,10 +197,10 @@ def _load_for_rows(
 
 @gluon.jit
 def _differentiate_rows(
-    delta, shift, part_k, part_v, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
-    tiles, batch, heads, tokens, rows, stride, span, first, pieces, length, scale,
+    delta, shift, part_k, part_v, tiles, batch, heads, tokens, rows, stride, span, first, pieces, length, scale, rings,
     GROUP: gl.constexpr, REPEAT: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full = rings
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
@@ -258,8 +245,7 @@ def _differentiate_rows(
             d_operand = gl.convert_layout((weights * (d_weights - less[None, :])).to(dtype), left)
             product = warpgroup_mma(d_operand, queries, dk, is_async=True)
             dv, dk, operand, d_operand = warpgroup_mma_wait(0, deps=[summed, product, operand, d_operand])
-            _sync()
-            mbarrier.arrive(q_empty.index(s), count=1)
+            report(q_empty, s)
         r = row + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, value))
         units = batch * kv_heads
         columns = gl.arange(0, D, gl.SliceLayout(0, value))[None, :]
@@ -290,18 +276,18 @@ def ended_rows_hopper(
         mbarrier.init(q_full.index(s), count=1)
         mbarrier.init(q_empty.index(s), count=2)
     fence_async_shared()
+    rings = q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full
     gl.warp_specialize([
         (_differentiate_rows, (
-            delta, shift, part_k, part_v, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
-            tiles, batch, heads, tokens, rows, stride, span, first, pieces, length, scale, 0, REPEAT, BQ, D, STAGES,
+            delta, shift, part_k, part_v, tiles, batch, heads, tokens, rows, stride, span, first, pieces, length, scale,
+            rings, 0, REPEAT, BQ, D, STAGES,
         )),
         (_differentiate_rows, (
-            delta, shift, part_k, part_v, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
-            tiles, batch, heads, tokens, rows, stride, span, first, pieces, length, scale, 1, REPEAT, BQ, D, STAGES,
+            delta, shift, part_k, part_v, tiles, batch, heads, tokens, rows, stride, span, first, pieces, length, scale,
+            rings, 1, REPEAT, BQ, D, STAGES,
         )),
         (_load_for_rows, (
-            q, d_out, k, v, q_ring, d_ring, k_ring, v_ring, q_full, q_empty, k_full,
-            tiles, batch, heads, tokens, stride, span, first, pieces, length, REPEAT, BQ, D, STAGES,
+            q, d_out, k, v, tiles, batch, heads, tokens, stride, span, first, pieces, length, rings, REPEAT, BQ, D,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -318,11 +304,11 @@ def wants(q: Tensor, d_out: Tensor, values: Tensor, d_lse: Tensor | None) -> boo
     """Whether the kernels take a call: 16 bits, one width, aligned, many queries, no gradient of lse, a Hopper GPU."""
     if q.dtype not in (torch.bfloat16, torch.float16) or d_lse is not None:
         return False
-    if q.device.type == "cpu" or not _hopper(q.device):
+    if q.device.type == "cpu" or not on_hopper(q.device):
         return False
     if q.shape[3] not in STAGES or values.shape[3] != q.shape[3] or q.shape[2] < FEWEST:
         return False
-    return _aligned(q) and _aligned(d_out)
+    return aligned(q) and aligned(d_out)
 
 
 def queries(
@@ -334,9 +320,9 @@ def queries(
     tiles = -(-tokens // 128)
     items = batch * heads * tiles
     start(
-        ended_queries_hopper, (min(items, _processors(q.device)),),
-        _descriptor(q, 64), _descriptor(d_out, 64), _descriptor(planes.flatten(0, 1), ACROSS), _descriptor(v, ACROSS),
-        _descriptor(d_q, 64), out, lse, delta, shift, items, tiles, batch, heads, tokens, v.shape[2], stride, span,
+        ended_queries_hopper, (min(items, processors(q.device)),),
+        descriptor(q, 64), descriptor(d_out, 64), descriptor(planes.flatten(0, 1), ACROSS), descriptor(v, ACROSS),
+        descriptor(d_q, 64), out, lse, delta, shift, items, tiles, batch, heads, tokens, v.shape[2], stride, span,
         first, scale, REPEAT=heads // v.shape[1], BK=ACROSS, D=width, STAGES=STAGES[width], num_warps=4,
     )  # fmt: skip
 
@@ -352,7 +338,7 @@ def rows(
     box = BQ[width]
     start(
         ended_rows_hopper, (batch * kv_heads * tiles * pieces,),
-        _descriptor(q, box), _descriptor(d_out, box), _descriptor(planes.flatten(0, 1), 64), _descriptor(v, 64),
+        descriptor(q, box), descriptor(d_out, box), descriptor(planes.flatten(0, 1), 64), descriptor(v, 64),
         delta, shift, part_k, part_v, tiles, batch, heads, tokens, many, stride, span, first, pieces, length, scale,
         REPEAT=heads // kv_heads, BQ=box, D=width, STAGES=ROW_STAGES[width], num_warps=4,
     )  # fmt: skip

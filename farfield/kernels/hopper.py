@@ -1,4 +1,4 @@
-"""What kernels whose warps have roles share on Hopper GPUs: rings in shared memory and the barriers around them.
+"""What kernels for Hopper GPUs share: rings in shared memory, a step of the running softmax, and what launches ask.
 
 A ring has so many places, and two barriers a place. Warps that copy wait until a place is empty and fill it; groups of
 computing warps wait until it is full, read it and report that they have. Step x of a ring is about place x % places.
@@ -7,12 +7,19 @@ Whether a barrier has been passed as often as that step asks, its parity tells: 
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
 EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
+UNIT = gl.constexpr(8)  # elements of 16 bits in the 16 bytes that tensor memory accelerators and vector copies ask for
 
 # Triton 3.7 has renamed it
 sync = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -34,8 +41,8 @@ def barriers(PLACES: gl.constexpr, FILLERS: gl.constexpr, READERS: gl.constexpr)
 def wait_full(full, step):
     """The place of a step, once it is full."""
     PLACES: gl.constexpr = full.shape[0]
-    s, phase = step % PLACES, step // PLACES & 1
-    mbarrier.wait(full.index(s), phase)
+    s = step % PLACES
+    mbarrier.wait(full.index(s), step // PLACES & 1)
     return s
 
 
@@ -43,8 +50,8 @@ def wait_full(full, step):
 def wait_empty(empty, step):
     """The place of a step, once it is empty, as in a new ring it is."""
     PLACES: gl.constexpr = empty.shape[0]
-    s, phase = step % PLACES, step // PLACES & 1
-    mbarrier.wait(empty.index(s), phase ^ 1)
+    s = step % PLACES
+    mbarrier.wait(empty.index(s), step // PLACES & 1 ^ 1)
     return s
 
 
@@ -60,3 +67,65 @@ def report(bars, s):
     """Say, once for this group of warps, that all of it is done with place s."""
     sync()
     mbarrier.arrive(bars.index(s), count=1)
+
+
+@gluon.jit
+def soften(scores, peak, mass):
+    """One step of the running softmax, in units of log 2: weights, peak, mass, and what the sums so far fade by."""
+    higher = gl.maximum(peak, gl.max(scores, 1))
+    # a query that has read nothing keeps peak = -inf, and -inf - -inf is nan
+    base = gl.where(higher == float("-inf"), 0.0, higher)
+    weights = gl.exp2(scores - base[:, None])
+    fade = gl.exp2(peak - base)
+    return weights, higher, mass * fade + gl.sum(weights, 1), fade
+
+
+@gluon.jit
+def soften_scaled(scores, peak, mass, factor):
+    """The same from raw products: the factor, which is positive, goes into the exponent's multiply-add."""
+    higher = gl.maximum(peak, gl.max(scores, 1) * factor)
+    base = gl.where(higher == float("-inf"), 0.0, higher)
+    weights = gl.exp2(scores * factor - base[:, None])
+    fade = gl.exp2(peak - base)
+    return weights, higher, mass * fade + gl.sum(weights, 1), fade
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether rows lie one behind the other and everything else at multiples of 16 bytes."""
+    *outer, last = x.stride()
+    if last != 1 or x.data_ptr() % 16:
+        return False
+    return all(n == 1 or (stride > 0 and stride % UNIT.value == 0) for n, stride in zip(x.shape, outer, strict=False))
+
+
+def descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """A descriptor of boxes of so many rows and columns of [B, H, S, D], all columns if it is not said how many.
+
+    Made from a template: the checks of its constructor are `aligned`'s.
+    """
+    made = object.__new__(TensorDescriptor)
+    # a dimension of one element may have any stride; the descriptor asks for an aligned one
+    width = x.shape[-1]
+    strides = [s if n > 1 else width for n, s in zip(x.shape[:-1], x.stride(), strict=False)]
+    made.__dict__.update(_template(rows, columns or width, x.dtype), base=x, shape=list(x.shape), strides=[*strides, 1])
+    return made
+
+
+@cache
+def _template(rows: int, width: int, dtype: torch.dtype) -> dict:
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    box = [1, 1, rows, width]
+    like = torch.empty(box, dtype=dtype, device="meta")
+    return vars(TensorDescriptor.from_tensor(like, box, gl.NVMMASharedLayout.get_default_for(box, kind)))
+
+
+@cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether a CUDA device is a Hopper GPU."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -22,7 +22,7 @@ from farfield.kernels import multipole_tree, pool
 from farfield.kernels import multipole_walk as walk
 from farfield.kernels import multipole_walk_far as far_field
 from farfield.kernels import multipole_walk_near as near_field
-from farfield.kernels.attend_hopper import _descriptor, _processors
+from farfield.kernels.hopper import descriptor, processors
 from farfield.kernels.replay import start
 from farfield.ops.pool import Tree
 
@@ -173,9 +173,9 @@ def gradients(
     count = min(_far_tiles(tree), WALKED[width])
     tiles = walk.TILES[width, count]
     start(
-        walk.multipole_walk, (min(items, _processors(q.device)),),
-        *(_descriptor(x, 64) for x in (q, d_out, k, v)), shift, delta, far_k, far_v,
-        *(_descriptor(x, 64) for x in (d_q, d_k, d_v)), d_far_k, d_far_v, piece_k, piece_v,
+        walk.multipole_walk, (min(items, processors(q.device)),),
+        *(descriptor(x, 64) for x in (q, d_out, k, v)), shift, delta, far_k, far_v,
+        *(descriptor(x, 64) for x in (d_q, d_k, d_v)), d_far_k, d_far_v, piece_k, piece_v,
         items, runs, 1 << own_levels, blocks, heads, tokens, own_levels, tree.blocks, levels, far_count,
         (64 // rank).bit_length() - 1, scale,
         RADIUS=1, RANK=rank, TILES=count, D=width, QS=tiles.q_stages, KS=tiles.k_stages, FS=tiles.far_stages,
@@ -221,8 +221,8 @@ def near_gradients(
     items = batch * heads * runs
     d_q, d_k, d_v = (torch.empty((batch, heads, tokens, width), dtype=q.dtype, device=q.device) for _ in range(3))
     start(
-        near_field.multipole_walk_near, (min(items, _processors(q.device)),),
-        *(_descriptor(x, 64) for x in (q, d_out, k, v)), shift, delta, *(_descriptor(x, 64) for x in (d_q, d_k, d_v)),
+        near_field.multipole_walk_near, (min(items, processors(q.device)),),
+        *(descriptor(x, 64) for x in (q, d_out, k, v)), shift, delta, *(descriptor(x, 64) for x in (d_q, d_k, d_v)),
         items, runs, 1 << RUN, blocks, heads, scale,
         D=width, QS=tiles.q_stages, KS=tiles.k_stages, REGISTERS=tiles.registers, LOADING=tiles.loading, num_warps=4,
         maxnreg=128,
@@ -260,8 +260,8 @@ def _far_walks(
         count = min(1 << (left - 1).bit_length(), far_field.MOST[width])
         tiles = far_field.TILES[width, count]
         start(
-            far_field.multipole_walk_far, (min(items, _processors(q.device)),),
-            _descriptor(q, 64), _descriptor(d_out, 64), shift, delta, far_k, far_v, _descriptor(d_q, 64),
+            far_field.multipole_walk_far, (min(items, processors(q.device)),),
+            descriptor(q, 64), descriptor(d_out, 64), shift, delta, far_k, far_v, descriptor(d_q, 64),
             d_far_k, d_far_v, piece_k, piece_v, items, runs, 1 << own_levels, blocks, heads, tokens, own_levels,
             tree.blocks, tree.levels, far_k.shape[2], (tree.block // rank).bit_length() - 1, scale,
             SPLIT=tree.block // 64, RANK=rank, FIRST=first, TILES=count, D=width, GIVEN=True, RUN=RUN,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-LOG2E = gl.constexpr(1.4426950408889634)
 BLOCK = gl.constexpr(64)  # tokens of a query block and of a key tile
 LEVELS = gl.constexpr(16)  # at most
 

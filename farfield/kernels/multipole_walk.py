@@ -22,11 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.multipole_tree import BLOCK, LOG2E, far_rows, leave_pieces, span
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
-
+from farfield.kernels.hopper import LOG2E, sync
+from farfield.kernels.multipole_tree import BLOCK, far_rows, leave_pieces, span
 
 # Kinds of barriers, four a kind. They are one array, as tiles are: what a group of warps is handed lies in its
 # registers, and of those there are few.
@@ -124,7 +121,7 @@ def _load_rows(
                     slot = tile * 64 + gl.arange(0, 64, flat)
                     bias = _bias(n + odd, slot, done, levels, blocks - 1, log_segment, RANK, RADIUS)
                     numbers.index(2 * QS + (2 * s + odd) * TILES + tile).store(bias)
-            _sync()
+            sync()
             mbarrier.arrive(bars.index(FAR_FULL + s), count=1)
             step += 1
 
@@ -181,7 +178,7 @@ def _finish(weights, d_product, delta, p_place, ds_place, LATER: gl.constexpr):
     d_weights = warpgroup_mma_wait(LATER, deps=[d_product])
     ds_place.store((weights * (d_weights - delta[:, None])).to(ds_place.dtype))
     fence_async_shared()
-    _sync()
+    sync()
 
 
 @gluon.jit
@@ -248,7 +245,7 @@ def _weights(
                 if tile == 0:
                     # dq of the block before leaves from here
                     tma.store_wait(0)
-                    _sync()
+                    sync()
                     p_place = _far_p(tiles, 0, QS, KS, FS, TILES)
                     _finish(weights, d_product, delta, p_place, squares.index(3), LATER)
                 else:
@@ -282,7 +279,7 @@ def _weights(
             k_tile = tiles.index(K0 + own + zero).reshape([BLOCK, D])
             acc = warpgroup_mma(squares.index(2 + zero), k_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _sync()
+            sync()
             mbarrier.arrive(bars.index(Q_EMPTY + s), count=1)
             if (i % 2 == 1) | (i == stop - 1):
                 mbarrier.arrive(bars.index(FAR_EMPTY + f), count=1)
@@ -296,7 +293,7 @@ def _weights(
             place = tiles.index(F0 + 2 * FS * TILES)
             place.reshape([BLOCK, D]).store((acc * scale).to(tiles.dtype))
             fence_async_shared()
-            _sync()
+            sync()
             tma.async_copy_shared_to_global(d_q, [unit // heads, unit % heads, i * BLOCK, 0], place)
             queries += 1
 
@@ -338,7 +335,7 @@ def _add(
     q_tile = tiles.index(s).reshape([BLOCK, D])
     acc_k = warpgroup_mma(ds.permute((1, 0)), q_tile, acc_k, is_async=True)
     acc_v, acc_k = warpgroup_mma_wait(0, deps=[acc_v, acc_k])
-    _sync()
+    sync()
     if EMPTY >= 0:
         mbarrier.arrive(bars.index(EMPTY), count=1)
     return acc_k, acc_v
@@ -373,7 +370,7 @@ def _near(
                 if (i == j) & (j > low):
                     # not before this: then the others are through with it as well, or with the run before
                     tma.store_wait(0)
-                    _sync()
+                    sync()
                     mbarrier.arrive(bars.index(K_EMPTY + (keys - 1) % KS), count=1)
             queries += 1
             # dv leaves from where the values were: weights have been made of them
@@ -384,12 +381,12 @@ def _near(
             place.reshape([BLOCK, D]).store(acc_v.to(dtype))
             other.reshape([BLOCK, D]).store((acc_k * scale).to(dtype))
             fence_async_shared()
-            _sync()
+            sync()
             tma.async_copy_shared_to_global(d_v, [b, h, j * BLOCK, 0], place)
             tma.async_copy_shared_to_global(d_k, [b, h, j * BLOCK, 0], other)
             keys += 1
         tma.store_wait(0)
-        _sync()
+        sync()
         mbarrier.arrive(bars.index(K_EMPTY + (keys - 1) % KS), count=1)
         queries += end - stop
 
@@ -402,7 +399,7 @@ def _leave(
     """Store the rows of low levels that no later block of the run reads, 16 at a time, by way of shared memory."""
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     place.store(acc.to(place.dtype))
-    _sync()
+    sync()
     for part in gl.static_range(4):
         lowest = part * 16 // (2 * RANK)
         if (lowest < own_levels) & ((((n + 1) & ((2 << lowest) - 1)) == 0) | (n == last)):
@@ -414,7 +411,7 @@ def _leave(
             leaving = whole & (level < own_levels) & (level < levels) & (group >= 0) & (group < (done >> level))
             at = (unit.to(gl.int64) * far_count + row)[:, None] * D + columns
             gl.store(grad + at, place.slice(part * 16, 16).load(across), mask=leaving[:, None])
-    _sync()
+    sync()
 
 
 @gluon.jit
@@ -480,7 +477,7 @@ def _far(
         for _ in range(stop, end):
             s = queries % QS
             mbarrier.wait(bars.index(Q_FULL + s), queries // QS & 1)
-            _sync()
+            sync()
             mbarrier.arrive(bars.index(Q_EMPTY + s), count=1)
             queries += 1
 

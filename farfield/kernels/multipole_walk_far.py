@@ -21,11 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.multipole_tree import BLOCK, LOG2E, flush, leave_pieces
+from farfield.kernels.hopper import LOG2E, sync
+from farfield.kernels.multipole_tree import BLOCK, flush, leave_pieces
 from farfield.kernels.multipole_walk import _add, _anew, _begin_at, _bias, _copy_rows, _finish
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 # kinds of barriers, four a kind
 Q_FULL, Q_EMPTY, BIAS_FULL, BIAS_EMPTY = (gl.constexpr(4 * kind) for kind in range(4))
@@ -113,7 +111,7 @@ def _load_rows(
                 slot = (FIRST + tile) * 64 + gl.arange(0, 64, flat)
                 bias = _bias(n, slot, done, levels, blocks - 1, log_segment, RANK, 1)
                 numbers.index(2 * QS + s * TILES + tile).store(bias)
-            _sync()
+            sync()
             mbarrier.arrive(bars.index(BIAS_FULL + s), count=1)
             turn += 1
 
@@ -184,7 +182,7 @@ def _weights(
             acc = acc * scale
             if GIVEN:
                 acc = acc + tiles.index(2 * QS + s).reshape([BLOCK, D]).load(wide).to(gl.float32)
-            _sync()
+            sync()
             mbarrier.arrive(bars.index(Q_EMPTY + s), count=1)
             if x % SPLIT == SPLIT - 1:
                 mbarrier.arrive(bars.index(BIAS_EMPTY + u), count=1)
@@ -195,10 +193,10 @@ def _weights(
                         phase = phase ^ (1 << tile)
             place = tiles.index(R0 + 2 * TILES)
             tma.store_wait(0)
-            _sync()
+            sync()
             place.reshape([BLOCK, D]).store(acc.to(tiles.dtype))
             fence_async_shared()
-            _sync()
+            sync()
             tma.async_copy_shared_to_global(d_q, [unit // heads, unit % heads, x * BLOCK, 0], place)
             queries += 1
     # shared memory must be there until everything has left it

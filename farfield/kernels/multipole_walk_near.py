@@ -21,11 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.multipole_tree import BLOCK, LOG2E, span
+from farfield.kernels.hopper import LOG2E, report, sync
+from farfield.kernels.multipole_tree import BLOCK, span
 from farfield.kernels.multipole_walk import _add, _anew, _begin, _finish
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 # kinds of barriers, four a kind
 Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, P_FULL, P_EMPTY = (gl.constexpr(4 * kind) for kind in range(6))
@@ -141,7 +139,7 @@ def _weights(
                 pairs = second_pairs if which else first_pairs
                 mbarrier.wait(bars.index(P_EMPTY + which), pairs & 1 ^ 1)
                 if t == 0:
-                    _sync()
+                    sync()
                 p_place = tiles.index(S0 + PAIRS + which).reshape([BLOCK, 64])
                 ds_place = tiles.index(S0 + t).reshape([BLOCK, 64])
                 _finish(weights, d_product, delta, p_place, ds_place, 2 if t + 1 < PAIRS else 0)
@@ -168,7 +166,7 @@ def _weights(
             more = warpgroup_mma(tiles.index(S0 + 5).reshape([BLOCK, 64]), k2, more, is_async=True)
             more = warpgroup_mma(tiles.index(S0 + 6).reshape([BLOCK, 64]), k3, more, is_async=True)
             acc, more = warpgroup_mma_wait(0, deps=[acc, more])
-            _sync()
+            sync()
             mbarrier.arrive(bars.index(Q_EMPTY + s), count=1)
             if x > low:
                 mbarrier.arrive(bars.index(K_EMPTY + before), count=1)
@@ -178,7 +176,7 @@ def _weights(
             tiles.index(S0).reshape([BLOCK, D]).store((acc * scale).to(tiles.dtype))
             tiles.index(S0 + 2).reshape([BLOCK, D]).store((more * scale).to(tiles.dtype))
             fence_async_shared()
-            _sync()
+            sync()
             tma.async_copy_shared_to_global(d_q, [b, h, x * (2 * BLOCK), 0], tiles.index(S0))
             tma.async_copy_shared_to_global(d_q, [b, h, x * (2 * BLOCK) + BLOCK, 0], tiles.index(S0 + 2))
             queries += 1
@@ -200,7 +198,7 @@ def _weights(
                 pairs = second_pairs if which else first_pairs
                 mbarrier.wait(bars.index(P_EMPTY + which), pairs & 1 ^ 1)
                 if t == 0:
-                    _sync()
+                    sync()
                 p_place = tiles.index(S0 + PAIRS + which).reshape([BLOCK, 64])
                 _finish(weights, d_product, delta, p_place, tiles.index(S0 + t).reshape([BLOCK, 64]), 0)
                 mbarrier.arrive(bars.index(P_FULL + which), count=1)
@@ -259,7 +257,7 @@ def _weigh(
     mbarrier.wait(bars.index(P_EMPTY + G), turns & 1 ^ 1)
     if LEAVES:
         tma.store_wait(0)
-        _sync()
+        sync()
     ds_place = _square(tiles, WIDE_DS + zero, G)
     if ADDED:
         _finish(weights, d_product, delta, _square(tiles, WIDE_P + zero, G), ds_place, 0)
@@ -267,7 +265,7 @@ def _weigh(
         d_weights = warpgroup_mma_wait(0, deps=[d_product])
         ds_place.store((weights * (d_weights - delta[:, None])).to(ds_place.dtype))
         fence_async_shared()
-        _sync()
+        sync()
     if DQ:
         again = _anew(0)
         k_tile = tiles.index(k_at + again).reshape([BLOCK, D])
@@ -284,7 +282,7 @@ def _leave(d_q, acc, tiles, bars, first_pairs, second_pairs, b, h, row):
     place = tiles.index(WIDE_P)
     place.reshape([BLOCK, D]).store(acc.to(tiles.dtype))
     fence_async_shared()
-    _sync()
+    sync()
     tma.async_copy_shared_to_global(d_q, [b, h, row, 0], place)
 
 
@@ -364,8 +362,7 @@ def _weights_wide(d_q, tiles, numbers, bars, items, runs, run_blocks, blocks, he
             mbarrier.arrive(bars.index(P_FULL + 1), count=1)
             second_pairs += 1
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _sync()
-            mbarrier.arrive(bars.index(Q_EMPTY), count=1)
+            report(bars, Q_EMPTY)
             if x > low:
                 mbarrier.arrive(bars.index(K_EMPTY + before), count=1)
             if (x == stop - 1) & (end == stop):
@@ -442,7 +439,7 @@ def _sums(
             if j > low:
                 # not before this: then the others are through with it as well, or with the run before
                 tma.store_wait(0)
-                _sync()
+                sync()
                 mbarrier.arrive(bars.index(K_EMPTY + (keys - 1) % KS), count=1)
             queries += 1
             for i in range(j + 1, gl.minimum(j + 2, end)):
@@ -458,17 +455,17 @@ def _sums(
             row = j * (2 * BLOCK) + G * BLOCK
             place.reshape([BLOCK, D]).store(acc_v.to(tiles.dtype))
             fence_async_shared()
-            _sync()
+            sync()
             tma.async_copy_shared_to_global(d_v, [b, h, row, 0], place)
             tma.store_wait(0)
-            _sync()
+            sync()
             place.reshape([BLOCK, D]).store((acc_k * scale).to(tiles.dtype))
             fence_async_shared()
-            _sync()
+            sync()
             tma.async_copy_shared_to_global(d_k, [b, h, row, 0], place)
             keys += 1
         tma.store_wait(0)
-        _sync()
+        sync()
         mbarrier.arrive(bars.index(K_EMPTY + (keys - 1) % KS), count=1)
         queries += end - stop
 

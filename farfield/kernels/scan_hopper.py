@@ -21,10 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from farfield.kernels.attend_hopper import _aligned, _hopper, _template
-from farfield.kernels.hopper import LOG2E, barriers, report, sync, wait_empty, wait_full
+from farfield.kernels.hopper import LOG2E, aligned, barriers, descriptor, on_hopper, report, sync, wait_empty, wait_full
 
 
 @gluon.jit
@@ -225,9 +223,9 @@ STAGES = {(64, 64): 8, (64, 128): 4, (128, 64): 4, (128, 128): 3}
 
 def wants(*tensors: Tensor) -> bool:
     """Whether this kernel takes the tensors, on a Hopper GPU."""
-    if tensors[0].dtype != torch.bfloat16 or not _hopper(tensors[0].device):
+    if tensors[0].dtype != torch.bfloat16 or not on_hopper(tensors[0].device):
         return False
-    return all(x.shape[3] in (64, 128) and _aligned(x) for x in tensors)
+    return all(x.shape[3] in (64, 128) and aligned(x) for x in tensors)
 
 
 class Walk(NamedTuple):
@@ -257,8 +255,8 @@ def walk(
     batch, heads, tokens, _ = first.out.shape
     boxes, repeats = [], []
     for x in walks * 2 if len(walks) == 1 else walks:
-        boxes += [_descriptor(x.q, CHUNK, width), _descriptor(x.k, CHUNK, width)]
-        boxes += [_descriptor(x.v, CHUNK, 64), _descriptor(x.out, CHUNK, 64)]
+        boxes += [descriptor(x.q, CHUNK, width), descriptor(x.k, CHUNK, width)]
+        boxes += [descriptor(x.v, CHUNK, 64), descriptor(x.out, CHUNK, 64)]
         repeats.append([heads // y.shape[1] for y in x[:3]])
     piece, each, segments = cut
     scan_hopper[(len(walks) * segments * batch * heads,)](
@@ -268,13 +266,3 @@ def walk(
         PARTS=value_width // 64, D=width, C=CHUNK, STAGES=STAGES[width, value_width], BACK=back,
         BOTH=len(walks) > 1, num_warps=4,
     )  # fmt: skip
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A descriptor of boxes; the checks of its constructor are `wants`'s."""
-    made = object.__new__(TensorDescriptor)
-    # a dimension of one element may have any stride; the descriptor asks for an aligned one
-    width = x.shape[-1]
-    strides = [s if n > 1 else width for n, s in zip(x.shape[:-1], x.stride(), strict=False)]
-    made.__dict__.update(_template(rows, columns, x.dtype), base=x, shape=list(x.shape), strides=[*strides, 1])
-    return made
