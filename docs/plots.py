@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent / "plots"
 
 # a control of the time of the first records: fma with the same options today
-CONTROL = "fma-opened:rank=4,near=128,open={},beam={},detail=16,score={}"
+CONTROL = "fma-opened:rank=4,near=128,open=16,beam=32,detail=16,score=mean"
 SHOWN = (
     "full",
     "fma:rank=16,near=128",
     "window:width=512",
     "fma:rank=4,near=128,open=4,beam=16",
-    CONTROL.format(16, 32, "mean"),
+    CONTROL,
     "fma:rank=16,near=128/full",
     "fma:rank=16,near=128/fma:rank=4,near=128,open=16,beam=32",
+    "near-field:near=128/fma:rank=4,near=128,open=16,beam=32",
     "near-field:near=128",
     "window:width=256",
-    CONTROL.format(4, 16, "peak"),
 )
 NAMES = {label: quality_tables.name(label) for label in SHOWN}
 """The labels that the plots show, and what they call them; those that the record has."""

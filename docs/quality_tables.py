@@ -19,6 +19,8 @@ PAGE = ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "results" / "h200"
 COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar.json"
 EVERY = RESULTS / "compare-mechanisms.json"  # all mechanisms, with fewer tokens
+NOVELS = RESULTS / "compare-novels.json"  # five novels, and one held out
+LONGER = RESULTS / "compare-csource-long.json"  # twice the bytes of COMPARED
 CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of that read with other fields of their config
 REREAD = RESULTS / "compare-csource-lengths.json"  # the same of models of COMPARED
 REASKED = RESULTS / "recall-mqar-changes.json"  # and of those that ASKED is on
@@ -175,11 +177,13 @@ def asked(path: Path = REASKED) -> str:
 
 def written() -> dict[str, str]:
     """Every table by the name of its spot."""
-    compared, mechanisms = models(), models(EVERY)
+    compared, mechanisms, novels = models(), models(EVERY), models(NOVELS)
     return {
         "scores": scores(compared),
         "copies": copies(compared),
         "lengths": lengths(compared),
+        "novels": scores(novels),
+        "novel-copies": copies(novels),
         "mechanisms": scores(mechanisms),
         "mechanism-copies": copies(mechanisms),
         "mechanism-costs": costs(mechanisms),
