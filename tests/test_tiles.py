@@ -20,6 +20,7 @@ from farfield.kernels import (
     attend_listed_backward,
     attend_opened,
     attend_own,
+    branches,
     choose,
     choose_backward,
     compress,
@@ -43,6 +44,7 @@ from farfield.ops import hashed as ops_hashed
 from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
 from farfield.ops.choose import Scoring
+from farfield.ops.lists import recent_sizes
 from farfield.ops.multipole import Field, tree_of
 from farfield.ops.opened import SCORES
 from farfield.ops.opened import Plan as OpenedPlan
@@ -78,7 +80,7 @@ SPILLS: dict[str, int] = {
     "listed-own-backward-128": 32,
     "listed-512-128": 96,
     # what belongs to a tile of queries, outside the loop over rows (those of Triton 3.6, which keeps more)
-    **dict.fromkeys(("choose-64", "choose-128"), 96),
+    **dict.fromkeys(("choose-64", "choose-128", "branches-64", "branches-128"), 96),
     "choose-ssa-64": 120,
     # two sums of 64 x 128 numbers take 128 registers a thread
     "choose-backward-128": 8,
@@ -86,7 +88,7 @@ SPILLS: dict[str, int] = {
     "choose-backward-few-128": 240,
     "choose-backward-few-64": 8,  # Triton 3.6
     # addresses of the weights
-    "compress-128": 144,
+    **dict.fromkeys(("compress-128", "branches-learned-128"), 144),
     # numbers that are kept once and read once a chunk
     "scan-128": 40,
     "scan-back-128": 80,
@@ -364,6 +366,16 @@ def choosing(scoring, width, dtype="bf16", tokens=5000, values=False, backward=F
         choose.alone(q, keys, scoring, 0, 0.125)
 
 
+def branching(width, tokens=5000, learned=False, trained=False):
+    """All three branches of `nsa`."""
+    q, x = empty(1, 16, tokens, width), empty(1, 4, tokens, width)
+    shapes = [shape for shape in ((32 * width, width), (4, 32, width), (width, width)) for _ in "kv"]
+    weights = [empty(*shape, dtype=torch.float32) for shape in (*shapes, (4, width, 3), (4, 3))]
+    about = branches.About(NSA, 512, *recent_sizes(tokens, 512), 0.125)
+    assert branches.together(q, x, x, about)
+    branches.forward(q, x, x, *(weights if learned else ()), about, trained)
+
+
 def compressing(width, learned, tokens=5000):
     wide, x = torch.float32, empty(1, 4, tokens, width)
     mlp = [empty(*shape, dtype=wide) for shape in ((32 * width, width), (4, 32, width), (width, width)) for _ in "kv"]
@@ -481,6 +493,8 @@ LAUNCHES = {
     **{f"choose-backward-{d}": (lambda d=d: choosing(NSA, d, backward=True)) for d in (64, 128)},
     # few queries
     **{f"choose-backward-few-{d}": (lambda d=d: choosing(NSA, d, tokens=900, backward=True)) for d in (64, 128)},
+    **{f"branches-{d}": (lambda d=d: branching(d)) for d in (64, 128)},
+    "branches-learned-128": lambda: branching(128, learned=True, trained=True),
     **{f"compress-{d}": (lambda d=d: compressing(d, True)) for d in (64, 128)},
     "compress-means": lambda: compressing(64, False),
     **{f"mix-{d}": (lambda d=d: mixing(d)) for d in (64, 128)},
@@ -508,7 +522,7 @@ FEW = (
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
-    "mix-64", "opened-2-64", "opened-runs-64",
+    "branches-64", "mix-64", "opened-2-64", "opened-runs-64",
     "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64", "scores-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
@@ -588,6 +602,7 @@ AT_LENGTH = {
     "choose-and-attend": lambda n: choosing(NSA, 64, tokens=n, values=True),
     "choose-backward": lambda n: choosing(NSA, 64, tokens=n + 1024, backward=True),
     "choose-backward-few": lambda n: choosing(NSA, 64, tokens=200 + n % 800, backward=True),
+    "branches": lambda n: branching(64, tokens=n),
     "mix": lambda n: mixing(64, tokens=n),
     "opened": lambda n: opening(4, 64, tokens=n),
     "scan": lambda n: scanning(SCAN["64"], n),

@@ -6,14 +6,29 @@ lists, and who reads each of their blocks, are constants of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from farfield.kernels import attend_backward, choose, choose_backward, compress, fan, mix, patterns
+from farfield.kernels import (
+    attend_backward,
+    attend_listed,
+    attend_listed_hopper,
+    choose,
+    choose_backward,
+    choose_hopper,
+    compress,
+    fan,
+    join_branches,
+    mix,
+    near_hopper,
+    patterns,
+)
 from farfield.kernels.launch import attend_forward
 from farfield.kernels.replay import constant
-from farfield.kernels.transpose import Readers, transpose
+from farfield.kernels.transpose import Readers, counted, counts, transpose
 from farfield.ops.attend import Call, Plan
 from farfield.ops.choose import Scoring
 
@@ -49,14 +64,73 @@ def forward(*given) -> Tensor | tuple[Tensor, ...]:
     scoring, scale = about.scoring, about.scale
     rows = (k.shape[2] - scoring.span) // scoring.stride + 1
     keys, values, *kept = compress.compress(k, v, *weights[:6], scoring.stride, scoring.span, rows, trained)
-    far, far_lse, index, count = choose.both(q, keys, values, scoring, 0, scale)
-    chosen, chosen_lse = attend_forward(chosen_call(q, k, v, index, count, about))
-    near, near_lse = attend_forward(_window(q, k, v, about))
     gate, bias = weights[6:] if weights else (None, None)
-    out = mix.mix((far, chosen.view(q.shape), near), q, gate, bias, None)
+    if together(q, k, v, about):
+        early = min(near_hopper.EARLY, -(-q.shape[2] // scoring.block)) * scoring.block
+        far, far_lse, index, count, others, free, named = choose.run(
+            q, keys, values, None, scoring, scoring.stride, scoring.span, 0, scale, early
+        )
+        near, near_lse, *begun = near_hopper.attend_near(q, k, v, scoring, about.width, scale, named)
+        out, chosen, chosen_lse = _joined(q, k, v, others, free, begun, far, near, gate, bias, about, trained)
+    else:
+        far, far_lse, index, count = choose.both(q, keys, values, scoring, 0, scale)
+        chosen, chosen_lse = attend_forward(chosen_call(q, k, v, index, count, about))
+        near, near_lse = attend_forward(_window(q, k, v, about))
+        out = mix.mix((far, chosen.view(q.shape), near), q, gate, bias, None)
     if not trained:
         return out
     return out, far, far_lse, chosen, chosen_lse, near, near_lse, index, count, keys, values, *kept
+
+
+def together(q: Tensor, k: Tensor, v: Tensor, about: About) -> bool:
+    """Whether blocks that every query reads come from the window's launch, and the parts of others meet in the sum."""
+    scoring, stack = about.scoring, q.shape[1] // k.shape[1]
+    if not scoring.scored or q.shape[2] < attend_listed.FEWEST:
+        return False
+    if not near_hopper.wants(q, k, v, scoring, about.width, about.scale):
+        return False
+    rows = (k.shape[2] - scoring.span) // scoring.stride + 1
+    if not (rows > 0 and choose_hopper.wants_best(q, stack, scoring)):
+        return False
+    # of lists only the shape matters here
+    lists = q.new_empty(1, dtype=torch.int32).expand(q.shape[0], k.shape[1], _chunk(q, scoring), scoring.scored)
+    call = chosen_call(q, k, v, lists, lists[..., 0], about)
+    return attend_listed_hopper.wants(call, 1, stack) and counts(call.index[0], -(-k.shape[2] // scoring.block))
+
+
+def _chunk(q: Tensor, scoring: Scoring) -> int:
+    """Queries whose parts take attend_listed.PARTS bytes."""
+    each = q.shape[0] * q.shape[1] * scoring.scored * q.shape[3] * q.element_size()
+    return min(q.shape[2], max(attend_listed.FEWEST, attend_listed.PARTS // each))
+
+
+def _joined(
+    q: Tensor, k: Tensor, v: Tensor, others: Tensor, free: Tensor, begun: Sequence[Tensor], far: Tensor, near: Tensor,
+    gate: Tensor | None, bias: Tensor | None, about: About, trained: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """out, and out and lse of the chosen blocks for a backward; `others`: lists of what was chosen by score."""
+    batch, heads, tokens, width = q.shape
+    units, stack = batch * k.shape[1], heads // k.shape[1]
+    scoring = about.scoring
+    chunk, row_blocks = _chunk(q, scoring), -(-tokens // scoring.block)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    chosen = chosen_lse = None
+    if trained:
+        chosen = torch.empty(units, stack, tokens, width, dtype=q.dtype, device=q.device)
+        chosen_lse = torch.empty(units, stack, tokens, dtype=torch.float32, device=q.device)
+    parts = q.new_empty(units * stack * chunk * scoring.scored, width)
+    masses = torch.empty(units * stack * chunk * scoring.scored, dtype=torch.float32, device=q.device)
+    call = chosen_call(q, k, v, others, free, about)
+    for first in range(0, tokens, chunk):
+        many = min(chunk, tokens - first)
+        listed, filled = (x[0][:, :, first : first + many].contiguous() for x in (call.index, call.count))
+        most = attend_listed.piece_size(many, scoring.scored, row_blocks)
+        found = counted(listed, filled, row_blocks, most)
+        attend_listed_hopper.read(call, found, parts, masses, 1, stack, first, many)
+        join_branches.join(
+            parts, masses, found.place, filled, begun, far, near, q, gate, bias, out, (chosen, chosen_lse), first
+        )
+    return out, chosen, chosen_lse
 
 
 def backward(*given) -> tuple[Tensor, ...]:

@@ -239,12 +239,13 @@ def split(keys: Tensor, values: Tensor | None, dtype: torch.dtype, whole: int = 
 
 def run(
     q: Tensor, keys: Tensor, values: Tensor | None, lse: Tensor | None, scoring: Scoring | None, stride: int,
-    span: int, first: int, scale: float,
+    span: int, first: int, scale: float, early: int = -1,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The attention over the rows if there are values, the choice if there is a scoring, or both of the same rows.
 
     Returns:
-        out and lse, if there are values; index and count, if there is a scoring.
+        out and lse, if there are values; index and count, if there is a scoring; of a choice that `choose_hopper` makes
+        also what it returns with `early` >= 0.
     """
     stack = 1 if scoring is None or not scoring.shared else q.shape[1] // keys.shape[1]
     fast = scoring is not None and keys.shape[2] > 0 and choose_hopper.wants_best(q, stack, scoring)
@@ -261,7 +262,7 @@ def run(
         return found
     known = lse if scoring.shared else None
     if fast:
-        return *found, *choose_hopper.choose(q, planes, known, scoring, first, scale)
+        return *found, *choose_hopper.choose(q, planes, known, scoring, first, scale, early)
     return *found, *choose(q, planes, rows, known, scoring, first, scale)
 
 

@@ -289,11 +289,11 @@ REGISTERS_16 = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 32))
 
 @gluon.jit
 def _best(
-    index, count, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, units, lists, heads, tokens,
-    first, initial, local, picks, scale,
+    index, count, others, free_count, named, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, units,
+    lists, heads, tokens, early, first, initial, local, picks, scale,
     GROUP: gl.constexpr, STACK: gl.constexpr, BLOCK: gl.constexpr, PER_BLOCK: gl.constexpr, PER_ROW: gl.constexpr,
     D: gl.constexpr, BJ: gl.constexpr, BEST: gl.constexpr, PICKS: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, SHARES: gl.constexpr,
+    STAGES: gl.constexpr, SHARES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BJ, 16])
     both: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BJ, 16])
@@ -400,6 +400,16 @@ def _best(
             index + base[:, None] + initial + rank, chosen,
             mask=(token < tokens)[:, None] & (rank < filled[:, None]) & (chosen < 0x3FFFFFFF),
         )  # fmt: skip
+        if APART:
+            query = unit.to(gl.int64) * tokens + token
+            gl.store(
+                others + query[:, None] * scored + rank, chosen,
+                mask=(token < tokens)[:, None] & (rank < filled[:, None]) & (chosen < 0x3FFFFFFF),
+            )  # fmt: skip
+            # early queries name their blocks by bits, and have no list
+            bits = gl.sum(gl.where(chosen < 64, gl.full([64, BEST], 1, gl.int64, kept) << (chosen & 63), 0), 1)
+            gl.store(named + unit.to(gl.int64) * early + token, bits, mask=token < early)
+            gl.store(free_count + query, gl.where(token < early, 0, filled), mask=token < tokens)
         token = at + gl.arange(0, 64, of_list)
         own_l = (first + token) // BLOCK
         free_l = own_l - local + 1
@@ -414,15 +424,17 @@ def _best(
         gl.store(count + unit.to(gl.int64) * tokens + token, listed, mask=token < tokens)
 
 
-SCORED = ["items", "tiles", "units", "lists", "sources", "heads", "tokens", "first", "initial", "local", "picks"]
+SCORED = ["items", "tiles", "units", "lists", "sources", "heads", "tokens", "early", "first", "initial", "local"]
+SCORED += ["picks"]
 
 
 @gluon.jit(do_not_specialize=SCORED)
 def best_hopper(
-    q, k, lse, index, count, items, tiles, units, lists, sources, heads, tokens, first, initial, local, picks, scale,
+    q, k, lse, index, count, others, free_count, named, items, tiles, units, lists, sources, heads, tokens, early,
+    first, initial, local, picks, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, BLOCK: gl.constexpr, PER_BLOCK: gl.constexpr, PER_ROW: gl.constexpr,
     D: gl.constexpr, BJ: gl.constexpr, BEST: gl.constexpr, PICKS: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, SHARES: gl.constexpr,
+    STAGES: gl.constexpr, SHARES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     q_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES * 2 * STACK, 1, 1, 64, D], q.layout)
@@ -440,14 +452,14 @@ def best_hopper(
     fence_async_shared()
     gl.warp_specialize([
         (_best, (
-            index, count, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, units, lists, heads,
-            tokens, first, initial, local, picks, scale,
-            0, STACK, BLOCK, PER_BLOCK, PER_ROW, D, BJ, BEST, PICKS, Q_STAGES, STAGES, SHARES,
+            index, count, others, free_count, named, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items,
+            tiles, units, lists, heads, tokens, early, first, initial, local, picks, scale,
+            0, STACK, BLOCK, PER_BLOCK, PER_ROW, D, BJ, BEST, PICKS, Q_STAGES, STAGES, SHARES, APART,
         )),
         (_best, (
-            index, count, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, units, lists, heads,
-            tokens, first, initial, local, picks, scale,
-            1, STACK, BLOCK, PER_BLOCK, PER_ROW, D, BJ, BEST, PICKS, Q_STAGES, STAGES, SHARES,
+            index, count, others, free_count, named, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items,
+            tiles, units, lists, heads, tokens, early, first, initial, local, picks, scale,
+            1, STACK, BLOCK, PER_BLOCK, PER_ROW, D, BJ, BEST, PICKS, Q_STAGES, STAGES, SHARES, APART,
         )),
         (_load_scored, (
             q, k, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, units, lists, sources, tokens, first,
@@ -512,28 +524,37 @@ def attend_ended(
 
 
 def choose(
-    q: Tensor, planes: Tensor, lse: Tensor | None, scoring: Scoring, first: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """index [B, lists, T, picks] and count [B, lists, T]; planes [2, B, G, C, D] with whole blocks of rows."""
+    q: Tensor, planes: Tensor, lse: Tensor | None, scoring: Scoring, first: int, scale: float, early: int = -1
+) -> tuple[Tensor, ...]:
+    """index [B, lists, T, picks] and count [B, lists, T]; planes [2, B, G, C, D] with whole blocks of rows.
+
+    `early` >= 0: also the lists of blocks chosen by score alone, [B, lists, T, scored], and how long these are. Queries
+    before `early` have none: they get a bit for each block, int64 [B, lists, early].
+    """
     batch, heads, tokens, width = q.shape
     kv_heads, rows = planes.shape[2:4]
     lists = kv_heads if scoring.shared else heads
     stack, per_block = heads // lists, scoring.block // scoring.stride
     index = torch.empty(batch, lists, tokens, scoring.picks, dtype=torch.int32, device=q.device)
     count = torch.empty(batch, lists, tokens, dtype=torch.int32, device=q.device)
+    free = []
+    if early >= 0:
+        free = [index.new_empty(batch, lists, tokens, scoring.scored), torch.empty_like(count)]
+        free += [torch.empty(batch, lists, early, dtype=torch.int64, device=q.device)]
     tiles, units, sizes = -(-tokens // 128), batch * lists, (BEST if stack > 1 else ALONE)[width]
     # both numbers of a row lie side by side in a tile: its columns are read once for two products
     by_row = planes.view(2, batch * kv_heads, rows // per_block, per_block, width).permute(1, 3, 0, 2, 4)
     start(
         best_hopper, (min(units * tiles, _processors(q.device)),),
         _descriptor(q, 64), _pairs(by_row, sizes.rows), index if lse is None else lse, index, count,
-        units * tiles, tiles, units, lists, batch * kv_heads, heads, tokens, first, scoring.initial, scoring.local,
-        scoring.picks, scale, STACK=stack, REPEAT=heads // kv_heads, BLOCK=scoring.block, PER_BLOCK=per_block,
+        *(free or (index, count, index)), units * tiles, tiles, units, lists, batch * kv_heads, heads, tokens, early,
+        first, scoring.initial, scoring.local, scoring.picks, scale,
+        STACK=stack, REPEAT=heads // kv_heads, BLOCK=scoring.block, PER_BLOCK=per_block,
         PER_ROW=scoring.span // scoring.stride, D=width, BJ=sizes.rows, BEST=padded(scoring.scored, 4),
         PICKS=padded(scoring.picks, 1), Q_STAGES=sizes.q_stages, STAGES=sizes.stages, SHARES=lse is not None,
-        num_warps=4,
+        APART=early >= 0, num_warps=4,
     )  # fmt: skip
-    return index, count
+    return index, count, *free
 
 
 def _pairs(x: Tensor, blocks: int) -> TensorDescriptor:

@@ -11,13 +11,14 @@ from farfield.mechanisms.moba import MoBA
 from farfield.mechanisms.nsa import NSA
 from farfield.mechanisms.ssa import SSA
 from farfield.ops.choose import Scoring, attend_ended, choose
+from farfield.ops.lists import recent_sizes
 from farfield.testing.inputs import normal
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from farfield.kernels import attend_listed, attend_own, plans
+from farfield.kernels import attend_listed, attend_own, branches, near_hopper, plans
 from farfield.kernels import attend_listed_backward as listed_backward
 from farfield.kernels import attend_listed_backward_hopper as listed_hopper
 from farfield.kernels.choose_backward import ended_backward
@@ -259,6 +260,41 @@ def test_learned_compressions_and_gates(width):
     for _ in range(3):
         again = torch.autograd.grad(mech(*x), [*x, *mech.parameters()], d_out)
         assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "picks", "window", "early", "parts"),
+    # early queries of all, of some and of the least; parts of one chunk and of several; two heads a list and four
+    [(2, 8, 1300, 6, 512, 40, 1 << 30), (1, 4, 2500, 16, 130, 5, 1 << 19), (1, 8, 700, 4, 1000, 1, 1 << 17)],
+)
+def test_branches_whose_parts_meet_in_the_sum(
+    batch, heads, tokens, picks, window, early, parts, width, dtype, monkeypatch
+):  # fmt: skip
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(near_hopper, "EARLY", early)
+    monkeypatch.setattr(attend_listed, "PARTS", parts)
+    q, k, v = (x.detach() for x in qkv(tokens, batch=batch, heads=heads, kv_heads=2, width=width, dtype=dtype))
+    scoring = Scoring(64, picks, 16, 32, 1, 2)
+    about = branches.About(scoring, window, *recent_sizes(tokens, window), width**-0.5)
+    assert branches.together(q, k, v, about)
+    out, far, _, chosen, chosen_lse, near, near_lse, index, count, *_ = branches.forward(q, k, v, about, True)
+    layout = ff.Layout(index, count, 1, 64, tokens, tokens, True)
+    hidden = ~ff.select.to_dense(layout).repeat_interleave(heads // 2, 1)
+    i = torch.arange(tokens, device="cuda")
+    outside = (i > i[:, None]) | (i <= i[:, None] - window)
+    wide_k, wide_v = (x.double().repeat_interleave(heads // 2, 1) for x in (k, v))
+    logits = q.double() @ wide_k.mT / width**0.5
+    exact = []
+    for name, got, lse, mask in (("chosen", chosen, chosen_lse, hidden), ("near", near, near_lse, outside)):
+        masked = logits.masked_fill(mask, float("-inf"))
+        exact.append(masked.softmax(-1) @ wide_v)
+        assert_within(got.view(q.shape), exact[-1], terms=tokens, name=name)
+        assert_within(lse.view(q.shape[:3]), masked.logsumexp(-1), terms=tokens, name=f"lse of {name}")
+    assert_within(out, (far.double() + exact[0] + exact[1]) / 2, terms=tokens)
+    assert all(torch.equal(branches.forward(q, k, v, about, False), out) for _ in range(10))
 
 
 @pytest.mark.parametrize("name", SCORINGS)
