@@ -9,7 +9,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
 
-from farfield.kernels import attend_hopper, attend_listed, choose_hopper, fan, join_branches
+from farfield.kernels import attend_hopper, attend_listed, choose_hopper, fan, join_branches, near_hopper
 from farfield.kernels.attend_backward import attend_backward
 from farfield.mechanisms.nsa import NSA
 from farfield.ops import branches
@@ -22,7 +22,7 @@ F16, F32 = torch.float16, torch.float32
 @pytest.fixture(autouse=True)
 def _anywhere(monkeypatch):
     """The kernels for any GPU, and the backward of `attend` by them."""
-    for module in (attend_hopper, choose_hopper):
+    for module in (attend_hopper, choose_hopper, near_hopper):
         monkeypatch.setattr(module, "_hopper", lambda device: False)
     monkeypatch.setattr(attend_listed, "FEWEST", 64)
     monkeypatch.setattr(branches, "_gradients", attend_backward)
