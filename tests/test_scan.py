@@ -229,7 +229,7 @@ def test_own_backward_gradcheck():
 def test_own_backward_is_an_operation():
     q, k, v, decay, state = plain(B=1, T=9, D=2, E=3)
     for x in (state, state.new_empty(0)):
-        torch.library.opcheck(torch.ops.farfield.scan.default, (q, k, v, decay, x, False, 4))
+        torch.library.opcheck(torch.ops.farfield.scan.default, (q, k, v, decay, x, 4))
     torch._dynamo.reset()
     exact = run_plain(oracles.recurrence, plain(T=40))
     got = run_plain(torch.compile(scan, fullgraph=True, backend="aot_eager"), plain(T=40))

@@ -1,4 +1,4 @@
-"""attend, pool and the lists of patterns as recorded launches (kernels.replay), where calls come again.
+"""attend, pool, scans and the lists of patterns as recorded launches (kernels.replay), where calls come again.
 
 What a call launches follows from its signature: shapes, strides, dtypes, device and options. The first call of one
 goes the ordinary way, since a length that never comes again is not worth a recording; the second is recorded. Lists
@@ -135,6 +135,27 @@ def lists(build: Callable[..., Any], *options: Hashable, device: torch.device) -
 def plainly(function: Callable[..., Any], inputs: Sequence[Tensor], *options: Hashable) -> Any:
     """function(*inputs, *options), of which the launches follow from what the inputs are like and from the options."""
     return run(_memory.of((function, *[form(x) for x in inputs], options)), function, inputs, *options)
+
+
+def after(known: Known, *gradients: Tensor | None) -> Known:
+    """What is known of the backward of a call, by the gradients that it is given."""
+    return _memory.of((known, *[form(x) for x in gradients]))
+
+
+def partly(
+    function: Callable[..., Any], slots: Sequence[Tensor | None], *options: Hashable, known: Known | None = None
+) -> Any:  # fmt: skip
+    """`plainly`, where tensors may be absent. `known`: of all that tells calls apart, the function included."""
+    if known is None:
+        known = _memory.of((function, *[form(x) for x in slots], options))
+    there = tuple([x is not None for x in slots])
+    return run(known, _filled, [x for x in slots if x is not None], function, there, options)
+
+
+def _filled(*given: Any) -> Any:
+    *tensors, function, there, options = given
+    rest = iter(tensors)
+    return function(*[next(rest) if some else None for some in there], *options)
 
 
 def run(known: Known, function: Callable[..., Any], inputs: Sequence[Tensor], *options: Any) -> Any:

@@ -22,13 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels.attend import WIDEST, _dense, padded
+from farfield.kernels.replay import start
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # what varies with the length must not make another kernel
 VARIES = ["s_b", "s_h", "s_t", "v_b", "v_h", "v_t", "g_b", "g_h", "g_t", "heads", "tokens", "length", "segments"]
-VARIES += ["peak0", "mass0", "total0", "d_mass", "d_total", "rest"]
+VARIES += ["peak0", "mass0", "total0", "d_mass", "d_total", "mass1", "rest", "q_b", "q_h"]
+
+
+DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
 @triton.jit
@@ -285,10 +289,10 @@ def prefix_back(
 
 @triton.jit(do_not_specialize=VARIES)
 def prefix_scores(
-    q, k, s, v_b, v_h, v_t, heads, tokens, segments,
+    q, k, s, q_b, q_h, v_b, v_h, v_t, scale, heads, tokens, segments,
     REPEAT: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """s [B, H, T] = q . k[t], for all query heads of a key head: k is read once. Strides of k are v_b, v_h, v_t."""
+    """s [B, H, T] = scale q . k[t], for all query heads of a key head: k is read once. k lies v_b, v_h, v_t apart."""
     pid = tl.program_id(0)
     n, unit = pid % segments, (pid // segments).to(tl.int64)
     groups = heads // REPEAT
@@ -298,24 +302,24 @@ def prefix_scores(
     keys = tl.load(k + place, mask=(i < tokens)[:, None] & (cols < D), other=0.0).to(tl.float32)
     for r in range(REPEAT):
         bh = b * heads + g * REPEAT + r
-        query = tl.load(q + bh * D + cols, mask=cols < D, other=0.0)
+        query = tl.load(q + b * q_b + (g * REPEAT + r) * q_h + cols, mask=cols < D, other=0.0).to(tl.float32) * scale
         tl.store(s + bh * tokens + i, tl.sum(keys * query[None, :], 1), mask=i < tokens)
 
 
 @triton.jit(do_not_specialize=VARIES)
 def prefix_scores_back(
-    q, k, d_s, d_q, d_k, v_b, v_h, v_t, heads, tokens, length, segments,
+    q, k, d_s, parts, d_k, q_b, q_h, v_b, v_h, v_t, scale, heads, tokens, length, segments,
     REPEAT: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """d_k [B, G, T, D], and what each segment gives to d_q, [B, H, segments, D]."""
+    """d_k [B, G, T, D], and what each segment gives to the gradient of scale q, [B, H, segments, D]."""
     pid = tl.program_id(0)
     n, unit = pid % segments, (pid // segments).to(tl.int64)
     groups = heads // REPEAT
     b, g = unit // groups, unit % groups
     cols = tl.arange(0, D_TILE)
-    q += (b * heads + g * REPEAT) * D + cols
+    q += b * q_b + g * REPEAT * q_h + cols
     d_s += (b * heads + g * REPEAT) * tokens
-    d_q += ((b * heads + g * REPEAT) * segments + n) * D + cols
+    parts += ((b * heads + g * REPEAT) * segments + n) * D + cols
     k += (b * v_b + g * v_h) * UNIT + cols
     d_k += unit * tokens * D + cols
     stride = v_t.to(tl.int64) * UNIT
@@ -328,20 +332,40 @@ def prefix_scores_back(
             d = tl.load(d_s + tl.cast(r, tl.int64) * tokens + i, mask=i < stop, other=0.0)
             there = (i < stop)[:, None] & (cols < D)
             acc += d[:, None] * tl.load(k + i.to(tl.int64)[:, None] * stride, mask=there, other=0.0).to(tl.float32)
-        tl.store(d_q + tl.cast(r, tl.int64) * segments * D, tl.sum(acc, 0), mask=cols < D)
+        tl.store(parts + tl.cast(r, tl.int64) * segments * D, tl.sum(acc, 0), mask=cols < D)
     for at in range(start, stop, C):
         i = at + tl.arange(0, C)
         total = tl.zeros([C, D_TILE], tl.float32)
         for r in range(REPEAT):
             d = tl.load(d_s + tl.cast(r, tl.int64) * tokens + i, mask=i < stop, other=0.0)
-            total += d[:, None] * tl.load(q + r * D, mask=cols < D, other=0.0)[None, :]
+            query = tl.load(q + tl.cast(r, tl.int64) * q_h, mask=cols < D, other=0.0).to(tl.float32) * scale
+            total += d[:, None] * query[None, :]
         there = (i < stop)[:, None] & (cols < D)
         tl.store(d_k + i.to(tl.int64)[:, None] * D, total.to(d_k.dtype.element_ty), mask=there)
 
 
+@triton.jit(do_not_specialize=VARIES)
+def prefix_scores_query(
+    parts, d_q, scale, tokens, segments, D: tl.constexpr, D_TILE: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """d_q [B, H, tokens, D]: of the first token scale times the sum of what segments give, of the others 0."""
+    pid, tiles = tl.program_id(0), (tokens + C - 1) // C
+    n, bh = pid % tiles, (pid // tiles).to(tl.int64)
+    r, cols = tl.arange(0, C), tl.arange(0, D_TILE)
+    tile = tl.zeros([C, D_TILE], tl.float32)
+    if n == 0:
+        for first in range(0, segments, C):
+            there = (first + r < segments)[:, None] & (cols < D)
+            tile += tl.load(parts + (bh * segments + first + r)[:, None] * D + cols, mask=there, other=0.0)
+        tile = tl.where((r == 0)[:, None], tl.sum(tile, 0)[None, :] * scale, 0.0)
+    i = n * C + r
+    place = (bh * tokens + i)[:, None] * D + cols
+    tl.store(d_q + place, tile.to(d_q.dtype.element_ty), mask=(i < tokens)[:, None] & (cols < D))
+
+
 def refusal(scores: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these tensors, None if they can."""
-    if scores.dtype != torch.float32 or v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if scores.dtype != torch.float32 or v.dtype not in DTYPES:
         return f"takes float32 scores and bfloat16, float16 or float32 values, not {scores.dtype} and {v.dtype}"
     if v.shape[3] > WIDEST:
         return f"takes values up to a width of {WIDEST}, got {v.shape[3]}"
@@ -350,33 +374,77 @@ def refusal(scores: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def scores(query: Tensor, k: Tensor) -> Tensor:
-    """query . k[t] in float32, [B, H, T], of query [B, H, D], float32, and k [B, G, T, D]."""
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `averages` takes these tensors."""
+    if q.dtype not in DTYPES or k.dtype not in DTYPES or v.dtype not in DTYPES:
+        return False
+    return max(k.shape[3], v.shape[3]) <= WIDEST and bool(q.numel() and k.numel() and v.numel())
+
+
+def averages(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool) -> Tensor | tuple[Tensor, ...]:
+    """out [B, H, T, E] of scores scale q[0] . k[t]; where `keep`, also what averages_backward needs."""
+    s = scores(q[:, :, 0], k, scale)
+    out, rest, lse, *_ = forward(s, v, None, keep)
+    if not keep:
+        return out
+    return (out, s, lse) if rest is None else (out, s, lse, rest)
+
+
+def averages_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *more
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and, for each query head, v.
+
+    Args:
+        more: what `averages` has kept, and the scale.
+    """
+    s, lse, *rest, scale = more
+    d_scores, d_v, _, _ = backward(d_out, None, None, s, v, out, rest[0] if rest else None, lse, None)
+    return *scores_backward(d_scores, q[:, :, 0], k, scale, q.shape[2]), d_v
+
+
+def scores(query: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
+    """scale query . k[t] in float32, [B, H, T], of query [B, H, D] and k [B, G, T, D]."""
     (batch, heads, width), tokens = query.shape, k.shape[2]
-    (k, k_at), query = _dense(k), query.contiguous()
-    unit, out = math.gcd(16 // k.element_size(), width, *k_at), query.new_empty(batch, heads, tokens)
+    (k, k_at), (query, query_at) = _dense(k), _rows_dense(query)
+    unit = math.gcd(16 // k.element_size(), width, *k_at)
+    out = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     blocks = -(-tokens // 64)
-    prefix_scores[(blocks * batch * k.shape[1],)](
-        query, k, out, *(n // unit for n in k_at), heads, tokens, blocks,
+    start(
+        prefix_scores, (blocks * batch * k.shape[1],), query, k, out, *query_at, *(n // unit for n in k_at), scale,
+        heads, tokens, blocks,
         REPEAT=heads // k.shape[1], D=width, D_TILE=padded(width), UNIT=unit, C=64, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def scores_backward(d_scores: Tensor, query: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of query and k."""
+def scores_backward(
+    d_scores: Tensor, query: Tensor, k: Tensor, scale: float = 1.0, queries: int = 1
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of `queries` tokens, [B, H, queries, D], of which the first is the query, and of k."""
     (batch, heads, width), tokens, groups = query.shape, k.shape[2], k.shape[1]
-    d_k = k.new_empty(batch, groups, tokens, width)
-    (k, k_at), query = _dense(k), query.contiguous()
+    d_k, d_q = k.new_empty(batch, groups, tokens, width), query.new_empty(batch, heads, queries, width)
+    (k, k_at), (query, query_at) = _dense(k), _rows_dense(query)
     unit = math.gcd(16 // k.element_size(), width, *k_at)
     length, segments = plan(batch * groups, tokens, 64, k.device)
-    parts = query.new_empty(batch, heads, segments, width)
-    prefix_scores_back[(segments * batch * groups,)](
-        query, k, d_scores.contiguous(), parts, d_k, *(n // unit for n in k_at), heads, tokens, length, segments,
-        REPEAT=heads // groups, D=width, D_TILE=padded(width), UNIT=unit, C=32,
-        num_warps=4,
+    parts = query.new_empty(batch, heads, segments, width, dtype=torch.float32)
+    start(
+        prefix_scores_back, (segments * batch * groups,), query, k, d_scores.contiguous(), parts, d_k,
+        *query_at, *(n // unit for n in k_at), scale, heads, tokens, length, segments,
+        REPEAT=heads // groups, D=width, D_TILE=padded(width), UNIT=unit, C=32, num_warps=4,
     )  # fmt: skip
-    return parts.sum(2), d_k
+    start(
+        prefix_scores_query, (-(-queries // 64) * batch * heads,), parts, d_q, scale, queries, segments,
+        D=width, D_TILE=padded(width), C=64, num_warps=4,
+    )  # fmt: skip
+    return d_q, d_k
+
+
+def _rows_dense(query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """[B, H, D] whose rows have no gaps, and its other strides."""
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    return query, query.stride()[:2]
 
 
 def forward(
@@ -401,20 +469,23 @@ def forward(
     numbers = *scores.stride(), *v_at, heads, tokens, length, segments
     constants = {"REPEAT": heads // v.shape[1], "E": width, "E_TILE": padded(width), "C": chunk, "num_warps": warps}
     if segments > 1:
-        prefix_sums[((segments - 1) * batch * heads,)](scores, v, peaks, masses, totals, *numbers, **constants)
+        start(
+            prefix_sums, ((segments - 1) * batch * heads,), scores, v, peaks, masses, totals, *numbers, **constants
+        )  # fmt: skip
     before = (None, None, None) if state is None else [x.contiguous() for x in state]
-    prefix_walk[(segments * batch * heads,)](
-        scores, v, peaks, masses, totals, *before, out, rest, lse, peak, mass, total, *numbers, **constants
-    )
+    start(
+        prefix_walk, (segments * batch * heads,), scores, v, peaks, masses, totals, *before, out, rest, lse, peak, mass,
+        total, *numbers, **constants,
+    )  # fmt: skip
     return out, rest, lse, peak, mass, total
 
 
 def backward(
     d_out: Tensor, d_mass: Tensor | None, d_total: Tensor | None, scores: Tensor, v: Tensor, out: Tensor,
-    rest: Tensor | None, lse: Tensor, mass: Tensor,
+    rest: Tensor | None, lse: Tensor, mass: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of scores and, for each query head, of v; and of the mass and total before the first token, divided by
-    e^(peak - lse of the first token)."""
+    e^(peak - lse of the first token). `mass`, at the end, is read where d_mass or d_total is there."""
     batch, heads, tokens = scores.shape
     width = v.shape[3]
     (v, v_at), (d_out, g_at) = _dense(v), _dense(d_out)
@@ -426,14 +497,16 @@ def backward(
     numbers = heads, tokens, length, segments
     constants = {"E": width, "E_TILE": padded(width), "C": chunk, "num_warps": warps}
     if segments > 1:
-        prefix_back_sums[((segments - 1) * batch * heads,)](
-            out, rest, lse, d_out, later, deltas, *g_at, *numbers, **constants
-        )
+        start(
+            prefix_back_sums, ((segments - 1) * batch * heads,), out, rest, lse, d_out, later, deltas, *g_at, *numbers,
+            **constants,
+        )  # fmt: skip
     if d_total is not None or d_mass is not None:
-        d_mass = torch.zeros_like(mass) if d_mass is None else d_mass.contiguous()
+        d_mass = torch.zeros_like(d_first) if d_mass is None else d_mass.contiguous()
         d_total = torch.zeros_like(d_first_total) if d_total is None else d_total.contiguous()
-    prefix_back[(segments * batch * heads,)](
-        scores, v, out, rest, lse, d_out, later, deltas, d_mass, d_total, mass, d_scores, d_v, d_first_total, d_first,
+    start(
+        prefix_back, (segments * batch * heads,), scores, v, out, rest, lse, d_out, later, deltas, d_mass, d_total,
+        mass, d_scores, d_v, d_first_total, d_first,
         *scores.stride(), *v_at, *g_at, *numbers, REPEAT=heads // v.shape[1], **constants,
     )  # fmt: skip
     return d_scores, d_v, d_first, d_first_total

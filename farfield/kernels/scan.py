@@ -27,6 +27,8 @@ from torch import Tensor
 
 from farfield.kernels import scan_hopper
 from farfield.kernels.attend import WIDEST, _dense, padded
+from farfield.kernels.replay import constant, start
+from farfield.ops.scan import Decays
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(64.0)  # what has faded to 2^-64 is below the rounding of all that is not 2^-40 of its size
@@ -335,6 +337,41 @@ def refusal(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
+def whole(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, made: Decays | None, keep: bool
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """forward, by launches alone: out, end and, where it is asked for and there is one, what gradient_of_queries can
+    go by. No decay: they are what is `made`."""
+    kept: list[Tensor] | None = [] if keep else None
+    out, end = forward(q, k, v, _decays(q, decay, made), state, False, kept)
+    return out, end, *(kept or ())
+
+
+def whole_backward(
+    d_out: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
+    before: Tensor | None, made: Decays | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, of k and v for each query head, and of the state if there is one: three more recurrences."""
+    decay = _decays(q, decay, made)
+    d_q = gradient_of_queries(d_out, k, v, decay, before)
+    if d_q is None:
+        d_q, _ = forward(d_out, v, k, decay, None if state is None else state.mT, False)
+    both = gradients(d_out, d_end, q, k, v, decay)
+    if both is None:
+        d_k, _ = forward(v, d_out, q, decay, None if d_end is None else d_end.mT, True)
+        both = d_k, *forward(k, q, d_out, decay, d_end, True)
+    d_k, d_v, d_state = both
+    return (d_q, d_k, d_v) if state is None else (d_q, d_k, d_v, d_state)
+
+
+def _decays(q: Tensor, decay: Tensor | None, made: Decays | None) -> Tensor:
+    """[H]; what follows from numbers is made once for all calls."""
+    if made is None:
+        assert decay is not None
+        return decay
+    return constant(made.of, q)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, back: bool,
     kept: list[Tensor] | None = None,
@@ -366,7 +403,8 @@ def forward(
     }  # fmt: skip
     q_at, k_at, v_at = [n // d_unit for n in q_at], [n // d_unit for n in k_at], [n // e_unit for n in v_at]
     sums = _sums(k, v, decay, heads, cut, k_at, v_at, constants)
-    scan_walk[(parts * cut.segments * batch * heads,)](
+    start(
+        scan_walk, (parts * cut.segments * batch * heads,),
         q, k, v, decay, None if state is None else state.contiguous(), sums, out, end,
         *q_at, *k_at, *v_at, heads, tokens, *cut.numbers, Q_REPEAT=heads // q.shape[1], **constants,
     )  # fmt: skip
@@ -421,7 +459,8 @@ def gradients(
     sums = _sums(
         q, d_out, decay, heads, cut, q_at, g_at, {**constants, "REPEAT": 1, "BE": e_tile, "BACK": True}
     )  # fmt: skip
-    scan_back[(cut.segments * batch * heads,)](
+    start(
+        scan_back, (cut.segments * batch * heads,),
         q, k, v, d_out, decay, None if d_end is None else d_end.contiguous(), sums, d_k, d_v, end,
         *q_at, *k_at, *v_at, *g_at, heads, tokens, *cut.numbers,
         REPEAT=heads // k.shape[1], E_TILE=e_tile, **constants,
@@ -471,13 +510,15 @@ def _states(
     if cut.segments > 1:
         tile = SUMS[width, value_width]
         sums = torch.empty(batch * heads, cut.pieces, width, value_width, dtype=torch.float32, device=k.device)
-        scan_sums[(value_width // tile.values * cut.pieces * batch * heads,)](
+        start(
+            scan_sums, (value_width // tile.values * cut.pieces * batch * heads,),
             k, v, decay, sums, *k_at, *v_at, heads, tokens + skip, skip, cut.piece, cut.pieces, cut.each,
             REPEAT=heads // k.shape[1], V_REPEAT=heads // v.shape[1], D=width, E=value_width, D_TILE=width,
             BE=tile.values, D_UNIT=8, E_UNIT=8, C=tile.chunk, BACK=back, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     apart = (1, width) if turned else (value_width, 1)
-    scan_join[(width * value_width // JOINED * batch * heads,)](
+    start(
+        scan_join, (width * value_width // JOINED * batch * heads,),
         sums, None if state is None else state.contiguous(), decay, before, heads, skip, cut.piece, cut.pieces,
         cut.each, cut.segments, *apart, SIZE=width * value_width, WIDTH=value_width, BLOCK=JOINED, MOST=FINE,
         num_warps=4,
@@ -492,9 +533,10 @@ def _sums(
         return None
     (batch, _, tokens, width), value_width = k.shape, v.shape[3]
     sums = torch.empty(batch * heads, cut.pieces, width, value_width, dtype=torch.float32, device=k.device)
-    scan_sums[(-(-value_width // constants["BE"]) * cut.pieces * batch * heads,)](
-        k, v, decay, sums, *k_at, *v_at, heads, tokens, 0, *cut.numbers[:3], V_REPEAT=constants["REPEAT"], **constants
-    )
+    start(
+        scan_sums, (-(-value_width // constants["BE"]) * cut.pieces * batch * heads,), k, v, decay, sums,
+        *k_at, *v_at, heads, tokens, 0, *cut.numbers[:3], V_REPEAT=constants["REPEAT"], **constants,
+    )  # fmt: skip
     return sums
 
 

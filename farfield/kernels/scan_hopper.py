@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from farfield.kernels.hopper import LOG2E, aligned, barriers, descriptor, on_hopper, report, sync, wait_empty, wait_full
+from farfield.kernels.replay import start
 
 
 @gluon.jit
@@ -254,12 +255,16 @@ def walk(
     width, value_width = first.q.shape[3], first.v.shape[3]
     batch, heads, tokens, _ = first.out.shape
     boxes, repeats = [], []
-    for x in walks * 2 if len(walks) == 1 else walks:
+    for x in walks:
         boxes += [descriptor(x.q, CHUNK, width), descriptor(x.k, CHUNK, width)]
         boxes += [descriptor(x.v, CHUNK, 64), descriptor(x.out, CHUNK, 64)]
         repeats.append([heads // y.shape[1] for y in x[:3]])
+    if len(walks) == 1:
+        boxes += [None] * 4
+        repeats *= 2
     piece, each, segments = cut
-    scan_hopper[(len(walks) * segments * batch * heads,)](
+    start(
+        scan_hopper, (len(walks) * segments * batch * heads,),
         *boxes, decay, before, end, heads, tokens, piece, each, segments, TURNED=turned,
         **dict(zip(("Q_REPEAT", "REPEAT", "V_REPEAT"), repeats[0], strict=True)),
         **dict(zip(("Q_REPEAT_2", "REPEAT_2", "V_REPEAT_2"), repeats[1], strict=True)),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
+from farfield.ops import averages as op
 from farfield.ops.scan import Prefix, prefix_scores, prefix_softmax
 
 
@@ -62,10 +63,15 @@ class Aaren(Mechanism):
         self.query = None if width is None else nn.Parameter(torch.randn(queries, width))
 
     def forward(self, q, k, v, *, group=None, rotary=None):
+        if group is rotary is self.query is None:
+            out = op.again(q, k, v, self.scale)
+            if out is not None:
+                return out
         self.check(q, k, v, group=group, rotary=rotary)
         if not q.shape[2]:
             return no_tokens(q, v)
-        return prefix_softmax(self._scores(self._query(q), k), v)[0]
+        first = q if self.query is None else self._query(q)[:, :, None]
+        return op.averages(first, k, v, self._factor(k))
 
     def extend(self, q, k, v, state: AarenState | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
@@ -104,6 +110,9 @@ class Aaren(Mechanism):
         # the sum over no tokens is 0, keeps q a part of the graph, and reads nothing
         return self.query.to(wide) + q[:, :, :0].sum(2, dtype=wide)
 
+    def _factor(self, k: Tensor) -> float:
+        return k.shape[3] ** -0.5 if self.scale is None else self.scale
+
     def _scores(self, query: Tensor, k: Tensor) -> Tensor:
         """[B, H, T] of query [B, H, D] and k [B, G, T, D], in the query's dtype."""
-        return prefix_scores(query * (k.shape[3] ** -0.5 if self.scale is None else self.scale), k)
+        return prefix_scores(query * self._factor(k), k)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
-from farfield.ops.scan import scan
+from farfield.ops.scan import Decays, again, scan
 from farfield.packing import blank, documents
 
 CONVENTIONS = ("released", "paper", "fla")
@@ -78,8 +78,11 @@ class LightningAttention(Mechanism):
         if not 0 <= layer < layers:
             raise ValueError(f"lightning-attention: layer counts from 0 to layers - 1, got {layer=} of {layers=}")
         self.decay, self.layer, self.layers = decay, layer, layers
+        # q goes into the scan as it is
+        self._plain = scale == 1 or (scale is None and decay != "fla")
         # bits of float64 in integers, which a module's change of dtype leaves alone
         given = None if isinstance(decay, str) else torch.tensor(decay, dtype=torch.float64).log().view(torch.int64)
+        self._made = Decays(_log_decays, (decay, layer, layers)) if isinstance(decay, str) else None
         self.register_buffer("_given", given, persistent=False)
 
     def rates(self, heads: int) -> list[float]:
@@ -91,11 +94,16 @@ class LightningAttention(Mechanism):
         return [-x for x in self._log_decay(torch.zeros(1, heads, 1, 1, dtype=torch.float64)).tolist()]
 
     def forward(self, q, k, v, *, group=None, rotary=None):
+        if group is rotary is None and self._made is not None and self._plain:
+            out = again(q, k, v, self._made)
+            if out is not None:
+                return out
         self.check(q, k, v, group=group, rotary=rotary)
         if not q.shape[2]:
             return no_tokens(q, v)
-        decay = self._log_decay(q)
+        decay = self._decays(q)
         if group is not None:
+            decay = decay.of(q) if isinstance(decay, Decays) else decay
             document = documents(group)
             q, k, v = (blank(x, document) for x in (q, k, v))
             # each document forgets what was before it; padding is zeros, which change nothing
@@ -110,7 +118,7 @@ class LightningAttention(Mechanism):
     def extend(self, q, k, v, state: LightningState | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
         before = None if state is None else state.memory
-        out, memory = scan(self._scaled(q), k, v, self._log_decay(q), before)
+        out, memory = scan(self._scaled(q), k, v, self._decays(q), before)
         if not q.shape[2]:
             out = no_tokens(q, v)
         return out, LightningState(q.shape[2] + (0 if state is None else state.tokens), memory)
@@ -135,27 +143,36 @@ class LightningAttention(Mechanism):
         return (1.0 if scale is None else scale) * (q @ k.mT * mask) @ v
 
     def _scaled(self, q: Tensor) -> Tensor:
-        scale = self.scale
-        if scale is None:
-            scale = q.shape[3] ** -0.5 if self.decay == "fla" else 1.0
-        return q if scale == 1 else q * scale
+        if self._plain:
+            return q
+        return q * (q.shape[3] ** -0.5 if self.scale is None else self.scale)
+
+    def _decays(self, q: Tensor) -> Tensor | Decays:
+        """log lambda [H], float32 or wider, or what makes them."""
+        if self._made is not None:
+            return self._made
+        assert self._given is not None
+        if len(self._given) != q.shape[1]:
+            raise ValueError(f"lightning-attention: {len(self._given)} decays were given, but q has {q.shape[1]} heads")
+        return self._given.view(torch.float64).to(torch.promote_types(q.dtype, torch.float32))
 
     def _log_decay(self, q: Tensor) -> Tensor:
-        """log lambda [H], float32 or wider."""
-        heads, dtype = q.shape[1], torch.promote_types(q.dtype, torch.float32)
-        if self._given is not None:
-            if len(self._given) != heads:
-                raise ValueError(f"lightning-attention: {len(self._given)} decays were given, but q has {heads} heads")
-            return self._given.view(torch.float64).to(dtype)
-        h = torch.arange(1, heads + 1, dtype=dtype, device=q.device)
-        if self.decay == "released":
-            power = 1 << (heads.bit_length() - 1)
-            exponent = h * (-8 / power)
-            if power != heads:
-                # the heads beyond a power of two stand between those of the next one
-                exponent = torch.where(h <= power, exponent, (2 * (h - power) - 1) * (-4 / power))
-            return exponent.exp2() * -(1 - self.layer / max(self.layers - 1, 1) + 1e-5)
-        return (h if self.decay == "paper" else h - 1) * (-8 / heads * (1 - self.layer / self.layers))
+        decay = self._decays(q)
+        return decay.of(q) if isinstance(decay, Decays) else decay
+
+
+def _log_decays(
+    heads: int, dtype: torch.dtype, device: torch.device, convention: str, layer: int, layers: int
+) -> Tensor:  # fmt: skip
+    h = torch.arange(1, heads + 1, dtype=dtype, device=device)
+    if convention == "released":
+        power = 1 << (heads.bit_length() - 1)
+        exponent = h * (-8 / power)
+        if power != heads:
+            # the heads beyond a power of two stand between those of the next one
+            exponent = torch.where(h <= power, exponent, (2 * (h - power) - 1) * (-4 / power))
+        return exponent.exp2() * -(1 - layer / max(layers - 1, 1) + 1e-5)
+    return (h if convention == "paper" else h - 1) * (-8 / heads * (1 - layer / layers))
 
 
 def _alibi(heads: int) -> list[float]:

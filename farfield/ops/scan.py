@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,8 +12,10 @@ from torch.library import custom_op
 from torch.nn.functional import pad
 
 from farfield.mechanism import check_qkv, no_tokens
-from farfield.ops.eager import eager, recorded
+from farfield.ops.eager import PLAIN, eager, recorded
+from farfield.ops.known import Known, Memory
 
+CHUNK = 64  # tokens
 # chunks that one step of the recurrence over chunks joins
 _FAN = 32
 
@@ -21,10 +24,10 @@ def scan(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B G T D"],
     v: Float[Tensor, "B G T E"],
-    decay: Float[Tensor, " H"] | Float[Tensor, "#B H T"] | None = None,
+    decay: Float[Tensor, " H"] | Float[Tensor, "#B H T"] | Decays | None = None,
     state: Float[Tensor, "B H D E"] | None = None,
     *,
-    chunk: int = 64,
+    chunk: int = CHUNK,
 ) -> tuple[Float[Tensor, "B H T E"], Float[Tensor, "B H D E"]]:
     """The linear recurrence
 
@@ -42,7 +45,8 @@ def scan(
     O(T (chunk + D E / chunk)).
 
     Args:
-        decay: log of the factor on the state, at most 0, per head or per token. Default 0: nothing fades.
+        decay: log of the factor on the state, at most 0, per head or per token; `Decays`, what makes them per head.
+            Default 0: nothing fades.
         state: S before the first token. Default 0.
         chunk: tokens of a chunk.
 
@@ -56,6 +60,100 @@ def scan(
     Source: the chunkwise form of GLA (Yang et al. 2023, arXiv:2312.06635) with the segment sums of Mamba-2
     (Dao and Gu 2024, arXiv:2405.21060).
     """
+    keep = eager(q, k, v) and recorded(q, k, v, *(() if state is None else (state,)))
+    key = _key(q, k, v, decay, state, chunk, keep)
+    known = None if key is None else _memory.find(key)
+    if known is None:
+        _check(q, k, v, decay, state, chunk)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if state is not None:
+        state = state.to(dtype)
+    if known is None:
+        (B, H, T, D), E = q.shape, v.shape[3]
+        if T == 0:
+            return no_tokens(q, v), q.new_zeros(B, H, D, E, dtype=dtype) if state is None else state
+        if isinstance(decay, Tensor) and (decay.dim() == 3 or decay.requires_grad):
+            if decay.dim() == 1:
+                decay = decay[None, :, None].expand(1, H, T)
+            return _chunked(q, k, v, decay, state, chunk)
+    if decay is None:
+        decay = _STILL
+    elif isinstance(decay, Tensor):
+        decay = decay.to(dtype)
+    if key is None:
+        # somebody would see the operation
+        return _forward(q, k, v, _tensor(decay, q), q.new_empty(0, dtype=dtype) if state is None else state, chunk)
+    # what was checked now need not be checked again
+    return _faded(q, k, v, decay, state, chunk, keep, _memory.of(key) if known is None else known)
+
+
+def again(q: Tensor, k: Tensor, v: Tensor, decay: Decays) -> Tensor | None:
+    """out of scan(q, k, v, decay), if it has taken a call of this signature before; otherwise None."""
+    keep = eager(q, k, v) and recorded(q, k, v)
+    key = _key(q, k, v, decay, None, CHUNK, keep)
+    known = None if key is None else _memory.find(key)
+    return None if known is None else _faded(q, k, v, decay, None, CHUNK, keep, known)[0]
+
+
+def _faded(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | Decays, state: Tensor | None, chunk: int, keep: bool, known: Known
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if keep:
+        return _Faded.apply(q, k, v, decay, state, chunk, known)
+    out, end = _run(q, k, v, decay, state, chunk, False, known)
+    return out, end
+
+
+class Decays(NamedTuple):
+    """log of the factors on the state, of each head, that follow from numbers: made on the device when they are needed,
+    and kept by the kernels for further calls.
+
+    Args:
+        make: (heads, dtype, device, *options) -> [heads]; the same function each time.
+    """
+
+    make: Callable[..., Tensor]
+    options: tuple[Hashable, ...] = ()
+
+    def of(self, q: Tensor) -> Tensor:
+        return self.make(q.shape[1], torch.promote_types(q.dtype, torch.float32), q.device, *self.options)
+
+
+def _still(heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(heads, dtype=dtype, device=device)
+
+
+_STILL = Decays(_still)
+
+
+def _tensor(decay: Tensor | Decays, q: Tensor) -> Tensor:
+    return decay if isinstance(decay, Tensor) else decay.of(q)
+
+
+# signatures that have passed the checks, with decays per head that need no gradient
+_memory = Memory(128)
+
+
+def _key(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | Decays | None, state: Tensor | None, chunk: int, keep: bool
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """All that the checks look at and that launches follow from, None for what a compiler or a mode sees."""
+    if not eager(q, k, v):
+        return None
+    key: list[Any] = [chunk, keep, isinstance(decay, Tensor) and decay.requires_grad]
+    for x in (q, k, v, decay, state):
+        if x is None or isinstance(x, Decays):
+            key.append(x)
+        elif type(x) in PLAIN:
+            key += x.shape, x.stride(), x.dtype, x.device
+        else:
+            return None
+    return tuple(key)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | Decays | None, state: Tensor | None, chunk: int
+) -> None:  # fmt: skip
     check_qkv("scan", q, k, v)
     B, H, T, D = q.shape
     E = v.shape[3]
@@ -64,27 +162,14 @@ def scan(
     if chunk < 1:
         raise ValueError(f"scan: chunk must be at least 1, got {chunk}")
     for name, x in (("decay", decay), ("state", state)):
-        if x is not None and x.device != q.device:
+        if isinstance(x, Tensor) and x.device != q.device:
             raise ValueError(f"scan: {name} is on {x.device}, q on {q.device}")
-        if x is not None and not x.is_floating_point():
+        if isinstance(x, Tensor) and not x.is_floating_point():
             raise TypeError(f"scan: {name} must be floating point, got {x.dtype}")
-    if decay is not None and decay.shape not in ((H,), (B, H, T), (1, H, T)):
+    if isinstance(decay, Tensor) and decay.shape not in ((H,), (B, H, T), (1, H, T)):
         raise ValueError(f"scan: decay must be [H] = [{H}] or [B, H, T] = [{B}, {H}, {T}], got {list(decay.shape)}")
     if state is not None and state.shape != (B, H, D, E):
         raise ValueError(f"scan: state must be [B, H, D, E] = {[B, H, D, E]}, got {list(state.shape)}")
-
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    if state is not None:
-        state = state.to(dtype)
-    if T == 0:
-        return no_tokens(q, v), q.new_zeros(B, H, D, E, dtype=dtype) if state is None else state
-    if decay is None:
-        decay = q.new_zeros(H, dtype=dtype)
-    if decay.dim() == 1 and not decay.requires_grad:
-        return _faded(q, k, v, decay.to(dtype), q.new_empty(0, dtype=dtype) if state is None else state, chunk)
-    if decay.dim() == 1:
-        decay = decay[None, :, None].expand(1, H, T)
-    return _chunked(q, k, v, decay, state, chunk)
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
@@ -108,113 +193,129 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | Non
     return out.flatten(2, 3)[:, :, :T].to(out_dtype), states[:, :, -1]
 
 
-def _faded(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The recurrence with decays [H] that get no gradient; an empty state stands for zeros."""
-    if not eager(q, k, v, decay, state):
-        return _forward(q, k, v, decay, state, False, chunk)
-    if recorded(q, k, v, state):
-        return _Faded.apply(q, k, v, decay, state, chunk)
-    return _run(q, k, v, decay, state, False, chunk)
-
-
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, back: bool, chunk: int,
-    kept: list[Tensor] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | Decays, state: Tensor | None, chunk: int, keep: bool,
+    known: Known | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """out [B, H, T, E] and end [B, H, D, E], by whatever takes the call; where `keep`, also the states that the kernels
+    have started from, if they leave some."""
+    if q.is_cuda:
+        from farfield.kernels import plans
+        from farfield.kernels.scan import refusal, whole
+
+        if not refusal(q, v):
+            # what is copied is not recorded
+            state = None if state is None else state.contiguous()
+            given, made = _split(decay)
+            return plans.partly(whole, (q, k, v, given, state), made, keep, known=known)
+    return _plain(q, k, v, _tensor(decay, q), state, False, chunk)
+
+
+def _split(decay: Tensor | Decays) -> tuple[Tensor | None, Decays | None]:
+    return (decay, None) if isinstance(decay, Tensor) else (None, decay)
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, back: bool, chunk: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [B, H, T, E] and end [B, H, D, E], by whatever takes the call. q may have fewer heads than k and v, too.
+    """out and end in PyTorch, decays [H] that get no gradient. q may have fewer heads than k and v, too.
 
     back: from the last token to the first, and state and end on the other side of their token's decay:
 
         out[t] = sum_{s >= t} e^(decay (s - t)) (q[t] . k[s]) v[s] + e^(decay (T - 1 - t)) q[t] state
         end = sum_s e^(decay (s + 1)) k[s] v[s]^T + e^(decay T) state
-
-    kept: gets the states that the kernels have started from, where they leave some.
     """
-    given = state if state.numel() else None
-    if q.is_cuda:
-        from farfield.kernels.scan import forward, refusal
-
-        if not refusal(q, v):
-            return forward(q, k, v, decay, given, back, kept)
     T = q.shape[2]
     every = decay[None, :, None]
     with torch.no_grad():
         if not back:
-            out, end = _chunked(q, k, v, every.expand(1, -1, T), given, chunk)
+            out, end = _chunked(q, k, v, every.expand(1, -1, T), state, chunk)
             return out.contiguous(), end.contiguous()
         q, k, v = (x.flip(2) for x in (q, k, v))
         # the decay of a token comes after it: that of the first one here is not the state's
         shifted = torch.cat([torch.zeros_like(every), every.expand(1, -1, T - 1)], 2)
-        out, end = _chunked(q, k, v, shifted, given, chunk)
+        out, end = _chunked(q, k, v, shifted, state, chunk)
         return out.flip(2), decay.exp()[:, None, None] * end
 
 
 def _gradients(
-    d_out: Tensor, d_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int,
-    before: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of q, k, v and state: three more recurrences; an empty d_end stands for zeros, `before` is what the forward kept.
+    d_out: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | Decays, state: Tensor | None,
+    chunk: int, before: Tensor | None = None, known: Known | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Of q, k, v and state: three more recurrences; no d_end stands for zeros, `before` is what the forward kept,
+    `known` of its signature.
 
     With S of the forward and R[t] = sum_{s >= t} lambda^(s - t) q[s] d_out[s]^T + lambda^(T - 1 - t) d_end:
     dq = d_out S^T, dk = v R^T, dv = k R, and d state = lambda R[0].
     """
-    d_q = both = None
+    found = None
     if q.is_cuda:
-        from farfield.kernels.scan import gradient_of_queries, gradients, refusal
+        from farfield.kernels import plans
+        from farfield.kernels.scan import refusal, whole_backward
 
         if not refusal(q, v):
-            d_q = gradient_of_queries(d_out, k, v, decay, before)
-            both = gradients(d_out, d_end if d_end.numel() else None, q, k, v, decay)
-    if d_q is None:
-        d_q, _ = _run(d_out, v, k, decay, state.mT if state.numel() else state, False, chunk)
-    if both is None:
-        d_k, _ = _run(v, d_out, q, decay, d_end.mT if d_end.numel() else d_end, True, chunk)
-        both = d_k, *_run(k, q, d_out, decay, d_end, True, chunk)
-    d_k, d_v, d_state = both
-    heads, wide = k.shape[1], decay.dtype
+            d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
+            d_end, state = (None if x is None else x.contiguous() for x in (d_end, state))
+            given, made = _split(decay)
+            known = None if known is None else plans.after(known, d_out, d_end)
+            found = plans.partly(whole_backward, (d_out, d_end, q, k, v, given, state, before), made, known=known)
+    if found is None:
+        decay = _tensor(decay, q)
+        d_q, _ = _plain(d_out, v, k, decay, None if state is None else state.mT, False, chunk)
+        d_k, _ = _plain(v, d_out, q, decay, None if d_end is None else d_end.mT, True, chunk)
+        found = d_q, d_k, *_plain(k, q, d_out, decay, d_end, True, chunk)
+    d_q, d_k, d_v, *rest = found
+    heads = k.shape[1]
     if heads != q.shape[1]:
+        wide = torch.promote_types(q.dtype, torch.float32)
         d_k, d_v = (x.unflatten(1, (heads, -1)).sum(2, dtype=wide).to(x.dtype) for x in (d_k, d_v))
-    return d_q, d_k, d_v, d_state if state.numel() else torch.empty_like(state)
+    return d_q, d_k, d_v, rest[0] if state is not None else None
 
 
 class _Faded(torch.autograd.Function):
     """The operation below without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, q, k, v, decay, state, chunk):
+    def forward(ctx, q, k, v, decay, state, chunk, known):
         # most use out alone, and zeros for end would have to be written and read
         ctx.set_materialize_grads(False)
-        ctx.chunk = chunk
         # dq goes by the states of the forward
-        kept: list[Tensor] = []
-        out, end = _run(q, k, v, decay, state, False, chunk, kept)
-        ctx.save_for_backward(q, k, v, decay, state, *kept)
+        out, end, *kept = _run(q, k, v, decay, state, chunk, True, known)
+        given, ctx.made = _split(decay)
+        ctx.chunk, ctx.known = chunk, known
+        ctx.save_for_backward(q, k, v, given, state, *kept)
         return out, end
 
     @staticmethod
     def backward(ctx, d_out, d_end):
-        return _differentiate(ctx, d_out, d_end)[:6]
+        q, k, v, given, state, *before = ctx.saved_tensors
+        decay = ctx.made if given is None else given
+        return *_differentiated(ctx, d_out, d_end, q, k, v, decay, state, *(before or [None]), ctx.known), None, None
+
+
+# an empty state or gradient stands for zeros
 
 
 @custom_op("farfield::scan", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, back: bool, chunk: int
-) -> tuple[Tensor, Tensor]:
-    return _run(q, k, v, decay, state, back, chunk)
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, end = _run(q, k, v, decay, _there(state), chunk, False)
+    return out, end
 
 
 @_forward.register_fake
-def _(q, k, v, decay, state, back, chunk):
-    heads, width, value_width = max(q.shape[1], k.shape[1]), q.shape[3], v.shape[3]
-    out = q.new_empty(q.shape[0], heads, q.shape[2], value_width)
-    return out, q.new_empty(q.shape[0], heads, width, value_width, dtype=decay.dtype)
+def _(q, k, v, decay, state, chunk):
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(*q.shape[:2], q.shape[3], v.shape[3], dtype=decay.dtype)
 
 
 @custom_op("farfield::scan_backward", mutates_args=())
 def _backward(
     d_out: Tensor, d_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(d_out, d_end, q, k, v, decay, state, chunk)
+    d_q, d_k, d_v, d_state = _gradients(d_out, _there(d_end), q, k, v, decay, _there(state), chunk)
+    return d_q, d_k, d_v, torch.empty_like(state) if d_state is None else d_state
 
 
 @_backward.register_fake
@@ -222,24 +323,32 @@ def _(d_out, d_end, q, k, v, decay, state, chunk):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, state))
 
 
+def _there(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
 def _save(ctx, inputs, output):
-    *saved, back, ctx.chunk = inputs
-    if back:
-        raise NotImplementedError("scan: the recurrence from the last token on is part of a backward and has none")
+    *saved, ctx.chunk = inputs
     ctx.save_for_backward(*saved)
 
 
 def _differentiate(ctx, d_out, d_end):
-    q, k, v, decay, state, *before = ctx.saved_tensors
+    return *_differentiated(ctx, d_out, d_end, *ctx.saved_tensors), None
+
+
+def _differentiated(ctx, d_out, d_end, q, k, v, decay, state, *more):
+    """Of q, k, v, decay and state."""
     d_out = q.new_zeros(*q.shape[:3], v.shape[3]) if d_out is None else d_out
-    d_end = decay.new_empty(0) if d_end is None else d_end
-    given = d_out, d_end, q, k, v, decay, state
     # the registered operation refuses a gradient of its gradients
-    if torch.is_grad_enabled() or not eager(*given):
-        d_q, d_k, d_v, d_state = _backward(*given, ctx.chunk)
-    else:
-        d_q, d_k, d_v, d_state = _gradients(*given, ctx.chunk, *before)
-    return d_q, d_k, d_v, None, d_state, None, None
+    if torch.is_grad_enabled() or not eager(d_out, q, k, v):
+        decay = _tensor(decay, q)
+        none = decay.new_empty(0)
+        d_end, before = (none if x is None else x for x in (d_end, state))
+        d_q, d_k, d_v, d_state = _backward(d_out, d_end, q, k, v, decay, before, ctx.chunk)
+        return d_q, d_k, d_v, None, None if state is None else d_state
+    state = None if state is None else _there(state)
+    d_q, d_k, d_v, d_state = _gradients(d_out, d_end, q, k, v, decay, state, ctx.chunk, *more)
+    return d_q, d_k, d_v, None, d_state
 
 
 def _refuse(ctx, *grads):
@@ -416,9 +525,9 @@ def _finite(peak: Tensor) -> Tensor:
 
 @custom_op("farfield::prefix_scores", mutates_args=(), device_types="cuda")
 def _score(query: Tensor, k: Tensor) -> Tensor:
-    from farfield.kernels.prefix import scores
+    from farfield.kernels import plans, prefix
 
-    return scores(query, k)
+    return plans.plainly(prefix.scores, (query, k))
 
 
 @_score.register_fake
@@ -428,9 +537,10 @@ def _(query, k):
 
 @custom_op("farfield::prefix_scores_backward", mutates_args=(), device_types="cuda")
 def _score_backward(d_scores: Tensor, query: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    from farfield.kernels.prefix import scores_backward
+    from farfield.kernels import plans, prefix
 
-    return scores_backward(d_scores, query, k)
+    d_query, d_k = plans.plainly(prefix.scores_backward, (d_scores.contiguous(), query, k))
+    return d_query[:, :, 0], d_k
 
 
 @_score_backward.register_fake

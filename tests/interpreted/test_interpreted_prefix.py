@@ -144,8 +144,32 @@ def test_scores(tokens, heads, groups):
     exact = torch.einsum("bhd,bhtd->bht", query, k.repeat_interleave(heads // groups, 1))
     assert_within(kernels.scores(query.float(), k.half()), exact, terms=24)
     d_s = normal(*exact.shape, seed=2)
-    d_query, d_k = kernels.scores_backward(d_s.float(), query.float(), k.float())
+    d_q, d_k = kernels.scores_backward(d_s.float(), query.float(), k.float(), 1.0, 70)
+    assert d_q.shape == (2, heads, 70, 24)
+    assert not d_q[:, :, 1:].any()
     wide = k.repeat_interleave(heads // groups, 1)
-    assert_within(d_query, torch.einsum("bht,bhtd->bhd", d_s, wide), terms=tokens, name="d query")
+    assert_within(d_q[:, :, 0], torch.einsum("bht,bhtd->bhd", d_s, wide), terms=tokens, name="d query")
     right = (d_s[..., None] * query[:, :, None]).unflatten(1, (groups, -1)).sum(2)
     assert_within(d_k, right, terms=heads // groups, name="d k")
+
+
+@pytest.mark.parametrize(("tokens", "heads", "groups"), [(1, 2, 2), (150, 4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_averages_under_one_query(tokens, heads, groups, dtype):
+    k, v = (normal(1, tokens, groups, 24, seed=i).to(dtype).double().transpose(1, 2) for i in (1, 2))
+    q = normal(1, heads, tokens, 24).to(dtype).double()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    scores = torch.einsum("bhd,bhtd->bht", q[:, :, 0], k.repeat_interleave(heads // groups, 1)) * 0.5
+    exact, _ = literal(scores, v)
+    x = [t.detach().to(dtype) for t in (q, k, v)]
+    out, *kept = kernels.averages(*x, 0.5, True)
+    assert_within(out, exact, terms=tokens + 24)
+    assert torch.equal(kernels.averages(*x, 0.5, False), out)
+    g = normal(*exact.shape, seed=7).to(dtype)
+    right = torch.autograd.grad((exact * g).sum(), leaves)
+    d_q, d_k, d_v = kernels.averages_backward(g, *x, out, *kept, 0.5)
+    for name, got, want in zip(
+        ("dq", "dk", "dv"), (d_q, d_k, d_v.unflatten(1, (groups, -1)).sum(2)), right, strict=True
+    ):
+        assert got.dtype == dtype
+        assert_within(got, want, terms=2 * tokens + 24, name=name)
