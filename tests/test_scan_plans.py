@@ -148,3 +148,19 @@ def test_every_launch_of_averages_is_recorded(dtype):
     assert len(kept) == (3 if dtype == torch.float32 else 4)
     assert (third.single, len(third.outputs)) == (True, 1)
     assert [(x.shape, x.dtype) for x in grads] == [(q.shape, dtype), (k.shape, dtype), (d_out.shape, dtype)]
+
+
+@compiles
+@pytest.mark.parametrize("width", [64, 32])
+def test_one_kernel_for_all_lengths(width):
+    with compiled.recording() as launches:
+        for tokens in (2048, 5001, 1 << 20):
+            q, k, v, d_out = (
+                torch.empty(1, h, tokens, width, dtype=torch.bfloat16, device="meta") for h in (4, 2, 2, 4)
+            )
+            out, _, *before = kernels.whole(q, k, v, None, None, RELEASED, True)
+            kernels.whole_backward(d_out, None, q, k, v, None, None, *(before or [None]), RELEASED)
+            out, *kept = prefix.averages(q, k, v, 0.125, True)
+            prefix.averages_backward(d_out, q, k, v, out, *kept, 0.125)
+    per_length = len(launches) // 3
+    assert [x.hash for x in launches[:per_length]] * 3 == [x.hash for x in launches]
