@@ -36,6 +36,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 SMALL = 32  # smaller row blocks leave shares
 PIECE = 32  # readers of a small row block that are added up together; even
+# entries of a list of row blocks beside small ones that make it long, and how such a list is read at widths up to 64
+LONG, LONG_ROWS, LONG_REGISTERS = 8, 64, 168
 READS = 32  # readers of a large row block that are never cut into pieces; even
 FAR = 1 << 24  # elements from row to row; 128 times as many must fit 32 bits
 
@@ -64,9 +66,10 @@ def attend_backward_queries(
     CAUSAL0: tl.constexpr, REACH0: tl.constexpr, BIAS0: tl.constexpr, END0: tl.constexpr, GROUP0: tl.constexpr,
     SHARES0: tl.constexpr, D_BIAS0: tl.constexpr,
     CAUSAL1: tl.constexpr, REACH1: tl.constexpr, BIAS1: tl.constexpr, END1: tl.constexpr, GROUP1: tl.constexpr,
-    SHARES1: tl.constexpr, D_BIAS1: tl.constexpr,
+    SHARES1: tl.constexpr, D_BIAS1: tl.constexpr, LONG: tl.constexpr, MORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """LONG: the first source's lists are long. MORE: there is a dq, of other sources, to which this one's is added."""
     TILES: tl.constexpr = (STACK * Q_BLOCK + BQ - 1) // BQ
     # where registers are scarce, masks cost more than the look at the list that saves them
     SHORT: tl.constexpr = (SHARES0 or SHARES1) and max(D_TILE, E_TILE) <= 128 and q.dtype.element_ty != tl.float32
@@ -126,7 +129,7 @@ def attend_backward_queries(
         dims, values, k0, v0, bias0, end0, group0, index0, listed0, entry0, d_k0, d_v0, d_bias0,
         k0_strides, v0_strides, bias0_b, bias0_h, end0_b, end0_h, group0_b, group0_h,
         D, E, D_TILE, E_TILE, Q_BLOCK, REPEAT0, K_BLOCK0, BK0, POSITION, CAUSAL0, REACH0, BIAS0, END0, GROUP0,
-        SHARES0, D_BIAS0, SHORT, PRECISION,
+        SHARES0, D_BIAS0, SHORT and not LONG, PRECISION,
     )  # fmt: skip
     if SOURCES > 1:
         acc = _source(
@@ -137,7 +140,10 @@ def attend_backward_queries(
             SHARES1, D_BIAS1, SHORT, PRECISION,
         )  # fmt: skip
     kept = asked[:, None] & (dims < D)[None, :]
-    tl.store(d_q + line[:, None] * D + dims, (acc * scale).to(d_q.dtype.element_ty), mask=kept)
+    acc *= scale
+    if MORE:
+        acc += tl.load(d_q + line[:, None] * D + dims, mask=kept, other=0.0).to(tl.float32)
+    tl.store(d_q + line[:, None] * D + dims, acc.to(d_q.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -557,7 +563,6 @@ def gradients(
     d_tile, e_tile = padded(width), padded(value_width)
     wide = max(d_tile, e_tile)
     first, last = sources[0], sources[-1]
-    tiles = query_tiles(wide, size, dtype, first.small or last.small)
     (q, q_strides), (d_out, d_out_strides) = _dense(q), _dense(d_out)
     out, lse = out.contiguous(), lse.contiguous()
     if d_lse is not None:
@@ -567,39 +572,46 @@ def gradients(
     positioned, grouped = position.dim() > 1, group.dim() > 1
 
     read = _readers_of(call) if read is None else read
-    lists = -(-stack * q_block // tiles.queries)
-    plain = len(sources) == 1 and not (first.reach or first.biased or first.ended or first.grouped or grouped)
-    if plain and hopper_queries.wants_queries(q, d_out, out, first.k, first.v, first.plan.k_block, q_block):
+    plain = not (first.reach or first.biased or first.ended or first.grouped or grouped)
+    # beside few blocks a launch of their own would read the queries once more for little
+    long = last.small and not first.small and first.picks >= LONG
+    asked = list(zip(sources, grads, read, strict=True))
+    hoppers = hopper_queries.wants_queries(q, d_out, out, first.k, first.v, first.plan.k_block, q_block)
+    if plain and hoppers and (long or len(sources) == 1):
         hopper_queries.queries_backward(
             q, d_out, out, first.k, first.v, d_q, delta, shift, lse, d_lse, first.index, first.count, first.lists,
             q_block=q_block, k_block=first.plan.k_block, stack=stack, repeat=first.repeat, causal=first.causal,
             scale=scale, position=position if positioned and first.causal else None, position_strides=position_strides,
         )  # fmt: skip
-        slices = []
-    else:
-        slices = slices_of(sources, batch * units, lists * blocks)
-    for begin, stop in slices:
+        asked, long = asked[1:], False
+    tiles = query_tiles(wide, size, dtype, first.small or last.small)
+    lists = -(-stack * q_block // tiles.queries)
+    rows = tiles.rows
+    if long and wide <= 64 and dtype != torch.float32 and size == 64:
+        rows, tiles = LONG_ROWS, tiles._replace(registers=LONG_REGISTERS)
+    here = [s for s, _, _ in asked]
+    for begin, stop in slices_of(sources, batch * units, lists * blocks) if here else ():
         count = (stop - begin) * blocks * lists
-        shares = [shares_of(s, count, d_q, delta) for s in sources]
+        shares = [shares_of(s, count, d_q, delta) for s in here]
         start(
             attend_backward_queries, (count,),
             q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
-            *first[:7], *shares[0], *last[:7], *shares[-1],
-            q_strides, d_out_strides, *position_strides, *group_strides, *first.strides, *first.lists,
+            *here[0][:7], *shares[0], *last[:7], *shares[-1],
+            q_strides, d_out_strides, *position_strides, *group_strides, *here[0].strides, *here[0].lists,
             *last.strides, *last.lists,
-            begin, heads, tokens, blocks, first.rows, first.picks, first.plan.reach, first.plan.sinks,
+            begin, heads, tokens, blocks, here[0].rows, here[0].picks, here[0].plan.reach, here[0].plan.sinks,
             last.rows, last.picks, last.plan.reach, last.plan.sinks, scale,
-            STACK=stack, Q_BLOCK=q_block, BQ=tiles.queries, SOURCES=len(sources),
-            REPEAT0=first.repeat, K_BLOCK0=first.plan.k_block, BK0=tiles.rows,
+            STACK=stack, Q_BLOCK=q_block, BQ=tiles.queries, SOURCES=len(here),
+            REPEAT0=here[0].repeat, K_BLOCK0=here[0].plan.k_block, BK0=rows,
             REPEAT1=last.repeat, K_BLOCK1=last.plan.k_block, BK1=tiles.rows,
             D=width, E=value_width, D_TILE=d_tile, E_TILE=e_tile, POSITION=positioned, GROUP=grouped,
-            CAUSAL0=first.causal, REACH0=first.reach, BIAS0=first.biased, END0=first.ended, GROUP0=first.grouped,
-            SHARES0=first.small, D_BIAS0=first.small and first.d_bias,
+            CAUSAL0=here[0].causal, REACH0=here[0].reach, BIAS0=here[0].biased, END0=here[0].ended,
+            GROUP0=here[0].grouped, SHARES0=here[0].small, D_BIAS0=here[0].small and here[0].d_bias,
             CAUSAL1=last.causal, REACH1=last.reach, BIAS1=last.biased, END1=last.ended, GROUP1=last.grouped,
-            SHARES1=last.small, D_BIAS1=last.small and last.d_bias,
+            SHARES1=last.small, D_BIAS1=last.small and last.d_bias, LONG=long, MORE=len(here) < len(sources),
             PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
         )  # fmt: skip
-        for s, share, grad, readers in zip(sources, shares, grads, read, strict=True):
+        for (s, grad, readers), share in zip(asked, shares, strict=True):
             if s.small and s.rows:
                 add_up(s, share, grad, readers, begin, stop, units, blocks, lists, delta)
     for s, grad, readers in zip(sources, grads, read, strict=True):
@@ -752,7 +764,7 @@ def sorted_readers(call: Call, ordered: Tensor, order: Tensor) -> list[Readers]:
 def piece(small: bool, lists: Sequence[int], row_blocks: int) -> int:
     """Readers of a row block that are added up together, of lists [.., .., N, P] that name so many row blocks."""
     # a row block read twice as often as the average is no burden yet
-    return PIECE if small else max(READS, 2 * -(-lists[2] * lists[3] // max(row_blocks, 1)))
+    return max(PIECE if small else READS, 2 * -(-lists[2] * lists[3] // max(row_blocks, 1)))
 
 
 def _row_blocks(call: Call) -> list[int]:

@@ -19,6 +19,7 @@ from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers, piece_of
 from farfield.ops.attend import Plan
 
+FULL = 4096  # lists that keep a GPU busy while the last of them end
 NUMBERS = 2048  # what a program that adds up shares holds at a time
 
 SUMS_VARY = ["first", "units", "blocks", "picks", "rows", "row_blocks", "pieces", "most", "base"]
@@ -209,10 +210,10 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def slices_of(sources: list[Source], units: int, lists: int) -> list[tuple[int, int]]:
-    """Units whose shares together take no more memory than the keys and values; one at least."""
+    """Units whose shares together take no more memory than the keys and values, or are few; one at least."""
     rows = sum([s.picks * s.plan.k_block for s in sources if s.small])
     held = units * sum([s.rows for s in sources]) // max([s.repeat for s in sources])
-    step = max(1, min(units, held // max(1, rows * lists)))
+    step = max(1, min(units, max(held // max(1, rows * lists), FULL // lists)))
     return [(begin, min(begin + step, units)) for begin in range(0, units, step)]
 
 

@@ -90,3 +90,40 @@ def test_transposed_lists():
                 picks = x.shape[-1] if whole else 1
                 assert torch.equal(got // picks, expected.query[b, h, : len(got)])
     assert [x.pieces for x in found] == [0, 2 * 18 // 4 + 1]
+
+
+def _near(q, d_out, out, k, v, d_q, delta, shift, lse, d_lse, index, count, lists, *, scale, **rest):
+    """In place of the kernel for Hopper: what the blocks of 64 give dq, in PyTorch."""
+    for h in range(q.shape[1]):
+        for n in range(index.shape[2]):
+            here = slice(64 * n, min(64 * n + 64, q.shape[2]))
+            i = torch.arange(here.start, here.stop)[:, None]
+            named = index[0, 0, n, : int(count[0, 0, n])]
+            row = torch.cat([torch.arange(64 * m, min(64 * m + 64, k.shape[2])) for m in named.tolist()])
+            x, d, keys, values = (y.float() for y in (q[0, h, here], d_out[0, h, here], k[0, 0, row], v[0, 0, row]))
+            weights = (x @ keys.T * scale - lse[0, h, here, None]).exp().where(row <= i, 0.0)
+            less = (out[0, h, here].float() * d).sum(-1) - d_lse[0, h, here]
+            d_q[0, h, here] = (scale * (weights * (d @ values.T - less[:, None])) @ keys).to(d_q.dtype)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_many_blocks_beside_single_rows(apart, monkeypatch):
+    """They are read in larger tiles, or by a kernel of their own, to whose dq the rest is added."""
+    monkeypatch.setattr(kernels, "LONG", 3)
+    if apart:
+        monkeypatch.setattr(kernels.hopper_queries, "wants_queries", lambda *given: True)
+        monkeypatch.setattr(kernels.hopper_queries, "queries_backward", _near)
+    gen = torch.Generator().manual_seed(1)
+    tokens = 200
+    q, d_out = (torch.randn(1, 1, tokens, 16, generator=gen).half().double() for _ in range(2))
+    k, v = (torch.randn(1, 1, tokens, 16, generator=gen).half().double() for _ in range(2))
+    far_k, far_v = (torch.randn(1, 1, 24, 16, generator=gen).half().double() for _ in range(2))
+    index = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 2], [0, 2, 3]], dtype=torch.int32)[None, None]
+    count = torch.tensor([1, 2, 3, 3], dtype=torch.int32)[None, None]
+    far_index = torch.rand(4, 6, generator=gen).argsort(-1)[:, :3].sort(-1).values.int()[None, None]
+    far_count = torch.tensor([0, 3, 2, 3], dtype=torch.int32)[None, None]
+    near = ff.Layout(index, count, 64, 64, tokens, tokens, True)
+    far = ff.Layout(far_index, far_count, 64, 4, tokens, 24)
+    bias = torch.randn(1, 1, 24, generator=gen).double()
+    sources = [(ff.Rows(k, v), near), (ff.Rows(far_k, far_v, bias=bias), far)]
+    check(calls.Problem(q, sources, grads=(d_out, d_out[..., 0])), torch.float16)
