@@ -341,18 +341,18 @@ def run(
 
     made: list[Record] = []
     past: dict[tuple[str, str, str], tuple[int, float]] = {}
-    for dtype, which in itertools.product(dtypes, passes):
-        for point in itertools.product(*axes.values()):
-            params = dict(zip(axes, point, strict=True))
-            if progress:
-                rest = "".join(f" {key}={value}" for key, value in params.items() if key != "tokens")
-                progress(f"{name} {which} {dtype} n={params['tokens']}{rest}")
-            for record in _point(case, params, where, dtype, which, seconds, most, once, longest, past):
-                made.append(record)
-                if out is not None:
-                    append(results_path(name, out, where), record)
-                if on_record:
-                    on_record(record)
+    # the longest lengths last, in all passes: a run that is stopped has left the fewest out
+    for dtype, point, which in itertools.product(dtypes, itertools.product(*axes.values()), passes):
+        params = dict(zip(axes, point, strict=True))
+        if progress:
+            rest = "".join(f" {key}={value}" for key, value in params.items() if key != "tokens")
+            progress(f"{name} {which} {dtype} n={params['tokens']}{rest}")
+        for record in _point(case, params, where, dtype, which, seconds, most, once, longest, past):
+            made.append(record)
+            if out is not None:
+                append(results_path(name, out, where), record)
+            if on_record:
+                on_record(record)
     return made
 
 
