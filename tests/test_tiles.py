@@ -65,6 +65,8 @@ SPILLS: dict[str, int] = {
     "backward-fma-128": 16,
     "backward-fma-m128-128": 16,
     "backward-blocks64-64": 8,
+    "backward-runs-64": 8,
+    "backward-runs-128": 16,
     # positions of the queries, and numbers of the whole kernel
     "backward-sorted-128": _ONCE,
     # what the whole walk keeps of its lengths and places, read once a query block or more seldom
@@ -154,6 +156,7 @@ def call(
 FMA = (source(64, causal=True), source(4, bias=True))
 WIDE_FMA = (source(128, causal=True), source(16, bias=True))
 BLOCKS = (source(128, rows=5000, heads=4),)
+OPENED = (source(64, causal=True, heads=4, picks=18), source(4, bias=True, heads=4, picks=60))
 ALL = (source(16, causal=True, reach=100, bias=True, end=True, group=True), source(1, bias=True, end=True, group=True))
 
 # name -> the call; what `attend` can meet, by width, dtype, blocks and what rides along
@@ -165,6 +168,7 @@ CALLS = {
         f"blocks64-{d}": ((source(64, rows=5000, heads=4),), {"width": d, "q_block": 64, "kv_heads": 4})
         for d in (64, 128)
     },
+    **{f"runs-{d}": (OPENED, {"width": d, "kv_heads": 4}) for d in (64, 128)},
     **{
         f"sorted-{d}": (
             (source(128, causal=True, heads=4),),
@@ -188,7 +192,7 @@ CALLS = {
 BACKWARD = {name: CALLS[name] for name in (
     "fma-64", "fma-80", "fma-128", "fma-256", "fma-m128-64", "fma-m128-128", "blocks128-64", "blocks128-128",
     "blocks64-64", "blocks64-128", "fma-fp16-64", "fma-fp32-64", "values-wider", "everything", "sorted-64",
-    "sorted-128",
+    "sorted-128", "runs-64", "runs-128",
 )}  # fmt: skip
 ONE = {"tokens": 1, "q_block": 1, "heads": 32, "kv_heads": 8, "width": 128}
 
@@ -502,6 +506,9 @@ LAUNCHES = {
     "choose-moba-128": lambda: choosing(Scoring(512, 3, 512, 512, shared=False), 128),
     **{f"opened-{n}-{d}": (lambda n=n, d=d: opening(n, d)) for n in (2, 16) for d in (64, 128)},
     "opened-runs-64": lambda: opening(16, 64, hold=64),
+    # few levels of which all groups are scored
+    "opened-runs-long-64": lambda: opening(16, 64, hold=64, tokens=1 << 20),
+    "opened-runs-long-128": lambda: opening(16, 128, hold=64, tokens=1 << 20),
     "opened-shared-64": lambda: opening(8, 64, heads=8, kv_heads=2, block=128, rank=16),
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
@@ -522,7 +529,7 @@ FEW = (
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
-    "branches-64", "mix-64", "opened-2-64", "opened-runs-64",
+    "branches-64", "mix-64", "opened-2-64", "opened-runs-64", "forward-runs-128", "backward-runs-64", "backward-runs-128",
     "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64", "scores-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
@@ -583,7 +590,9 @@ AT_LENGTH = {
     "forward-general": lambda n: forward((ALL, {"q_block": 16, "width": 24, "batch": 2}), tokens=n),
     "forward-sorted": lambda n: forward(CALLS["sorted-64"], tokens=n),
     "sorting": lambda n: sorting(False, n),
+    "forward-runs": lambda n: forward(CALLS["runs-64"], tokens=n),
     "backward-fma": lambda n: backward((FMA, {}), tokens=n),
+    "backward-runs": lambda n: backward(CALLS["runs-128"], tokens=n),
     "backward-blocks": lambda n: backward(PLAIN, tokens=n),
     "pool": lambda n: pooling(POOL["64-m64-p4"], n),
     "decode": lambda n: decode((held(n), ONE)),

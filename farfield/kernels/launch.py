@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farfield.kernels import attend_decode, attend_hopper, attend_listed, attend_own
+from farfield.kernels import attend_decode, attend_hopper, attend_hopper_runs, attend_listed, attend_own
 from farfield.kernels.attend import Tiles, launch, lists_of, padded
 from farfield.ops.attend import Call
 
@@ -26,6 +26,8 @@ def attend_forward(call: Call) -> tuple[Tensor, Tensor]:
             out, lse = attend_listed.attend_listed(others, begun)
             return out.view(begun[0].shape), lse.view(begun[1].shape)
         return attend_listed.attend_listed(call)
+    if attend_hopper_runs.wants(call):
+        return attend_hopper_runs.forward(call)
     if attend_hopper.wants(call):
         return attend_hopper.forward(call)
     out = q.new_empty(batch, heads, tokens, value_width)

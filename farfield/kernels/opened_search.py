@@ -1,4 +1,4 @@
-"""Which groups each query of opened FMA opens, found down the tree: sketches of all levels, then two launches a level.
+"""Which groups each query of opened FMA opens, found down the tree: sketches of all levels, then a few launches.
 
 Sketches: rows of `select.opened`. A peak is one of the keys and stays in their dtype. A mean is two numbers of their
 dtype, of which the second is what the first has lost, so that a score is off by at most 2^-16 of
@@ -6,11 +6,13 @@ scale sum_c |q_c mean_c| in bfloat16. A program adds up the segments of a piece 
 levels while there are rows; what is left is a launch or two for pieces of pieces.
 
 Search, from the coarsest level whose groups cannot all be kept: a query's candidates are the children of the groups
-that it has kept one level above, and of the first group behind these that is no far one. One launch scores them, a
-program holding the children of one parent and going through the queries that look into it, 64 at a time, as many
-products as there are candidates. One keeps each query's best, by looking for a number that as many scores reach as are
-kept: no sort, and ties go to the lower group. Who looks into a parent is a bit for each query, set by an integer *or*,
-which comes out the same in any order. A query's choice follows from its own scores alone.
+that it has kept one level above, and of the first group behind these that is no far one. On the upper levels, where
+groups are few, one launch scores all of them for every query, and one finds each query's best, level by level. Of the
+levels below two launches each do so. One scores candidates only, a program holding the children of one parent and going
+through the queries that look into it: as many products as there are candidates. One keeps each query's best, by
+looking for a number that as many scores reach as are kept: no sort, and ties go to the lower group. Who looks into a
+parent is a bit for each query, set by an integer *or*, which comes out the same in any order. A query's choice follows
+from its own scores alone.
 """
 
 from __future__ import annotations
@@ -25,14 +27,19 @@ from torch import Tensor
 from farfield.kernels.attend import _dense, padded
 from farfield.kernels.attend_listed import _unit
 from farfield.kernels.replay import start
+from farfield.kernels.transpose import clear
 from farfield.ops.opened import SCORES, Plan
 from farfield.ops.pool import Tree
 
-ROWS = 64  # queries that one parent's children meet at a time, the heads that choose together counted apart
-WARPS, WORDS = 4, 256  # of a program that scores, and of bits that it looks at together
-KEPT = 8  # queries of a warp that keeps the best
+ROWS, WARPS = 64, 4  # queries that meet groups at a time, the heads that choose together counted apart; of a program
+ASKERS, FEWER = 16, 1  # the same of the queries that one parent's children meet
+WORDS = 256  # of bits that are looked at together
+KEPT = 128  # pairs of candidates of a warp that keeps the best, of 32 queries at most
+# pairs of groups of a level that all are scored, whoever asks for them: where queries are few, up to MANY
+FEW, MANY, SCORED = 64, 512, 1 << 20
+COLUMNS = 128  # rows of sketches that queries meet at a time there
+CLEARED = 4096
 PROGRAMS = 2112  # that score at once, each with a list of its own in memory
-REGISTERS = {128: 128}  # of a thread that scores, by width: a third program a multiprocessor
 RUNS = 1 << 14  # queries of a search: their scores are in memory
 
 
@@ -233,7 +240,7 @@ def score_children(
     q_b, q_h, q_t, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr, FIRST: tl.constexpr,
+    STEPS: tl.constexpr, TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The scores of the children of each parent, for the queries that look into it; and the next bits are cleared.
 
@@ -241,15 +248,14 @@ def score_children(
         begin: number of the first of `runs` queries.
         below: how many groups of `height` have bits in `next_bits`, 0 for none.
         split: queries of a program, a multiple of 32.
-        FIRST: whatever is far one level above is kept; `bits` and `kept` are not read.
     """
     BT: tl.constexpr = ROWS // STACK_TILE
-    PARTS: tl.constexpr = DETAIL if DETAIL > 16 else 16
+    PARTS: tl.constexpr = 2 * DETAIL if DETAIL > 8 else 16
     pid = tl.program_id(0)
     parts = (runs + split - 1) // split
     units = total // parts // parents
     line, dims, part = tl.arange(0, ROWS), tl.arange(0, D_TILE), tl.arange(0, PARTS)
-    slots, span = tl.arange(0, SLOTS), tl.arange(0, WORDS)
+    child, span = tl.arange(0, PARTS // DETAIL), tl.arange(0, WORDS)
     spot, r = line // STACK_TILE, line % STACK_TILE
     lists = heads // STACK
     kv_heads = heads // REPEAT
@@ -273,78 +279,147 @@ def score_children(
         first = tl.maximum(((2 * parent + 1 + reach) << height) * (BLOCK // hold) - begin, low_run)
         own = ((parent + reach_above + 1) << (height + 1)) * (BLOCK // hold) - begin
         own = tl.maximum(tl.minimum(own, high_run), first)
-        for child in tl.static_range(2):
-            row = 2 * parent + child
+        for one in tl.static_range(2):
+            row = 2 * parent + one
             if row < below:
                 for w in range(low_run // 32, stop, WORDS):
                     at = next_bits + (unit * below + row) * words + w + span
                     tl.store(at, tl.zeros([WORDS], tl.int32), mask=w + span < stop)
-        filled = tl.maximum(high_run - first, 0)
-        if not FIRST:
-            # the neighbours, and behind them who has kept it, one behind the other
-            neighbours = own - first
-            filled = neighbours
-            tl.debug_barrier()
-            # the last one is nobody's but as a neighbour, and has no bits
-            for w in range(own // 32, tl.where(parent + 1 < parents, stop, 0), WORDS):
-                at = w + span
-                word = tl.load(bits + (unit * parents + parent) * words + at, mask=at < stop, other=0)
-                many = _ones(word)
-                to = filled + tl.cumsum(many, 0) - many
-                filled += tl.sum(many, 0)
-                while tl.max((word != 0).to(tl.int32), 0) > 0:
-                    for _ in tl.static_range(4):
-                        tl.store(readers + to, 32 * at + _ones((word & -word) - 1), mask=word != 0)
-                        word &= word - 1
-                        to += 1
-            tl.debug_barrier()
+        # the neighbours, and behind them who has kept it, one behind the other
+        neighbours = own - first
+        filled = neighbours
+        tl.debug_barrier()
+        # the last one is nobody's but as a neighbour, and has no bits
+        for w in range(own // 32, tl.where(parent + 1 < parents, stop, 0), WORDS):
+            at = w + span
+            word = tl.load(bits + (unit * parents + parent) * words + at, mask=at < stop, other=0)
+            many = _ones(word)
+            to = filled + tl.cumsum(many, 0) - many
+            filled += tl.sum(many, 0)
+            while tl.max((word != 0).to(tl.int32), 0) > 0:
+                for _ in tl.static_range(4):
+                    tl.store(readers + to, 32 * at + _ones((word & -word) - 1), mask=word != 0)
+                    word &= word - 1
+                    to += 1
+        tl.debug_barrier()
         if filled > 0:
-            j = 2 * parent
-            rows = before + j * DETAIL + part
-            there = (part < DETAIL) & (j < (blocks >> height))
-            beside = (part < DETAIL) & (j + 1 < (blocks >> height))
-            at = ((b * kv_heads + g) * all_rows + rows)[:, None] * D + dims
+            # both children's rows lie one behind the other
+            rows = 2 * parent * DETAIL + part
+            there = (part < 2 * DETAIL) & (rows < (blocks >> height) * DETAIL)
+            at = ((b * kv_heads + g) * all_rows + before + rows)[:, None] * D + dims
             wide = (dims < D)[None, :]
-            high0 = tl.load(high + at, mask=there[:, None] & wide, other=0.0)
-            high1 = tl.load(high + at + DETAIL * D, mask=beside[:, None] & wide, other=0.0)
+            sketch = tl.load(high + at, mask=there[:, None] & wide, other=0.0)
             if TWICE:
-                low0 = tl.load(low + at, mask=there[:, None] & wide, other=0.0)
-                low1 = tl.load(low + at + DETAIL * D, mask=beside[:, None] & wide, other=0.0)
-            number0 = tl.where(there, _counted((j * DETAIL + part) * size, size, sinks), 0).to(tl.float32)
-            number1 = tl.where(beside, _counted(((j + 1) * DETAIL + part) * size, size, sinks), 0).to(tl.float32)
-            more0 = tl.where(number0 > 0, tl.log(tl.maximum(number0, 1.0)), float("-inf"))
-            more1 = tl.where(number1 > 0, tl.log(tl.maximum(number1, 1.0)), float("-inf"))
+                rest = tl.load(low + at, mask=there[:, None] & wide, other=0.0)
+            number = tl.where(there, _counted(rows * size, size, sinks), 0).to(tl.float32)
+            more = tl.where(number > 0, tl.log(tl.maximum(number, 1.0)), float("-inf"))
             for step in range(0, filled, BT):
                 t = step + spot
                 asked = (t < filled) & (r < STACK)
-                i = first + t
-                if not FIRST:
-                    i = tl.where(
-                        t < neighbours, i, tl.load(readers + t, mask=(t >= neighbours) & (t < filled), other=0)
-                    )
+                behind = tl.load(readers + t, mask=(t >= neighbours) & (t < filled), other=0)
+                i = tl.where(t < neighbours, first + t, behind)
                 token = ((begin + i) * hold).to(tl.int64)
                 q_at = (b * q_b + (u * STACK + r) * q_h + token * q_t)[:, None] * D_UNIT + dims
                 q_tile = tl.load(q + q_at, mask=asked[:, None] & wide, other=0.0)
-                slot = parent + 0 * i
-                if not FIRST:
-                    known = tl.minimum(_far((begin + i) * hold // BLOCK, height + 1, radius), beam)
-                    held = asked[:, None] & (slots[None, :] < known[:, None])
-                    ids = tl.load(kept + ((unit * runs + i) * SLOTS)[:, None] + slots[None, :], mask=held, other=parent)
-                    slot = tl.sum((ids < parent).to(tl.int32), 1)
+                # which of the groups that the query has kept this one is
+                known = tl.minimum(_far((begin + i) * hold // BLOCK, height + 1, radius), beam)
+                known = tl.where(asked & (i >= own), known, 0)
+                slot = tl.zeros([ROWS], tl.int32)
+                for half in tl.static_range(STEPS):
+                    probe = slot + (SLOTS >> (half + 1))
+                    it = tl.load(kept + (unit * runs + i) * SLOTS + probe - 1, mask=probe <= known, other=parent)
+                    slot = tl.where(it < parent, probe, slot)
                 slot = tl.where(i < own, SLOTS, slot)
-                logits0 = tl.dot(q_tile, high0.T, input_precision="ieee")
-                logits1 = tl.dot(q_tile, high1.T, input_precision="ieee")
+                logits = tl.dot(q_tile, sketch.T, input_precision="ieee")
                 if TWICE:
-                    logits0 = tl.dot(q_tile, low0.T, logits0, input_precision="ieee")
-                    logits1 = tl.dot(q_tile, low1.T, logits1, input_precision="ieee")
-                logits0 = logits0 * scale + more0[None, :]
-                logits1 = logits1 * scale + more1[None, :]
-                found0, found1 = tl.max(logits0, 1), tl.max(logits1, 1)
-                if SUM:
-                    found0, found1 = _added(logits0), _added(logits1)
-                place = scores + ((unit * runs + i) * STACK + r) * (2 * SLOTS + 2) + 2 * slot
-                tl.store(place, found0, mask=asked)
-                tl.store(place + 1, found1, mask=asked)
+                    logits = tl.dot(q_tile, rest.T, logits, input_precision="ieee")
+                logits = tl.reshape(logits * scale + more[None, :], [ROWS, PARTS // DETAIL, DETAIL])
+                found = _added_last(logits) if SUM else tl.max(logits, 2)
+                place = (((unit * STACK + r) * (SLOTS + 1) + slot) * runs + i) * 2
+                tl.store(scores + place[:, None] + child[None, :], found, mask=asked[:, None] & (child < 2)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "runs",
+        "begin",
+        "hold",
+        "bottom",
+        "top",
+        "blocks",
+        "radius",
+        "sinks",
+        "width",
+        "tiles",
+        "units",
+        "all_rows",
+        "q_b",
+        "q_h",
+        "q_t",
+    ]
+)
+def score_every(
+    q, high, low, scores,
+    heads, runs, begin, hold, bottom, top, blocks, radius, sinks, width, tiles, units, all_rows, q_b, q_h, q_t, scale,
+    STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    TWICE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """The scores of all groups of levels bottom .. top - 1 that any of `runs` queries may keep, GROUPS a program.
+
+    Args:
+        width: pairs of groups of these levels.
+    """
+    BT: tl.constexpr = ROWS // STACK_TILE
+    COLUMNS: tl.constexpr = GROUPS * DETAIL
+    pid = tl.program_id(0)
+    unit = (pid % units).to(tl.int64)
+    lists, kv_heads = heads // STACK, heads // REPEAT
+    b, u = unit // lists, unit % lists
+    g = u if STACK > 1 else u // REPEAT
+    # the level of this program's groups, the first of them, and how many pairs and rows come before the level's
+    last = (begin + runs - 1) * hold // BLOCK
+    chunk, height, base, before = pid // units, bottom, 0, 0
+    for x in range(bottom):
+        before += (blocks >> x) * DETAIL
+    many = (_far(last, height + 1, radius) + 1) * 2
+    while (chunk * GROUPS >= many) & (height + 1 < top):
+        chunk -= (many + GROUPS - 1) // GROUPS
+        base += many // 2
+        before += (blocks >> height) * DETAIL
+        height += 1
+        many = (_far(last, height + 1, radius) + 1) * 2
+    group = chunk * GROUPS
+    line, dims, column = tl.arange(0, ROWS), tl.arange(0, D_TILE), tl.arange(0, COLUMNS)
+    spot, r = line // STACK_TILE, line % STACK_TILE
+    j, own = group + column // DETAIL, group + tl.arange(0, GROUPS)
+    there = j < (blocks >> height)
+    wide = (dims < D)[None, :]
+    at = ((b * kv_heads + g) * all_rows + before + group * DETAIL + column)[:, None] * D + dims
+    sketch = tl.load(high + at, mask=there[:, None] & wide, other=0.0)
+    if TWICE:
+        rest = tl.load(low + at, mask=there[:, None] & wide, other=0.0)
+    size = (BLOCK // DETAIL) << height
+    number = tl.where(there, _counted((group * DETAIL + column) * size, size, sinks), 0).to(tl.float32)
+    more = tl.where(number > 0, tl.log(tl.maximum(number, 1.0)), float("-inf"))
+    # of groups that are far for none of a tile's queries nobody asks
+    reach = (radius + (1 << height) - 1) >> height
+    first = tl.maximum(((group + reach + 1) << height) * BLOCK // hold - begin, 0) // BT
+    for tile in range(first + tl.program_id(1), tiles, tl.num_programs(1)):
+        i = tile * BT + spot
+        asked = (i < runs) & (r < STACK)
+        token = ((begin + i) * hold).to(tl.int64)
+        q_at = (b * q_b + (u * STACK + r) * q_h + token * q_t)[:, None] * D_UNIT + dims
+        q_tile = tl.load(q + q_at, mask=asked[:, None] & wide, other=0.0)
+        logits = tl.dot(q_tile, sketch.T, input_precision="ieee")
+        if TWICE:
+            logits = tl.dot(q_tile, rest.T, logits, input_precision="ieee")
+        logits = tl.reshape(logits * scale + more[None, :], [ROWS, GROUPS, DETAIL])
+        found = _added_last(logits) if SUM else tl.max(logits, 2)
+        place = ((unit * STACK + r) * width + base)[:, None] + (own // 2)[None, :]
+        to = scores + (place * runs + i[:, None]) * 2 + (own % 2)[None, :]
+        tl.store(to, found, mask=asked[:, None] & (own < many)[None, :])
 
 
 @triton.jit
@@ -361,113 +436,225 @@ def _added(x):
     return base + tl.log(tl.sum(tl.exp(x - tl.expand_dims(base, 1)), 1))
 
 
+@triton.jit
+def _added_last(x):
+    """The same along dimension 2."""
+    peak = tl.max(x, 2)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    return base + tl.log(tl.sum(tl.exp(x - tl.expand_dims(base, 2)), 2))
+
+
+@triton.jit
+def _plus(x, y):
+    """log(e^x + e^y), and x where y is -inf."""
+    peak = tl.maximum(x, y)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    return peak + tl.log(tl.exp(x - peak) + tl.exp(y - peak))
+
+
+@triton.jit
+def _best(
+    scores, parent, unit, runs, i, inside, valid, kept_now, above, listed, most, width, base,
+    STACK: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """Which children of what each query has kept are its best, and their ranks; and so of the two that are listed.
+
+    A lane has a query, and its candidates in registers.
+    """
+    NONE: tl.constexpr = -(1 << 31)
+    slot = tl.arange(0, SLOTS)[:, None]
+    place, near_place = slot + tl.zeros([SLOTS, BT], tl.int32), tl.zeros([BT], tl.int32) + SLOTS
+    if EVERY:
+        place, near_place = parent, above
+    candidates = 2 * kept_now + listed
+    score0 = tl.full([SLOTS, BT], float("-inf"), tl.float32)
+    score1, near0 = score0, tl.full([BT], float("-inf"), tl.float32)
+    near1 = near0
+    for r in range(STACK):
+        from_ = scores + ((unit * STACK + r) * width + base) * runs * 2
+        at = from_ + (place * runs + i[None, :]) * 2
+        x0 = tl.load(at, mask=valid, other=float("-inf"))
+        x1 = tl.load(at + 1, mask=valid, other=float("-inf"))
+        at = from_ + (near_place * runs + i) * 2
+        y0 = tl.load(at, mask=inside & (listed > 0), other=float("-inf"))
+        y1 = tl.load(at + 1, mask=inside & (listed > 1), other=float("-inf"))
+        if STACK > 1:
+            # shares of a softmax for each head, added up over the heads; as logarithms
+            peak = tl.maximum(tl.maximum(tl.max(x0, 0), tl.max(x1, 0)), tl.maximum(y0, y1))
+            peak = tl.where(peak == float("-inf"), 0.0, peak)
+            mass = tl.sum(tl.exp(x0 - peak[None, :]) + tl.exp(x1 - peak[None, :]), 0)
+            mass += tl.exp(y0 - peak) + tl.exp(y1 - peak)
+            total = peak + tl.log(tl.where(mass > 0, mass, 1.0))
+            score0, score1 = _plus(score0, x0 - total[None, :]), _plus(score1, x1 - total[None, :])
+            near0, near1 = _plus(near0, y0 - total), _plus(near1, y1 - total)
+        else:
+            score0, score1, near0, near1 = x0, x1, y0, y1
+    # as whole numbers in the same order
+    key0 = tl.where(valid, _ordered(score0.to(tl.int32, bitcast=True)), NONE)
+    key1 = tl.where(valid, _ordered(score1.to(tl.int32, bitcast=True)), NONE)
+    key2 = tl.where(listed > 0, _ordered(near0.to(tl.int32, bitcast=True)), NONE)
+    key3 = tl.where(listed > 1, _ordered(near1.to(tl.int32, bitcast=True)), NONE)
+    # so many are >= low: enough; >= high: too few. By the numbers at both ends where between to look, by halves at
+    # every third look
+    low = tl.min(tl.where(valid, tl.minimum(key0, key1), 0x7FFFFFFE), 0)
+    low = tl.where(listed > 0, tl.minimum(low, key2), low)
+    low = tl.where(listed > 1, tl.minimum(low, key3), low)
+    high = tl.maximum(tl.max(tl.maximum(key0, key1), 0), tl.maximum(key2, key3)) + 1
+    many, fewer = candidates, tl.zeros([BT], tl.int32)
+    look = 0
+    unsure = (many != most) & (high > low + 1) & inside
+    while tl.max(unsure.to(tl.int32), 0) > 0:
+        middle = (low & high) + ((low ^ high) >> 1)
+        if look % 3 != 2:
+            least = _ordered(low).to(tl.float32, bitcast=True)
+            reach = _ordered(high).to(tl.float32, bitcast=True) - least
+            share = (many - most).to(tl.float32) + 0.5
+            guess = least + reach * (share / tl.maximum(many - fewer, 1).to(tl.float32))
+            guess = _ordered(guess.to(tl.int32, bitcast=True))
+            middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
+        look += 1
+        enough = tl.sum((key0 >= middle[None, :]).to(tl.int32) + (key1 >= middle[None, :]).to(tl.int32), 0)
+        enough += (key2 >= middle).to(tl.int32) + (key3 >= middle).to(tl.int32)
+        many = tl.where(unsure & (enough >= most), enough, many)
+        low = tl.where(unsure & (enough >= most), middle, low)
+        fewer = tl.where(unsure & (enough < most), enough, fewer)
+        high = tl.where(unsure & (enough < most), middle, high)
+        unsure = unsure & (many != most) & (high > low + 1)
+    over0, over1 = key0 > low[None, :], key1 > low[None, :]
+    equal0, equal1 = (key0 == low[None, :]) & valid, (key1 == low[None, :]) & valid
+    wanted = most - tl.sum(over0.to(tl.int32) + over1.to(tl.int32), 0) - (key2 > low).to(tl.int32)
+    wanted -= (key3 > low).to(tl.int32)
+    # of equal scores the lower groups: children stand first, then what is listed
+    both = equal0.to(tl.int32) + equal1.to(tl.int32)
+    tie = tl.cumsum(both, 0)
+    real = inside[None, :]
+    chosen0 = (over0 | (equal0 & (tie - equal1.to(tl.int32) <= wanted[None, :]))) & (score0 > float("-inf")) & real
+    chosen1 = (over1 | (equal1 & (tie <= wanted[None, :]))) & (score1 > float("-inf")) & real
+    left = wanted - tl.sum(both, 0)
+    chosen2 = (listed > 0) & ((key2 > low) | ((key2 == low) & (left > 0))) & (near0 > float("-inf")) & inside
+    left -= ((listed > 0) & (key2 == low)).to(tl.int32)
+    chosen3 = (listed > 1) & ((key3 > low) | ((key3 == low) & (left > 0))) & (near1 > float("-inf")) & inside
+    both = chosen0.to(tl.int32) + chosen1.to(tl.int32)
+    rank1 = tl.cumsum(both, 0) - 1
+    rank0 = rank1 - chosen1.to(tl.int32)
+    rank2 = tl.sum(both, 0)
+    rank3 = rank2 + chosen2.to(tl.int32)
+    return chosen0, chosen1, chosen2, chosen3, rank0, rank1, rank2, rank3
+
+
+@triton.jit
+def _pick(
+    leaves, count, at, inside, picks, parent, above, chosen0, chosen1, chosen2, chosen3, rank0, rank1, rank2, rank3
+):  # fmt: skip
+    """The leaves of runs `at`."""
+    leaves += at * picks
+    tl.store(leaves[None, :] + rank0, 2 * parent, mask=chosen0)
+    tl.store(leaves[None, :] + rank1, 2 * parent + 1, mask=chosen1)
+    tl.store(leaves + rank2, 2 * above, mask=chosen2)
+    tl.store(leaves + rank3, 2 * above + 1, mask=chosen3)
+    tl.store(count + at, rank3 + chosen3.to(tl.int32), mask=inside)
+
+
+@triton.jit
+def _keep(kept, parent, above, chosen0, chosen1, chosen2, chosen3, rank0, rank1, rank2, rank3):
+    """The next parents, from `kept` on."""
+    tl.store(kept[None, :] + rank0, 2 * parent, mask=chosen0)
+    tl.store(kept[None, :] + rank1, 2 * parent + 1, mask=chosen1)
+    tl.store(kept + rank2, 2 * above, mask=chosen2)
+    tl.store(kept + rank3, 2 * above + 1, mask=chosen3)
+
+
+@triton.jit
+def _mark(bits, parents, words, unit, i, parent, above, chosen0, chosen1, chosen2, chosen3):
+    """Their bits. Several queries share a word; an or comes out the same in any order."""
+    bits += unit * parents * words + i // 32
+    bit, far = 1 << (i % 32), words.to(tl.int64)
+    each = tl.zeros_like(parent) + bit[None, :]
+    tl.atomic_or(bits[None, :] + 2 * parent * far, each, mask=chosen0, sem="relaxed")
+    tl.atomic_or(bits[None, :] + (2 * parent + 1) * far, each, mask=chosen1, sem="relaxed")
+    tl.atomic_or(bits + 2 * above * far, bit, mask=chosen2, sem="relaxed")
+    tl.atomic_or(bits + (2 * above + 1) * far, bit, mask=chosen3, sem="relaxed")
+
+
+DOWN = ["runs", "begin", "hold", "words", "top", "bottom", "radius", "beam", "all_runs", "picks", "tiles", "parents"]
+
+
+@triton.jit(do_not_specialize=[*DOWN, "width"])
+def descend(
+    scores, kept, bits, leaves, count,
+    runs, begin, hold, words, top, bottom, radius, beam, all_runs, picks, tiles, parents, width,
+    STACK: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Each query's best groups level by level where all are scored: the parents below, or at the end the leaves.
+
+    Args:
+        parents: how many groups of level `bottom` have `bits`.
+        width: pairs of scores a query.
+    """
+    pid = tl.program_id(0)
+    tile, unit = pid % tiles, (pid // tiles).to(tl.int64)
+    slot, i = tl.arange(0, SLOTS)[:, None], tile * BT + tl.arange(0, BT)
+    inside = i < runs
+    n, last = (begin + i) * hold // BLOCK, (begin + runs - 1) * hold // BLOCK
+    kept += (unit * runs + i) * SLOTS
+    # at first whatever is far is kept
+    tl.store(kept[None, :] + slot, tl.broadcast_to(slot, [SLOTS, BT]), mask=inside[None, :])
+    base = width
+    for turn in range(top - bottom):
+        height = top - 1 - turn
+        base -= _far(last, height + 1, radius) + 1
+        here, above = _far(n, height, radius), _far(n, height + 1, radius)
+        kept_now, listed = tl.minimum(above, beam), here - 2 * above
+        valid = (slot < kept_now[None, :]) & inside[None, :]
+        tl.debug_barrier()
+        parent = tl.load(kept[None, :] + slot, mask=valid, other=0)
+        tl.debug_barrier()
+        most = tl.where(height == 0, picks, beam)
+        most = tl.minimum(2 * kept_now + listed, most)
+        c0, c1, c2, c3, r0, r1, r2, r3 = _best(
+            scores, parent, unit, runs, i, inside, valid, kept_now, above, listed, most, width, base,
+            STACK, BT, SLOTS, True,
+        )  # fmt: skip
+        if LAST and height == 0:
+            _pick(
+                leaves, count, unit * all_runs + begin + i, inside, picks, parent, above, c0, c1, c2, c3, r0, r1, r2, r3
+            )
+        else:
+            _keep(kept, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
+        if not LAST and height == bottom:
+            _mark(bits, parents, words, unit, i, parent, above, c0, c1, c2, c3)
+
+
 @triton.jit(do_not_specialize=[*VARIES, "all_runs", "picks", "tiles", "parents"])
 def keep_best(
     scores, kept, next_kept, next_bits, leaves, count,
     heads, runs, begin, hold, words, height, blocks, radius, sinks, beam, all_runs, picks, tiles, parents,
-    STACK: tl.constexpr, STACK_TILE: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr,
+    STACK: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Each query's best children by their scores, ascending: the next parents, or at the end the leaves.
 
     Args:
         parents: how many groups of `height` have bits in `next_bits`.
     """
-    ROWS: tl.constexpr = BT * STACK_TILE
-    CHILDREN: tl.constexpr = 2 * SLOTS
-    NONE: tl.constexpr = -(1 << 31)
     pid = tl.program_id(0)
     tile, unit = pid % tiles, (pid // tiles).to(tl.int64)
-    line, row, slot = tl.arange(0, BT), tl.arange(0, ROWS), tl.arange(0, CHILDREN)
-    i, i_row, r = tile * BT + line, tile * BT + row // STACK_TILE, row % STACK_TILE
-    n, n_row = (begin + i) * hold // BLOCK, (begin + i_row) * hold // BLOCK
-    here, above = _far(n, height, radius), _far(n, height + 1, radius)
-    here_row, above_row = _far(n_row, height, radius), _far(n_row, height + 1, radius)
-    kept_now, kept_row = tl.minimum(above, beam), tl.minimum(above_row, beam)
-    listed, listed_row = here - 2 * above, here_row - 2 * above_row
-    candidates = 2 * kept_now + listed
-    most = tl.minimum(candidates, picks if LAST else beam)
-    valid = slot[None, :] < 2 * kept_now[:, None]
-    asked = (i_row < runs) & (r < STACK)
-    score_at = scores + ((unit * runs + i_row) * STACK + r) * (CHILDREN + 2)
-    mask = asked[:, None] & (slot[None, :] < 2 * kept_row[:, None])
-    score = tl.load(score_at[:, None] + slot, mask=mask, other=float("-inf"))
-    near0 = tl.load(score_at + CHILDREN, mask=asked & (listed_row > 0), other=float("-inf"))
-    near1 = tl.load(score_at + CHILDREN + 1, mask=asked & (listed_row > 1), other=float("-inf"))
-    if STACK > 1:
-        # shares of a softmax for each head, added up over the heads; as logarithms
-        peak = tl.maximum(tl.max(score, 1), tl.maximum(near0, near1))
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        mass = tl.sum(tl.exp(score - peak[:, None]), 1) + tl.exp(near0 - peak) + tl.exp(near1 - peak)
-        total_mass = peak + tl.log(tl.where(mass > 0, mass, 1.0))
-        score = _added(tl.reshape(score - total_mass[:, None], [BT, STACK_TILE, CHILDREN]))
-        near0 = _added(tl.reshape(near0 - total_mass, [BT, STACK_TILE]))
-        near1 = _added(tl.reshape(near1 - total_mass, [BT, STACK_TILE]))
-    # as whole numbers in the same order
-    key = tl.where(valid, _ordered(score.to(tl.int32, bitcast=True)), NONE)
-    key0 = tl.where(listed > 0, _ordered(near0.to(tl.int32, bitcast=True)), NONE)
-    key1 = tl.where(listed > 1, _ordered(near1.to(tl.int32, bitcast=True)), NONE)
-    # so many are >= low: enough; >= high: too few. By the numbers at both ends where between to look, by halves at
-    # every third look
-    low = tl.min(tl.where(valid, key, 0x7FFFFFFE), 1)
-    low = tl.where(listed > 0, tl.minimum(low, key0), low)
-    low = tl.where(listed > 1, tl.minimum(low, key1), low)
-    high = tl.maximum(tl.max(key, 1), tl.maximum(key0, key1)) + 1
-    many, fewer = candidates, tl.zeros([BT], tl.int32)
-    look = 0
-    unsure = (many != most) & (high > low + 1) & (i < runs)
-    while tl.max(unsure.to(tl.int32), 0) > 0:
-        middle = (low & high) + ((low ^ high) >> 1)
-        if look % 3 != 2:
-            bottom = _ordered(low).to(tl.float32, bitcast=True)
-            reach = _ordered(high).to(tl.float32, bitcast=True) - bottom
-            share = (many - most).to(tl.float32) + 0.5
-            guess = bottom + reach * (share / tl.maximum(many - fewer, 1).to(tl.float32))
-            guess = _ordered(guess.to(tl.int32, bitcast=True))
-            middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
-        look += 1
-        enough = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-        enough += (key0 >= middle).to(tl.int32) + (key1 >= middle).to(tl.int32)
-        many = tl.where(unsure & (enough >= most), enough, many)
-        low = tl.where(unsure & (enough >= most), middle, low)
-        fewer = tl.where(unsure & (enough < most), enough, fewer)
-        high = tl.where(unsure & (enough < most), middle, high)
-        unsure = unsure & (many != most) & (high > low + 1)
-    over, equal = key > low[:, None], (key == low[:, None]) & valid
-    wanted = most - tl.sum(over.to(tl.int32), 1) - (key0 > low).to(tl.int32) - (key1 > low).to(tl.int32)
-    # of equal scores the lower groups: children stand first, then what is listed
-    tie = tl.cumsum(equal.to(tl.int32), 1)
+    slot, i = tl.arange(0, SLOTS)[:, None], tile * BT + tl.arange(0, BT)
     inside = i < runs
-    chosen = (over | (equal & (tie <= wanted[:, None]))) & (score > float("-inf")) & inside[:, None]
-    left = wanted - tl.sum(equal.to(tl.int32), 1)
-    chosen0 = (listed > 0) & ((key0 > low) | ((key0 == low) & (left > 0))) & (near0 > float("-inf")) & inside
-    left -= ((listed > 0) & (key0 == low)).to(tl.int32)
-    chosen1 = (listed > 1) & ((key1 > low) | ((key1 == low) & (left > 0))) & (near1 > float("-inf")) & inside
-    rank = tl.cumsum(chosen.to(tl.int32), 1) - 1
-    rank0 = tl.sum(chosen.to(tl.int32), 1)
-    rank1 = rank0 + chosen0.to(tl.int32)
-    group = tl.broadcast_to(slot[None, :], [BT, CHILDREN])
-    if not FIRST:
-        half = ((unit * runs + i) * SLOTS)[:, None] + (slot // 2)[None, :]
-        group = 2 * tl.load(kept + half, mask=valid & inside[:, None], other=0) + (slot % 2)[None, :]
+    n = (begin + i) * hold // BLOCK
+    here, above = _far(n, height, radius), _far(n, height + 1, radius)
+    kept_now, listed = tl.minimum(above, beam), here - 2 * above
+    valid = (slot < kept_now[None, :]) & inside[None, :]
+    parent = tl.load(kept + ((unit * runs + i) * SLOTS)[None, :] + slot, mask=valid, other=0)
+    most = tl.minimum(2 * kept_now + listed, picks if LAST else beam)
+    c0, c1, c2, c3, r0, r1, r2, r3 = _best(
+        scores, parent, unit, runs, i, inside, valid, kept_now, above, listed, most, SLOTS + 1, 0,
+        STACK, BT, SLOTS, False,
+    )  # fmt: skip
     if LAST:
-        leaves += (unit * all_runs + begin + i) * picks
-        tl.store(leaves[:, None] + rank, group, mask=chosen)
-        tl.store(leaves + rank0, 2 * above, mask=chosen0)
-        tl.store(leaves + rank1, 2 * above + 1, mask=chosen1)
-        tl.store(count + unit * all_runs + begin + i, rank1 + chosen1.to(tl.int32), mask=inside)
+        _pick(leaves, count, unit * all_runs + begin + i, inside, picks, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
     else:
-        next_kept += (unit * runs + i) * SLOTS
-        tl.store(next_kept[:, None] + rank, group, mask=chosen)
-        tl.store(next_kept + rank0, 2 * above, mask=chosen0)
-        tl.store(next_kept + rank1, 2 * above + 1, mask=chosen1)
-        # several queries share a word; an or comes out the same in any order
-        next_bits += unit * parents * words + i // 32
-        bit = 1 << (i % 32)
-        bits = tl.broadcast_to(bit[:, None], [BT, CHILDREN])
-        tl.atomic_or(next_bits[:, None] + group * words.to(tl.int64), bits, mask=chosen, sem="relaxed")
-        tl.atomic_or(next_bits + 2 * above * words.to(tl.int64), bit, mask=chosen0, sem="relaxed")
-        tl.atomic_or(next_bits + (2 * above + 1) * words.to(tl.int64), bit, mask=chosen1, sem="relaxed")
+        _keep(next_kept + (unit * runs + i) * SLOTS, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
+        _mark(next_bits, parents, words, unit, i, parent, above, c0, c1, c2, c3)
 
 
 def sketches_of(k: Tensor, tree: Tree, detail: int, score: str) -> Sketches:
@@ -539,14 +726,42 @@ def _search(
     far = [max((last >> h) - ((radius + (1 << h) - 1) >> h), 0) for h in range(tree.levels + 1)]
     top = next(h for h in range(1, tree.levels + 1) if far[h] <= beam)
     new = leaves.new_empty
-    scores = new((units, runs, stack, 2 * slots + 2), dtype=torch.float32)
-    kept, bits = [new(units, runs, slots) for _ in range(2)], [leaves, leaves]
-    for turn, height in enumerate(reversed(range(top))):
-        parents, below = far[height + 1] + 1, far[height] + 1 if height else 0
+    kept = [new(units, runs, slots) for _ in range(2)]
+    stacked = max(ROWS, stack_tile)
+    shape = width, padded(width), unit, stacked
+    pairs = [far[h + 1] + 1 for h in range(top)]
+    few = max(FEW, min(MANY, SCORED // runs))
+    bottom = next(h for h in range(top) if pairs[h] <= few or h == top - 1)
+    every = new((units, stack, sum(pairs[bottom:]), runs, 2), dtype=torch.float32)
+    groups = max(2, COLUMNS // detail)
+    tiles, chunks = -(-runs // (stacked // stack_tile)), sum(-(-2 * n // groups) for n in pairs[bottom:])
+    start(
+        score_every, (chunks * units, max(1, min(tiles, PROGRAMS // (chunks * units)))),
+        q, sketches.high, sketches.low, every, heads, runs, begin, hold, bottom, top, tree.blocks, radius, tree.lo,
+        every.shape[2], tiles, units, sketches.high.shape[2], *q_at, scale,
+        stack, stack_tile, heads // kv_heads, tree.block, detail, *shape, groups, sketches.twice, bool(summed),
+        num_warps=WARPS, num_stages=2,
+    )  # fmt: skip
+    size = max(1, min(32, KEPT // slots))
+    tiles = -(-runs // size)
+    below, bits = far[bottom] + 1 if bottom else 0, [leaves, leaves]
+    if bottom:
+        # of what is kept there; score_children clears those of the levels below
+        bits[1] = new(units, below, words)
+        many = bits[1].numel()
+        start(clear, (-(-many // CLEARED),), bits[1], many, SIZE=CLEARED)
+    start(
+        descend, (tiles * units,),
+        every, kept[0], bits[1], leaves, count, runs, begin, hold, words, top, bottom, radius, beam, all_runs, picks,
+        tiles, below, every.shape[2], stack, tree.block, size, slots, LAST=bottom == 0, num_warps=1,
+    )  # fmt: skip
+    scores = new((units, stack, slots + 1, runs, 2), dtype=torch.float32) if bottom else every
+    for turn, height in enumerate(reversed(range(bottom))):
+        parents, below = pairs[height], far[height] + 1 if height else 0
         bits = [bits[1], new(units, below, words) if height else leaves]
         total = parents * units
         # where parents are few, each program takes a part of the queries
-        split = -(-runs // max(1, min(PROGRAMS // total, runs // ROWS)))
+        split = -(-runs // max(1, min(PROGRAMS // total, runs // 64)))
         split = -(-split // 32) * 32
         total *= -(-runs // split)
         programs = min(PROGRAMS, total)
@@ -555,14 +770,11 @@ def _search(
             score_children, (programs,),
             q, sketches.high, sketches.low, kept[turn % 2], bits[0], bits[1], scores, new(programs, split),
             *numbers, parents, below, split, sketches.high.shape[2], total, *q_at, scale,
-            stack, stack_tile, heads // kv_heads, tree.block, detail, width, padded(width), unit, max(ROWS, stack_tile),
-            slots, sketches.twice, bool(summed), WORDS, FIRST=turn == 0, num_warps=WARPS, num_stages=2,
-            maxnreg=REGISTERS.get(width),
+            stack, stack_tile, heads // kv_heads, tree.block, detail, *shape[:3], max(ASKERS, stack_tile), slots,
+            slots.bit_length() - 1, sketches.twice, bool(summed), WORDS, num_warps=FEWER, num_stages=2,
         )  # fmt: skip
-        size = max(1, KEPT // stack_tile)
-        tiles = -(-runs // size)
         start(
             keep_best, (tiles * units,),
             scores, kept[turn % 2], kept[1 - turn % 2], bits[1], leaves, count, *numbers, all_runs, picks, tiles, below,
-            stack, stack_tile, tree.block, size, slots, FIRST=turn == 0, LAST=height == 0, num_warps=1,
+            stack, tree.block, size, slots, LAST=height == 0, num_warps=1,
         )  # fmt: skip

@@ -132,6 +132,19 @@ def other(name, dtype=torch.bfloat16, tokens=530, heads=4, kv_heads=2, width=64,
     both(mech, qkv(tokens, dtype=dtype, **sizes))
 
 
+def opened(few=None, tokens=1531, width=64, **options):
+    """Opened FMA; few: pairs of groups of a level that all are scored, whoever asks for them."""
+    from farfield.kernels import opened_search
+
+    before = opened_search.FEW, opened_search.SCORED
+    if few is not None:
+        opened_search.FEW, opened_search.SCORED = few, 0
+    try:
+        both(ff.FMA(**{"near": 64, "rank": 4, "open": 3, "sinks": 3} | options).to("cuda"), qkv(tokens, width=width))
+    finally:
+        opened_search.FEW, opened_search.SCORED = before
+
+
 def hip(dtype=torch.bfloat16, **options):
     both(ff.mechanisms.make("hip", keep=32, sinks=3, width=20, **options), qkv(530, dtype=dtype))
 
@@ -145,6 +158,12 @@ SUITE = {
     "fma, a walk of two tiles": lambda: other("fma", heads=1, kv_heads=1, tokens=66_000, near=64, rank=4),
     "fma, near and far": lambda: other("fma", kv_heads=4, tokens=2100, block=128, near=128, rank=16),
     "fma, far, width 128": lambda: other("fma", kv_heads=4, tokens=2100, width=128, block=128, near=128, rank=16),
+    "fma, opened": opened,
+    "fma, opened, by parents": lambda: opened(few=2, beam=3),
+    "fma, opened, peaks, heads apart, width 128": lambda: opened(width=128, score="peak", detail=4, shared=False),
+    "fma, opened, runs": lambda: opened(few=2, hold=64, tokens=2100, open=8),
+    "fma, opened, runs, width 128": lambda: opened(hold=64, tokens=2100, open=8, width=128, segments="sum"),
+    "fma, opened, few in runs": lambda: opened(hold=64),
     "fma, float32": lambda: fma(dtype=torch.float32),
     "fma, float16, sinks": lambda: fma(dtype=torch.float16, sinks=3),
     "fma, widths 80 and 40": lambda: fma(width=80, value_width=40),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from farfield.kernels import opened_search, plans
 from farfield.mechanisms.fma import FMA
 from farfield.ops import opened as on_gpu
 from farfield.select import opened
@@ -83,9 +84,18 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize(("case", "tokens"), [*((case, 5000) for case in CHOICES), ("means", 17_000)])
-def test_the_choice_is_that_in_float64(case, tokens, monkeypatch):
-    """Level by level down the tree, of more queries than are searched for at once too."""
+@pytest.mark.parametrize(
+    ("case", "tokens", "few"), [*((case, 5000, few) for case in CHOICES for few in (4, 128)), ("means", 17_000, 16)]
+)
+def test_the_choice_is_that_in_float64(case, tokens, few, monkeypatch):
+    """Level by level down the tree, of more queries than are searched for at once too.
+
+    few: pairs of groups of a level that all are scored; on larger levels those that are asked for.
+    """
+    # a recorded search keeps what it was recorded with
+    monkeypatch.setattr(plans, "run", lambda known, function, given, *options: function(*given, *options))
+    monkeypatch.setattr(opened_search, "FEW", few)
+    monkeypatch.setattr(opened_search, "SCORED", 0)
     mech, x = FMA(near=128, rank=4, open=4, **{"beam": 9, **CHOICES[case]}), draw(tokens, torch.bfloat16, heads=4)
     kept, made = {}, []
     original, lists = on_gpu.choose, opened.opened_lists

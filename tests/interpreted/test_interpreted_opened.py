@@ -42,6 +42,9 @@ def test_choice_and_attention(name, monkeypatch):
     monkeypatch.setattr(opened, "opened_lists", watch)
     # the interpreter takes as long for a small program as for a large one
     monkeypatch.setattr(opened_search, "KEPT", 128)
+    # all groups of the upper levels are scored, and of level 1 those that are asked for
+    monkeypatch.setattr(opened_search, "FEW", 3)
+    monkeypatch.setattr(opened_search, "SCORED", 0)
     monkeypatch.setattr(opened_search, "PROGRAMS", 8)
     wide = [x.double().requires_grad_() for x in (q, k, v)]
     exact = mech(*wide)
@@ -99,6 +102,8 @@ def test_lists_of_runs(name, monkeypatch):
         return found["near"], found["far"]
 
     monkeypatch.setattr(opened, "opened_lists", watch)
+    monkeypatch.setattr(opened_search, "FEW", 3)
+    monkeypatch.setattr(opened_search, "SCORED", 0)
     mech(q.double(), k.double(), k.double())
     blocks = -(-tokens // 64)
     levels, radius = mech._levels(blocks)
