@@ -31,12 +31,14 @@ from farfield.kernels.transpose import clear
 from farfield.ops.opened import SCORES, Plan
 from farfield.ops.pool import Tree
 
-ROWS, WARPS = 64, 4  # queries that meet groups at a time, the heads that choose together counted apart; of a program
-ASKERS, FEWER = 16, 1  # the same of the queries that one parent's children meet
+# queries that meet groups at a time, the heads that choose together counted apart, and warps of a program: where all
+# are scored, and where those that look into one parent are
+ROWS, WARPS = 64, 4
+ASKERS, FEWER = 32, 2
 WORDS = 256  # of bits that are looked at together
 KEPT = 128  # pairs of candidates of a warp that keeps the best, of 32 queries at most
 # pairs of groups of a level that all are scored, whoever asks for them: where queries are few, up to MANY
-FEW, MANY, SCORED = 64, 512, 1 << 20
+FEW, MANY, SCORED = 64, 512, 1 << 18
 COLUMNS = 128  # rows of sketches that queries meet at a time there
 CLEARED = 4096
 PROGRAMS = 2112  # that score at once, each with a list of its own in memory

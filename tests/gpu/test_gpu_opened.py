@@ -44,10 +44,10 @@ CASES = {
     "each head its own": ({"open": 2, "rank": 4}, 4, 4, 1003, 64),
     "many": ({"open": 16, "rank": 4, "sinks": 64, "shared": False}, 4, 2, 2600, 64),
     "few together": ({"open": 2, "rank": 4, "hold": 16}, 4, 2, 1003, 64),
-    "runs": ({"open": 4, "rank": 4, "hold": 64, "sinks": 3}, 4, 4, 1700, 64),
+    "runs": ({"open": 8, "rank": 4, "hold": 64, "sinks": 3}, 4, 4, 1700, 64),
     "peaks": ({"open": 4, "rank": 4, "hold": 64, "sinks": 3, "score": "peak", "detail": 1}, 4, 4, 1700, 64),
     "sums of segments": ({"open": 4, "rank": 4, "hold": 64, "segments": "sum"}, 4, 2, 1700, 64),
-    "runs of shared heads": ({"open": 4, "rank": 8, "hold": 64, "detail": 2}, 8, 2, 1700, 128),
+    "runs of shared heads": ({"open": 8, "rank": 8, "hold": 64, "detail": 2}, 8, 2, 1700, 128),
     "wide blocks": ({"block": 128, "open": 4, "rank": 8, "sinks": 5}, 8, 2, 2100, 128),
 }
 
