@@ -529,7 +529,8 @@ FEW = (
     "append-sinks-rotary",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
-    "branches-64", "mix-64", "opened-2-64", "opened-runs-64", "forward-runs-128", "backward-runs-64", "backward-runs-128",
+    "branches-64", "mix-64", "opened-2-64", "opened-runs-64",
+    "forward-runs-128", "backward-runs-64", "backward-runs-128",
     "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64", "scores-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
