@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farfield.kernels import choose_hopper
+from farfield.kernels import choose_alone_hopper, choose_hopper
 from farfield.kernels.attend import LN2, LOG2E, _dense, padded
 from farfield.kernels.replay import start
 from farfield.ops.choose import Scoring
@@ -261,6 +261,8 @@ def run(
     if scoring is None:
         return found
     known = lse if scoring.shared else None
+    if fast and choose_alone_hopper.wants(q, scoring):
+        return *found, *choose_alone_hopper.choose(q, planes, scoring, first)
     if fast:
         return *found, *choose_hopper.choose(q, planes, known, scoring, first, scale, early)
     return *found, *choose(q, planes, rows, known, scoring, first, scale)

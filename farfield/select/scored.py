@@ -15,6 +15,7 @@ from torch import Tensor
 from farfield.ops.choose import Choice, Scoring, attend_and_choose, attend_chosen, attend_ended, check, choose
 from farfield.ops.eager import eager
 from farfield.ops.lists import recent_lists, recent_sizes
+from farfield.ops.means import means
 from farfield.ops.replayed import replayed
 from farfield.state import Cache
 from farfield.types import Layout, Rows
@@ -38,9 +39,7 @@ __all__ = [
 
 def block_means(x: Float[Tensor, "B G S D"], block: int) -> Float[Tensor, "B G M D"]:
     """The mean of each complete block, float32 or wider; no gradient."""
-    blocks = x.shape[2] // block
-    whole = x.detach()[:, :, : blocks * block].unflatten(2, (blocks, block))
-    return whole.mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
+    return means(x, block)
 
 
 @dataclass(frozen=True)

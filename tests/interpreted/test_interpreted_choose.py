@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from farfield.cpu.choose import choose as literal
 from farfield.kernels import choose as kernel
-from farfield.kernels import compress, fan, mix
+from farfield.kernels import compress, fan, means, mix
 from farfield.kernels.choose_backward import ended_backward
 from farfield.ops.choose import Scoring
 from farfield.ops.compress import gradients
@@ -99,6 +99,15 @@ def test_best_blocks(scoring, first):
     exact, counted = literal(q.to(F64), keys.to(F64), scoring, first, 0.25)
     assert torch.equal(count, counted)
     assert torch.equal(index, exact)
+
+
+@pytest.mark.parametrize("block", [64, 96, 250])
+def test_means_of_blocks(block):
+    k = normal(2, 700, 3, 24, dtype=F16).transpose(1, 2)
+    found = means.means(k, block)
+    assert found.dtype == F32
+    assert_within(found, k.double()[:, :, : 700 // block * block].unflatten(2, (-1, block)).mean(3), terms=block)
+    assert means.means(k[:, :, : block - 1], block).shape == (2, 3, 0, 24)
 
 
 @pytest.mark.parametrize(
