@@ -28,6 +28,7 @@ from farfield.kernels import (
     hashed,
     launch,
     lists,
+    means,
     mix,
     multipole_backward,
     multipole_hopper,
@@ -80,7 +81,8 @@ SPILLS: dict[str, int] = {
     # numbers of a run and of the whole kernel, kept once and read once a tile of queries
     "listed-128": 32,
     "listed-own-backward-128": 32,
-    "listed-512-128": 96,
+    "listed-512-128": 104,
+    **dict.fromkeys(("listed-own-128", "listed-own-heads-128", "listed-own-many-128"), _ONCE),
     # what belongs to a tile of queries, outside the loop over rows (those of Triton 3.6, which keeps more)
     **dict.fromkeys(("choose-64", "choose-128", "branches-64", "branches-128"), 96),
     "choose-ssa-64": 120,
@@ -345,11 +347,12 @@ def listed(block, width, *, lists=1, heads=4, backward=False, tokens=5000):
         attend_listed.attend_listed(made)
 
 
-def own_blocks(width, *, backward=False, tokens=5000):
+def own_blocks(width, *, backward=False, tokens=5000, kv_heads=4, picks=3):
     """Lists that end with the block of their query."""
     made = call(
-        [source(512, causal=True, picks=3, heads=16)], tokens=tokens, width=width, heads=16, kv_heads=4, q_block=1
-    )
+        [source(512, causal=True, picks=picks, heads=16)], tokens=tokens, width=width, heads=16, kv_heads=kv_heads,
+        q_block=1,
+    )  # fmt: skip
     made = made._replace(plans=[made.plans[0]._replace(own=1)])
     assert attend_own.wants(made)
     if backward:
@@ -396,6 +399,7 @@ def mixing(width, tokens=5000):
 
 
 NSA = Scoring(64, 16, 16, 32, 1, 2)
+MOBA = Scoring(512, 3, 512, 512, shared=False)
 
 
 def scanning(case, tokens=5000):
@@ -481,6 +485,9 @@ LAUNCHES = {
     **{f"listed-backward-{d}": (lambda d=d: listed(64, d, backward=True)) for d in (64, 128)},
     "listed-16-64": lambda: listed(16, 64),
     **{f"listed-own-{d}": (lambda d=d: own_blocks(d)) for d in (64, 128)},
+    **{f"listed-own-heads-{d}": (lambda d=d: own_blocks(d, kv_heads=16)) for d in (64, 128)},
+    # more parts than are joined with the own block
+    **{f"listed-own-many-{d}": (lambda d=d: own_blocks(d, picks=6)) for d in (64, 128)},
     **{f"listed-own-backward-{d}": (lambda d=d: own_blocks(d, backward=True)) for d in (64, 128)},
     # what the kernel for Hopper does not take
     "listed-40": lambda: listed(64, 40),
@@ -503,7 +510,9 @@ LAUNCHES = {
     "compress-means": lambda: compressing(64, False),
     **{f"mix-{d}": (lambda d=d: mixing(d)) for d in (64, 128)},
     "choose-ssa-64": lambda: choosing(Scoring(16, 16, 16, 16), 64),
-    "choose-moba-128": lambda: choosing(Scoring(512, 3, 512, 512, shared=False), 128),
+    **{f"choose-moba-{d}": (lambda d=d: choosing(MOBA, d)) for d in (64, 128)},
+    "choose-moba-many-128": lambda: choosing(Scoring(512, 8, 512, 512, shared=False), 128),
+    "means": lambda: means.means(empty(1, 4, 5000, 128), 512),
     **{f"opened-{n}-{d}": (lambda n=n, d=d: opening(n, d)) for n in (2, 16) for d in (64, 128)},
     "opened-runs-64": lambda: opening(16, 64, hold=64),
     # few levels of which all groups are scored
@@ -608,6 +617,9 @@ AT_LENGTH = {
     "lists-patterns": patterned,
     "listed": lambda n: listed(64, 64, tokens=n),
     "listed-backward": lambda n: listed(64, 64, tokens=n, backward=True),
+    "listed-own": lambda n: own_blocks(64, tokens=n),
+    "means": lambda n: means.means(empty(1, 4, n, 64), 64),
+    "choose-moba": lambda n: choosing(MOBA, 64, tokens=n + 512),
     "choose": lambda n: choosing(NSA, 64, tokens=n),
     "choose-and-attend": lambda n: choosing(NSA, 64, tokens=n, values=True),
     "choose-backward": lambda n: choosing(NSA, 64, tokens=n + 1024, backward=True),

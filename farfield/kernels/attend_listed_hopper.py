@@ -211,9 +211,15 @@ def _hide(scores, row, token, least, rows, layout: gl.constexpr, BK: gl.constexp
 
 
 @gluon.jit
+def _take_turn(turns, number, GROUP: gl.constexpr):
+    """Products of two groups come in turn, so that each takes the exponentials of the last while the other's run."""
+    mbarrier.wait(turns.index(GROUP), (number + 1 - GROUP) & 1)
+
+
+@gluon.jit
 def _compute(
     parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full, v_full, k_empty,
-    v_empty, reader, items, first, picks, rows, scale,
+    v_empty, turns, reader, items, first, picks, rows, scale,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
@@ -269,7 +275,12 @@ def _compute(
                 scores = gl.zeros([64, BK], gl.float32, score)
                 acc = gl.zeros([64, E], gl.float32, value)
                 queries = q_ring.index(slot).reshape([64, D])
-                scores = warpgroup_mma(queries, keys, scores, use_acc=False)
+                if STREAM:
+                    _take_turn(turns, turn, GROUP)
+                product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
+                if STREAM:
+                    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+                scores = warpgroup_mma_wait(0, deps=[product])
                 if STREAM:
                     _sync()
                     mbarrier.arrive(k_empty.index(s), count=1)
@@ -291,15 +302,20 @@ def _compute(
                         turn += 1
                         s = turn % STAGES
                         mbarrier.wait(k_full.index(s), turn // STAGES & 1)
-                        keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
-                        product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
                         mbarrier.wait(v_full.index(last), last_phase)
+                        keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+                        _take_turn(turns, turn, GROUP)
+                        product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
                         summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
+                        mbarrier.arrive(turns.index(1 - GROUP), count=1)
                         scores = warpgroup_mma_wait(1, deps=[product])
                         _sync()
                         mbarrier.arrive(k_empty.index(s), count=1)
                         scores = _hide(scores, row + n * BK, token, least, rows, score, BK, CAUSAL)
                         weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+                        # ptxas moves the next wait in front of the exponentials, but nothing across a branch: this one
+                        # has ended long ago
+                        mbarrier.wait(v_full.index(last), last_phase)
                         acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
                         _sync()
                         mbarrier.arrive(v_empty.index(last), count=1)
@@ -368,6 +384,9 @@ def read_blocks_hopper(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], bars)
+    for s in gl.static_range(GROUPS):
+        mbarrier.init(turns.index(s), count=1)
     for s in gl.static_range(TOLD):
         mbarrier.init(told_full.index(s), count=1)
         # the groups, who gathers, and who loads
@@ -387,12 +406,12 @@ def read_blocks_hopper(
     gl.warp_specialize([
         (_compute, (
             parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-            v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
+            v_full, k_empty, v_empty, turns, reader, items, first, picks, rows, scale,
             0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
         )),
         (_compute, (
             parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-            v_full, k_empty, v_empty, reader, items, first, picks, rows, scale,
+            v_full, k_empty, v_empty, turns, reader, items, first, picks, rows, scale,
             1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
         )),
         (_gather, (

@@ -10,12 +10,14 @@ knowing of the other. There the own block is tiles of rows, each with readers of
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from farfield.kernels import attend_hopper, attend_listed_hopper
+from farfield.kernels import attend_hopper, attend_listed, attend_listed_hopper, attend_own_hopper
 from farfield.kernels.replay import start
+from farfield.kernels.transpose import WHOLE, counted
 from farfield.ops.attend import Call, Plan
 
 DENSE = {64: 64, 128: 128}  # width -> queries and rows of a block of the dense part, by measurements on an H200
@@ -73,6 +75,31 @@ def parts(call: Call) -> tuple[Call, Call]:
     plans = [Plan(1, plan.k_block, 0, -1, 0)]
     others = call._replace(q=q.reshape(*line, width), index=[past], count=[some], plans=plans)
     return _dense(call, own, filled), others
+
+
+def at_once(call: Call) -> bool:
+    """Whether `joined` takes what `wants` does: few parts, of one chunk of queries."""
+    return call.index[0].shape[3] - 1 <= attend_own_hopper.MOST and attend_listed.at_once(_others(call))
+
+
+def joined(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, E] and lse [B, H, T]: what queries get from other blocks goes to memory, and nothing else."""
+    q, k, v, count, block = call.q, call.k[0], call.v[0], call.count[0].contiguous(), call.plans[0].k_block
+    others = _others(call)
+    parts = q.new_empty(others.index[0].numel(), q.shape[3])
+    masses = torch.empty(parts.shape[0], dtype=torch.float32, device=q.device)
+    lists = call.index[0].contiguous().view(*others.q.shape[:3], -1)
+    found = counted(lists, count.view(others.q.shape[:3]), -(-k.shape[2] // block), WHOLE, left=1)
+    attend_listed_hopper.read(others, found, parts, masses, k.shape[1], 1, 0, others.q.shape[2])
+    return attend_own_hopper.attend_own(q, k, v, parts, masses, found.place, count, block, call.scale)
+
+
+def _others(call: Call) -> Call:
+    """The entries of past blocks, for the query heads of a key head as one row of queries; `count` is not theirs."""
+    q, plan, kv_heads = call.q, call.plans[0], call.k[0].shape[1]
+    line = q.shape[0], kv_heads, q.shape[1] // kv_heads * q.shape[2]
+    index = call.index[0].reshape(*line, -1)[..., :-1]
+    return call._replace(q=q.reshape(*line, -1), index=[index], plans=[Plan(1, plan.k_block, 0, -1, 0)])
 
 
 def _dense(call: Call, index: Tensor, count: Tensor) -> Call:

@@ -21,7 +21,10 @@ def attend_forward(call: Call) -> tuple[Tensor, Tensor]:
         return attend_decode.attend_decode(call)
     if attend_listed.wants(call):
         if attend_own.wants(call):
+            if attend_own.at_once(call):
+                return attend_own.joined(call)
             dense, others = attend_own.parts(call)
+            # what the queries of a chunk got is joined before that of the next
             begun = attend_forward(dense)
             out, lse = attend_listed.attend_listed(others, begun)
             return out.view(begun[0].shape), lse.view(begun[1].shape)

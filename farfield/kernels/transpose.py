@@ -32,7 +32,7 @@ class Readers(NamedTuple):
 
     start: Tensor
     reader: Tensor
-    key: Tensor
+    key: Tensor | None
     base: int
     strides: tuple[int, int]  # what batch and unit add to the number of a segment
     most: int  # entries of a piece
@@ -145,14 +145,17 @@ COUNTED = ["tokens", "picks", "row_blocks", "words"]
 
 
 @triton.jit
-def _entries(index, count, tokens, picks, TOKENS: tl.constexpr, PICKS: tl.constexpr):
-    """The segment, some of its queries, and the row blocks that they name, [TOKENS, PICKS], as far as `used`."""
+def _entries(index, count, tokens, picks, TOKENS: tl.constexpr, PICKS: tl.constexpr, LEFT: tl.constexpr):
+    """The segment, some of its queries, and the row blocks that they name, [TOKENS, PICKS], as far as `used`.
+
+    The last LEFT entries of each list are left out.
+    """
     segment = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     p = tl.program_id(2) * PICKS + tl.arange(0, PICKS)
     line = segment * tokens + n
-    used = p[None, :] < tl.load(count + line, mask=n < tokens, other=0)[:, None]
-    m = tl.load(index + line[:, None] * picks + p[None, :], mask=used, other=0)
+    used = p[None, :] < tl.load(count + line, mask=n < tokens, other=0)[:, None] - LEFT
+    m = tl.load(index + line[:, None] * (picks + LEFT) + p[None, :], mask=used, other=0)
     return segment, n, p, m, used
 
 
@@ -163,9 +166,12 @@ def clear(x, total, SIZE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTED)
-def _mark(index, count, masks, tokens, picks, row_blocks, words, TOKENS: tl.constexpr, PICKS: tl.constexpr):
+def _mark(
+    index, count, masks, tokens, picks, row_blocks, words,
+    TOKENS: tl.constexpr, PICKS: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
     """One bit an entry: query n of a list is bit n % 32 of word n // 32 of the row block."""
-    segment, n, _, m, used = _entries(index, count, tokens, picks, TOKENS, PICKS)
+    segment, n, _, m, used = _entries(index, count, tokens, picks, TOKENS, PICKS, LEFT)
     word = (segment * words + n // 32)[:, None] * row_blocks + m
     bit = tl.zeros([TOKENS, PICKS], tl.int32) + (1 << n % 32)[:, None]
     tl.atomic_or(masks + word, bit, mask=used, sem="relaxed")
@@ -202,17 +208,20 @@ def _before(
 
 
 @triton.jit(do_not_specialize=["row_blocks", "spans", "bounds"])
-def _starts(totals, start, row_blocks, spans, bounds, SIZE: tl.constexpr):
+def _starts(totals, start, row_blocks, spans, bounds, SIZE: tl.constexpr, PARTS: tl.constexpr):
     """Where the readers of each row block start, and how many are in the spans before each, in place of its total."""
     carry = 0
     for begin in range(0, bounds, SIZE):
         at = begin + tl.arange(0, SIZE)
         from_ = totals + at // (row_blocks + 1) * (spans * (row_blocks + 1)) + at % (row_blocks + 1)
         many = tl.zeros([SIZE], tl.int32)
-        for part in range(spans):
-            more = tl.load(from_ + part * (row_blocks + 1), mask=at < bounds, other=0)
-            tl.store(from_ + part * (row_blocks + 1), many, mask=at < bounds)
-            many += more
+        for first in range(0, spans, PARTS):
+            part = first + tl.arange(0, PARTS)
+            there = (part < spans)[:, None] & (at < bounds)[None, :]
+            where = from_[None, :] + (part * (row_blocks + 1))[:, None]
+            more = tl.load(where, mask=there, other=0)
+            tl.store(where, tl.cumsum(more, 0) - more + many[None, :], mask=there)
+            many += tl.sum(more, 0)
         tl.store(start + at, tl.cumsum(many, 0) - many + carry, mask=at < bounds)
         carry += tl.sum(many, 0)
 
@@ -220,10 +229,10 @@ def _starts(totals, start, row_blocks, spans, bounds, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=[*COUNTED, "span", "spans"])
 def _place(
     index, count, masks, before, totals, start, reader, key, place, tokens, picks, row_blocks, words, span, spans,
-    TOKENS: tl.constexpr, PICKS: tl.constexpr, BY_ENTRY: tl.constexpr,
+    TOKENS: tl.constexpr, PICKS: tl.constexpr, LEFT: tl.constexpr, BY_ENTRY: tl.constexpr,
 ):  # fmt: skip
     """Entries at their places."""
-    segment, n, p, m, used = _entries(index, count, tokens, picks, TOKENS, PICKS)
+    segment, n, p, m, used = _entries(index, count, tokens, picks, TOKENS, PICKS, LEFT)
     word = (segment * words + n // 32)[:, None] * row_blocks + m
     earlier = tl.load(masks + word, mask=used, other=0) & ((1 << n % 32) - 1)[:, None]
     number = segment * (row_blocks + 1) + m
@@ -236,7 +245,8 @@ def _place(
         tl.store(reader + to, entry, mask=used)
     else:
         tl.store(reader + to, tl.broadcast_to(n[:, None], [TOKENS, PICKS]), mask=used)
-    tl.store(key + to, number.to(tl.int32), mask=used)
+    if key is not None:
+        tl.store(key + to, number.to(tl.int32), mask=used)
 
 
 @triton.jit(do_not_specialize=["base", "per_segment", "row_blocks", "total"])
@@ -261,6 +271,7 @@ def placed(found: Readers, shape: Sequence[int], row_blocks: int) -> Readers:
 
 MASKS = 1 << 28  # bytes of masks; what would take more is sorted
 PROGRAMS = 512  # that add up masks, about
+SPAN = 128, 16  # words and row blocks of a tile of masks
 
 
 def counts(index: Tensor, row_blocks: int) -> bool:
@@ -269,13 +280,17 @@ def counts(index: Tensor, row_blocks: int) -> bool:
     return batches * heads * -(-tokens // 32) * row_blocks * 4 <= MASKS
 
 
-def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: bool = True) -> Readers:
+def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: bool = True, left: int = 0) -> Readers:
     """`transpose` of one source's lists, without a sort; by entry with `place`.
 
     A list names a row block once, so that an entry's place follows from how many earlier lists name its row block: one
     bit a list, counted.
+
+    Args:
+        left: entries at the end of each list that are left out. The others are found without `key`.
     """
     batches, heads, tokens, picks = index.shape
+    picks -= left
     index, count, device = index.contiguous(), count.contiguous(), index.device
     segments, words, bounds = batches * heads, -(-tokens // 32), batches * heads * (row_blocks + 1)
     masks = torch.empty(segments * words * row_blocks, dtype=torch.int32, device=device)
@@ -283,25 +298,27 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: 
     # a query's own lists have the length that its mechanism gives them; others change with the layout, which must not
     # need another kernel
     wide = 1 << max(picks - 1, 0).bit_length() if by_entry else 16
-    some, sizes, down, across = max(1, 1024 // wide), (tokens, picks, row_blocks, words), 128, 16
+    some, sizes, down, across = max(1, 1024 // wide), (tokens, picks, row_blocks, words), *SPAN
     tiles = row_blocks // across + 1
     # long ways along the queries are cut where there are few of them
     span = max(down, -(-words * segments * tiles // (PROGRAMS * down)) * down)
     spans = max(1, -(-words // span))
     before, totals = torch.empty_like(masks), torch.empty(bounds * spans, dtype=torch.int32, device=device)
-    start, reader, key = totals.new_empty(bounds), *[totals.new_empty(index.numel()) for _ in range(2)]
+    entries = segments * tokens * picks
+    start, reader = totals.new_empty(bounds), totals.new_empty(entries)
+    key = None if left else totals.new_empty(entries)
     place = torch.empty_like(reader) if by_entry else None
     grid = -(-tokens // some), segments, max(-(-picks // wide), 1)
-    launch(_mark, grid, index, count, masks, *sizes, TOKENS=some, PICKS=wide)
+    launch(_mark, grid, index, count, masks, *sizes, TOKENS=some, PICKS=wide, LEFT=left)
     # one more than there are row blocks: the number of what is not used
     launch(
         _before, (segments, tiles, spans), masks, before, totals, row_blocks, words, span, spans, DOWN=down,
         ACROSS=across,
     )  # fmt: skip
-    launch(_starts, (1,), totals, start, row_blocks, spans, bounds, SIZE=2048, num_warps=8)
+    launch(_starts, (1,), totals, start, row_blocks, spans, bounds, SIZE=512, PARTS=16, num_warps=8)
     launch(
         _place, grid, index, count, masks, before, totals, start, reader, key,
-        reader if place is None else place, *sizes, span, spans, TOKENS=some, PICKS=wide, BY_ENTRY=by_entry,
+        reader if place is None else place, *sizes, span, spans, TOKENS=some, PICKS=wide, LEFT=left, BY_ENTRY=by_entry,
     )  # fmt: skip
     cut = tokens > most
     strides = heads if batches > 1 else 0, 1 if heads > 1 else 0

@@ -184,6 +184,7 @@ SUITE = {
     "scfa, drop": lambda: other("scfa", tokens=1531, kv_heads=4, choose="drop"),
     "nsa": lambda: other("nsa", tokens=1531, width=64, kv_heads=1),
     "moba": lambda: other("moba", tokens=1531, block=64),
+    "moba-own": lambda: other("moba", tokens=1531, block=256),
     "ssa": lambda: other("ssa", tokens=1531),
     "lightning-attention": lambda: other("lightning-attention", tokens=1531, kv_heads=4),
     "lightning-attention, float32": lambda: other("lightning-attention", torch.float32, kv_heads=4, width=128),

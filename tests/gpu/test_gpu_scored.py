@@ -10,15 +10,17 @@ from farfield.cpu.choose import choose as literal
 from farfield.mechanisms.moba import MoBA
 from farfield.mechanisms.nsa import NSA
 from farfield.mechanisms.ssa import SSA
+from farfield.ops import attend as ops_attend
 from farfield.ops.choose import Scoring, attend_ended, choose
 from farfield.ops.lists import recent_sizes
+from farfield.select.scored import block_means
 from farfield.testing.inputs import normal
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from farfield.kernels import attend_listed, attend_own, branches, near_hopper, plans
+from farfield.kernels import attend_listed, attend_own, attend_own_hopper, branches, near_hopper, plans
 from farfield.kernels import attend_listed_backward as listed_backward
 from farfield.kernels import attend_listed_backward_hopper as listed_hopper
 from farfield.kernels.choose_backward import ended_backward
@@ -55,6 +57,33 @@ def test_choose_is_the_choice_in_float64(name, width, dtype):
     assert torch.equal(count, exact_count)
     # two scores may be nearer to each other than float32 can tell
     assert (index != exact).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("picks", "first"), [(2, 0), (3, 0), (4, 700), (6, 0)])
+def test_heads_that_choose_for_themselves(picks, first, width):
+    """Few picks and many, more rows than a tile, equal scores, and queries that come later."""
+    scoring, tokens = Scoring(64, picks, 64, 64, shared=False), 5000
+    q = draw(1, 4, tokens, width)
+    rows = (tokens + first) // 64
+    gen = torch.Generator(device="cuda").manual_seed(3)
+    keys = 0.3 * torch.randn(1, 2, rows, width, generator=gen, device="cuda")
+    # of each three blocks two are the same
+    keys[:, :, 1::3] = keys[:, :, ::3][:, :, : len(range(1, rows, 3))]
+    index, count = choose(q, keys, scoring, first=first)
+    exact, exact_count = literal(q.double(), keys.double(), scoring, first, width**-0.5)
+    assert torch.equal(count, exact_count)
+    assert (index != exact).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("block", "width"), [(64, 64), (512, 128), (96, 80)])
+def test_means_of_blocks(block, width, dtype):
+    k = draw(2, 3000, 3, width, dtype=dtype).transpose(1, 2)
+    found = block_means(k, block)
+    exact = k.double()[:, :, : 3000 // block * block].unflatten(2, (-1, block)).mean(3)
+    assert found.dtype == torch.float32
+    assert_within(found, exact, terms=block)
 
 
 def test_ended_rows_are_not_rounded():
@@ -149,14 +178,19 @@ def test_backward_on_hopper(block, heads, lists, width, dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     ("width", "heads", "kv_heads", "block", "picks", "tokens"),
-    [(64, 1, 1, 512, 3, 2000), (64, 16, 1, 512, 2, 1024), (128, 8, 2, 512, 3, 1537), (128, 4, 2, 256, 4, 1300)],
-)
+    [
+        (64, 1, 1, 512, 3, 2000), (64, 16, 1, 512, 2, 1024), (128, 8, 2, 512, 3, 1537), (128, 4, 2, 256, 4, 1300),
+        (64, 4, 1, 256, 6, 1900), (128, 3, 3, 512, 3, 1100),
+    ],
+)  # fmt: skip
 def test_own_blocks_apart(width, heads, kv_heads, block, picks, tokens, monkeypatch):
-    """Blocks that all of their queries read go to the kernels for whole blocks; at once, in chunks, and in pieces."""
+    """Blocks that all of their queries read are read in order; at once, in chunks, and in pieces."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     mech, called, wants = MoBA(block=block, picks=picks), [], attend_own.wants
     monkeypatch.setattr(attend_own, "wants", lambda call: called.append(wants(call)) or called[-1])
+    joined, attend = [], attend_own_hopper.attend_own
+    monkeypatch.setattr(attend_own_hopper, "attend_own", lambda *given: joined.append(1) or attend(*given))
     x = [t.detach().requires_grad_() for t in qkv(tokens, batch=2, heads=heads, kv_heads=kv_heads, width=width)]
     # as a model has them
     x[0] = x[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
@@ -170,9 +204,12 @@ def test_own_blocks_apart(width, heads, kv_heads, block, picks, tokens, monkeypa
             monkeypatch.setattr(module, "PARTS", parts)
         monkeypatch.setattr(listed_backward, "piece_size", lambda *_, readers=readers: readers)
         plans._memory.forget()
+        ops_attend._memory.forget()
+        joined.clear()
         out = mech(*x)
         got = torch.autograd.grad(out, x, d_out)
         assert set(called) == {True}
+        assert bool(joined) == (parts == 1 << 31 and picks <= 4)
         for name, a, b in zip(("out", "dq", "dk", "dv"), (out, *got), (exact, *want), strict=True):
             assert_within(a, b, terms=tokens, name=name)
         for _ in range(4):

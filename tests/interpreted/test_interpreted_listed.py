@@ -139,15 +139,25 @@ def some_lists(batch, heads, tokens, picks, blocks):
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "tokens", "picks", "blocks"), [(3, 1, 70, 4, 9), (1, 5, 64, 3, 40), (1, 2, 40, 37, 50)]
+    ("batch", "heads", "tokens", "picks", "blocks"),
+    [(3, 1, 70, 4, 9), (1, 5, 64, 3, 40), (1, 2, 40, 37, 50), (1, 1, 2300, 2, 7)],
 )
-def test_counting_gives_what_sorting_gives(batch, heads, tokens, picks, blocks):
+@pytest.mark.parametrize("tile", [(128, 16), (4, 32)])
+def test_counting_gives_what_sorting_gives(batch, heads, tokens, picks, blocks, tile, monkeypatch):
     index, count = some_lists(batch, heads, tokens, picks, blocks)
+    # words are added up by many programs, or by one
+    monkeypatch.setattr(transpose, "SPAN", tile)
     (want,) = transpose.transpose([index], [count], [blocks], [True], [16])
     want = transpose.placed(want, index.shape, blocks)
     found = transpose.counted(index, count, blocks, 16)
     lists = transpose.counted(index, count, blocks, 16, by_entry=False)
     assert found[3:7] == want[3:7] == lists[3:7]
+    past = transpose.counted(index, count, blocks, 16, left=1)
+    (some,) = transpose.transpose([index[..., :-1].contiguous()], [(count - 1).clamp(min=0)], [blocks], [True], [16])
+    for k in range(batch * heads * (blocks + 1)):
+        if k % (blocks + 1) < blocks:
+            a, b = (x.reader[x.start[k] : x.start[k + 1]] for x in (past, some))
+            assert torch.equal(a, b)
     used = (torch.arange(picks) < count[..., None]).flatten()
     number = (index.flatten(0, 1) + torch.arange(batch * heads)[:, None, None] * (blocks + 1)).flatten()
     for readers in (found, want):
