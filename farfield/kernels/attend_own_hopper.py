@@ -22,8 +22,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import LN2, LOG2E, _descriptor, _processors, _soften_scaled
-from farfield.kernels.hopper import barriers, fetch, report, sync, wait_empty, wait_full
+from farfield.kernels.hopper import (
+    LN2,
+    LOG2E,
+    barriers,
+    descriptor,
+    fetch,
+    processors,
+    report,
+    soften_scaled,
+    sync,
+    wait_empty,
+    wait_full,
+)
 from farfield.kernels.replay import start
 
 TILE = gl.constexpr(64)  # queries, and rows, at a time
@@ -132,7 +143,7 @@ def _compute(
         steps = tile % SPLIT
         if steps == 0:
             scores = gl.where(r[None, :] <= i[:, None], scores, float("-inf"))
-        weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+        weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
         operand = gl.convert_layout(weights.to(dtype), left)
         for j in range(1, steps + 1):
             s = wait_full(k_full, step + 1)
@@ -144,7 +155,7 @@ def _compute(
             report(k_empty, s)
             if j == steps:
                 scores = gl.where(r[None, :] <= i[:, None], scores, float("-inf"))
-            weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+            weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
             # ptxas moves the next wait in front of the exponentials, but nothing across a branch: this one has ended
             # long ago
             wait_full(v_full, step)
@@ -278,8 +289,8 @@ def attend_own(
     items = batch * heads * many
     out, lse = q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     start(
-        attend_own_hopper, (min(items, _processors(q.device) * tiles.programs),),
-        _descriptor(q, size), _descriptor(k, size), _descriptor(v, size), out, lse, parts, masses, place, count,
+        attend_own_hopper, (min(items, processors(q.device) * tiles.programs),),
+        descriptor(q, size), descriptor(k, size), descriptor(v, size), out, lse, parts, masses, place, count,
         items, heads, many, tokens, scale,
         REPEAT=heads // k.shape[1], SPLIT=block // size, D=width, PICKS=place.numel() // (batch * heads * tokens),
         COPY=tiles.copy, LOADING=tiles.loading, num_warps=4, maxnreg=REGISTERS // (256 * tiles.programs) // 8 * 8,

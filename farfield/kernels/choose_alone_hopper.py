@@ -20,8 +20,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _processors
-from farfield.kernels.hopper import barriers, fetch, report, wait_empty, wait_full
+from farfield.kernels.hopper import (
+    aligned,
+    barriers,
+    descriptor,
+    fetch,
+    on_hopper,
+    processors,
+    report,
+    wait_empty,
+    wait_full,
+)
 from farfield.kernels.replay import start
 from farfield.ops.choose import Scoring
 
@@ -213,11 +222,11 @@ MOST = 3  # blocks by score
 
 def wants(q: Tensor, scoring: Scoring) -> bool:
     """Whether `choose` takes such a choice."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] not in TILES or not _hopper(q.device):
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] not in TILES or not on_hopper(q.device):
         return False
     if scoring.shared or scoring.initial or scoring.local != 1 or not scoring.block == scoring.stride == scoring.span:
         return False
-    return 1 <= scoring.scored <= MOST and _aligned(q)
+    return 1 <= scoring.scored <= MOST and aligned(q)
 
 
 def choose(q: Tensor, planes: Tensor, scoring: Scoring, first: int) -> tuple[Tensor, Tensor]:
@@ -229,8 +238,8 @@ def choose(q: Tensor, planes: Tensor, scoring: Scoring, first: int) -> tuple[Ten
     tiles = -(-tokens // (64 * GROUPS))
     items = batch * heads * tiles
     start(
-        best_alone_hopper, (min(items, _processors(q.device)),),
-        _descriptor(q, 64), _descriptor(planes.flatten(0, 1), rows), index, count, items, tiles, batch, heads, tokens,
+        best_alone_hopper, (min(items, processors(q.device)),),
+        descriptor(q, 64), descriptor(planes.flatten(0, 1), rows), index, count, items, tiles, batch, heads, tokens,
         first, REPEAT=heads // planes.shape[2], BLOCK=scoring.block, D=width, BJ=rows, BEST=scoring.scored,
         Q_STAGES=q_stages, STAGES=stages, GROUPS=GROUPS, num_warps=4, maxnreg=96,
     )  # fmt: skip
