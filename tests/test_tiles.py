@@ -335,6 +335,19 @@ def sorting(shared, tokens=5000, many=16, dtype="bf16", width=64):
     hashed.readers(found[5], found[6])
 
 
+def sorted_attention(width, *, block=128, shared=True, backward=False, tokens=5000):
+    """Attention that gathers rows by their slots."""
+    bucket, x = empty(1, 4, tokens, dtype=torch.int32), empty(1, 4, tokens, width)
+    shapes = ops_hashed._shapes(bucket[:, :, :0] if shared else bucket, bucket, 16, block, shared)
+    slots = ops_hashed.Slots(*(empty(*shape, dtype=torch.int32) for shape in shapes))
+    if backward:
+        lse = empty(*slots.q_token.shape, dtype=torch.float32)
+        hashed._backward(x, x, x, x, x, lse, *slots, block, 0.125)
+    else:
+        inputs = slots.q_slot, slots.q_token, slots.k_token, slots.position, slots.index, slots.count
+        hashed._forward(x, x, x, *inputs, block, 0.125)
+
+
 def listed(block, width, *, lists=1, heads=4, backward=False, tokens=5000):
     """Lists of a query's own; with one of them for the heads of a key head, that is a batch element."""
     sources = [source(block, causal=True, picks=16, heads=lists)]
@@ -481,6 +494,21 @@ LAUNCHES = {
     "sorting": lambda: sorting(True),
     "sorting-both": lambda: sorting(False),
     "sorting-fp32": lambda: sorting(False, dtype="fp32", width=128),
+    **{
+        f"hashed{'-backward' * back}-{block}-{d}": (
+            lambda d=d, block=block, back=back: sorted_attention(d, block=block, backward=back)
+        )
+        for d in (64, 128)
+        for block in (64, 128)
+        for back in (False, True)
+    },
+    **{
+        f"hashed-both{'-backward' * back}-{d}": (
+            lambda d=d, back=back: sorted_attention(d, shared=False, backward=back)
+        )
+        for d in (64, 128)
+        for back in (False, True)
+    },
     **{f"listed-{d}": (lambda d=d: listed(64, d)) for d in (64, 128)},
     **{f"listed-backward-{d}": (lambda d=d: listed(64, d, backward=True)) for d in (64, 128)},
     "listed-16-64": lambda: listed(16, 64),
@@ -540,7 +568,8 @@ FEW = (
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
     "branches-64", "mix-64", "opened-2-64", "opened-runs-64",
     "forward-runs-128", "backward-runs-64", "backward-runs-128",
-    "forward-sorted-128", "sorting-both", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64", "scores-64",
+    "hashed-128-64", "hashed-backward-128-128", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64",
+    "scores-64",
 )  # fmt: skip
 EVERY = os.environ.get("FARFIELD_TILES") == "all"
 
@@ -601,6 +630,8 @@ AT_LENGTH = {
     "forward-sorted": lambda n: forward(CALLS["sorted-64"], tokens=n),
     "sorting": lambda n: sorting(False, n),
     "forward-runs": lambda n: forward(CALLS["runs-64"], tokens=n),
+    "hashed": lambda n: sorted_attention(64, tokens=n),
+    "hashed-backward": lambda n: sorted_attention(64, backward=True, tokens=n),
     "backward-fma": lambda n: backward((FMA, {}), tokens=n),
     "backward-runs": lambda n: backward(CALLS["runs-128"], tokens=n),
     "backward-blocks": lambda n: backward(PLAIN, tokens=n),

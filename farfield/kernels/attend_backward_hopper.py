@@ -165,10 +165,15 @@ def _hold(x, row):
 
 
 @gluon.jit
-def _query(reader, begin, j, Q_BLOCK: gl.constexpr, BQ: gl.constexpr, STACK: gl.constexpr, CAUSAL: gl.constexpr):
+def _query(
+    reader, begin, j, Q_BLOCK: gl.constexpr, BQ: gl.constexpr, STACK: gl.constexpr, CAUSAL: gl.constexpr,
+    SORTED: gl.constexpr,
+):  # fmt: skip
     """The first query of a tile; without CAUSAL nobody asks."""
     i = 0
-    if CAUSAL:
+    if CAUSAL and SORTED:
+        i = begin * Q_BLOCK + j * BQ
+    elif CAUSAL:
         TILES: gl.constexpr = Q_BLOCK // BQ
         i = gl.load(reader + begin + j // (STACK * TILES)) * Q_BLOCK + j % TILES * BQ
     return i
@@ -177,12 +182,15 @@ def _query(reader, begin, j, Q_BLOCK: gl.constexpr, BQ: gl.constexpr, STACK: gl.
 @gluon.jit
 def _multiply(
     keys, values, q_ring, d_ring, q_full, d_full, step, layout: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr,
-    E: gl.constexpr,
+    E: gl.constexpr, SORTED: gl.constexpr,
 ):  # fmt: skip
     """The products of keys and q and of values and dout, under way, and the place of the queries."""
     # numbers that are not used; with those of the products before, every product would be waited for
     none = gl.zeros([64, BQ], gl.float32, layout)
     s = wait_full(q_full, step)
+    if SORTED:
+        # copies were ordinary writes to shared memory; the tensor cores read it another way
+        fence_async_shared()
     queries = q_ring.index(s).reshape([BQ, D]).permute((1, 0))
     product = warpgroup_mma(keys, queries, none, use_acc=False, is_async=True)
     wait_full(d_full, step)
@@ -196,9 +204,13 @@ def _compute(
     given, rings,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, Q_BLOCK: gl.constexpr, BQ: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, K_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    AHEAD: gl.constexpr, HOLD: gl.constexpr, POSITION: gl.constexpr,
+    AHEAD: gl.constexpr, HOLD: gl.constexpr, POSITION: gl.constexpr, SORTED: gl.constexpr,
 ):  # fmt: skip
-    d_k, d_v, sum_k, sum_v, reader, items, rows, row_blocks, pieces, scale = given
+    """SORTED: readers are runs, not cut, from block `begin` on; row r is token[r] of `rows`, none where negative.
+
+    The three barriers of a tile of queries are then one.
+    """
+    d_k, d_v, sum_k, sum_v, token, reader, items, rows, row_blocks, pieces, scale = given
     (
         told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring, told_full, told_empty, k_full,
         k_empty, q_full, d_full, stat_full, empty,
@@ -228,10 +240,10 @@ def _compute(
                 wait_full(k_full, turn)
                 if AHEAD:
                     product, d_product, s = _multiply(
-                        keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E
+                        keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E, SORTED
                     )
                     wait_full(stat_full, step)
-                    i = _query(reader, begin, 0, Q_BLOCK, BQ, STACK, FROM_LIST)
+                    i = _query(reader, begin, 0, Q_BLOCK, BQ, STACK, FROM_LIST, SORTED)
                     scores = warpgroup_mma_wait(1, deps=[product])
                     scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
                     d_weights = warpgroup_mma_wait(0, deps=[d_product])
@@ -242,12 +254,12 @@ def _compute(
                         before = step % STAGES
                         step += 1
                         product, d_product, s = _multiply(
-                            keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E
+                            keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E, SORTED
                         )
                         sum_of_v = warpgroup_mma(weights, d_ring.index(before).reshape([BQ, E]), acc_v, is_async=True)
                         sum_of_k = warpgroup_mma(d_scores, q_ring.index(before).reshape([BQ, D]), acc_k, is_async=True)
                         wait_full(stat_full, step)
-                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST)
+                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST, SORTED)
                         scores = warpgroup_mma_wait(3, deps=[product])
                         scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
                         if HOLD and not CAUSAL:
@@ -271,10 +283,10 @@ def _compute(
                 else:
                     for j in range(count * (STACK * (Q_BLOCK // BQ))):
                         product, d_product, s = _multiply(
-                            keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E
+                            keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E, SORTED
                         )
                         wait_full(stat_full, step)
-                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST)
+                        i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST, SORTED)
                         scores = warpgroup_mma_wait(1, deps=[product])
                         scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
                         weights = gl.convert_layout(scores.to(dtype), left_v)
@@ -295,7 +307,15 @@ def _compute(
             lanes_v = gl.arange(0, 64, gl.SliceLayout(1, of_v))
             at_k = lanes_k[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, of_k))[None, :]
             at_v = lanes_v[:, None] * E + gl.arange(0, E, gl.SliceLayout(0, of_v))[None, :]
-            if piece < 0:
+            if SORTED:
+                slot = (unit * row_blocks * GROUPS + m * GROUPS + GROUP) * 64
+                there_k = gl.load(token + slot + lanes_k)[:, None]
+                there_v = gl.load(token + slot + lanes_v)[:, None]
+                to_k = (unit * rows + there_k) * D + gl.arange(0, D, gl.SliceLayout(0, of_k))[None, :]
+                to_v = (unit * rows + there_v) * E + gl.arange(0, E, gl.SliceLayout(0, of_v))[None, :]
+                gl.store(d_k + to_k, acc_k.to(d_k.dtype.element_ty), mask=there_k >= 0)
+                gl.store(d_v + to_v, acc_v.to(d_v.dtype.element_ty), mask=there_v >= 0)
+            elif piece < 0:
                 line = unit * rows + row
                 gl.store(d_k + line * D + at_k, acc_k.to(d_k.dtype.element_ty), mask=(row + lanes_k < rows)[:, None])
                 gl.store(d_v + line * E + at_v, acc_v.to(d_v.dtype.element_ty), mask=(row + lanes_v < rows)[:, None])
@@ -357,7 +377,7 @@ def attend_backward_rows_hopper(
         told, q_ring, d_ring, k_ring, v_ring, shift_ring, delta_ring, place_ring, told_full, told_empty, k_full,
         k_empty, q_full, d_full, stat_full, empty,
     )  # fmt: skip
-    computing = d_k, d_v, sum_k, sum_v, reader, items, rows, row_blocks, pieces, scale
+    computing = d_k, d_v, sum_k, sum_v, reader, reader, items, rows, row_blocks, pieces, scale
     loading = (
         q, d_out, k, v, shift, delta, position, start, reader, key, queue, items, heads, blocks, row_blocks, pieces,
         most, base,
@@ -367,7 +387,7 @@ def attend_backward_rows_hopper(
         gl.warp_specialize([
             (_compute, (
                 computing, rings,
-                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION, False,
             )),
             (_load, (
                 loading, rings, position_strides, segment_strides, STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, POSITION,
@@ -377,11 +397,11 @@ def attend_backward_rows_hopper(
         gl.warp_specialize([
             (_compute, (
                 computing, rings,
-                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
+                0, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION, False,
             )),
             (_compute, (
                 computing, rings,
-                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION,
+                1, GROUPS, STACK, Q_BLOCK, BQ, D, E, K_STAGES, STAGES, CAUSAL, AHEAD, HOLD, POSITION, False,
             )),
             (_load, (
                 loading, rings, position_strides, segment_strides, STACK, REPEAT, GROUPS, Q_BLOCK, BQ, D, E, POSITION,

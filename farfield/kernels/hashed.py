@@ -16,42 +16,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farfield.kernels import attend_backward, attend_hopper, replay
+from farfield.kernels import attend_hopper, attend_sorted_backward_hopper, attend_sorted_hopper, replay
 from farfield.kernels.attend import padded
-from farfield.kernels.transpose import WHOLE, Readers
-from farfield.ops.attend import Call, Plan
 from farfield.ops.hashed import EVERY, Slots
 
 TILE = 512  # tokens that a program counts or places
+PROGRAMS = 33  # that hash the tokens of a head
 KEPT = 64  # recordings
 NUMBERS = 4096  # a program's tokens times buckets, at most
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "x_b", "x_h", "x_t"])
+@triton.jit(do_not_specialize=["heads", "tokens", "tiles", "x_b", "x_h", "x_t"])
 def bucket_rows(
-    x, planes, found, heads, tokens, x_b, x_h, x_t,
+    x, planes, found, heads, tokens, tiles, x_b, x_h, x_t,
     PARTS: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, D_UNIT: tl.constexpr, D_TILE: tl.constexpr,
-    HALF_TILE: tl.constexpr, BT: tl.constexpr,
+    HALF_TILE: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(1).to(tl.int64)
     b, h = unit // heads, unit % heads
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     dims, lane = tl.arange(0, D_TILE), tl.arange(0, HALF_TILE)
-    x_at = x + (b * x_b + h * x_h + t * x_t)[:, None] * D_UNIT + dims
-    rows = tl.load(x_at, mask=(t < tokens)[:, None] & (dims < D), other=0.0)
-    # [BT, HALF_TILE]
-    shares = tl.zeros([BT, HALF_TILE], tl.float32)
-    for part in tl.static_range(PARTS):
-        at = ((part * heads + h) * D + dims)[:, None] * HALF_TILE + lane
-        shares = tl.dot(rows, tl.load(planes + at, mask=(dims < D)[:, None], other=0.0), shares, input_precision="ieee")
-    up = tl.where(lane < HALF, shares, float("-inf"))
-    down = tl.where(lane < HALF, -shares, float("-inf"))
-    most, least = tl.max(up, 1), tl.max(down, 1)
-    first_up = tl.min(tl.where(up == most[:, None], lane, HALF), 1)
-    first_down = tl.min(tl.where(down == least[:, None], lane, HALF), 1)
-    # NaN has no maximum, and goes to the last bucket
-    bucket = tl.minimum(tl.where(most >= least, first_up, HALF + first_down), 2 * HALF - 1)
-    tl.store(found + unit * tokens + t, bucket, mask=t < tokens)
+    # [D, HALF_TILE] each
+    at = planes + (h * D + dims)[:, None] * HALF_TILE + lane
+    inside, part = (dims < D)[:, None], heads * D * HALF_TILE
+    wide = tl.load(at, mask=inside, other=0.0)
+    if PARTS == 3:
+        rest = tl.load(at + part, mask=inside, other=0.0)
+        last = tl.load(at + 2 * part, mask=inside, other=0.0)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+        x_at = x + (b * x_b + h * x_h + t * x_t)[:, None] * D_UNIT + dims
+        rows = tl.load(x_at, mask=(t < tokens)[:, None] & (dims < D), other=0.0)
+        # [BT, HALF_TILE], 0 where there is no direction
+        shares = tl.dot(rows, wide, input_precision="ieee")
+        if PARTS == 3:
+            shares = tl.dot(rows, rest, shares, input_precision="ieee")
+            shares = tl.dot(rows, last, shares, input_precision="ieee")
+        most = tl.max(tl.abs(shares), 1)[:, None]
+        # the first of equal ones, directions before their opposites; NaN equals nothing, and goes to the last bucket
+        which = tl.where(shares == most, lane, tl.where(-shares == most, HALF + lane, 2 * HALF - 1))
+        tl.store(found + unit * tokens + t, tl.min(which, 1), mask=t < tokens)
 
 
 @triton.jit
@@ -215,49 +218,47 @@ def take_rows(
     tl.store(out + (unit * rows + at)[:, None] * D + dims, tile, mask=(at < rows)[:, None] & (dims < D))
 
 
+@triton.jit(do_not_specialize=["rows"])
+def clear_rows(slot, x, y, queue, rows, D: tl.constexpr, BT: tl.constexpr, TWO: tl.constexpr):
+    """0 in rows of x without a slot, with TWO also of y, and in the queues of those who write the others."""
+    unit = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    absent = (tl.load(slot + unit * rows + at, mask=at < rows, other=0) < 0)[:, None]
+    place = (unit * rows + at)[:, None] * D + tl.arange(0, D)
+    nothing = tl.zeros([BT, D], x.dtype.element_ty)
+    tl.store(x + place, nothing, mask=absent)
+    if TWO:
+        tl.store(y + place, nothing, mask=absent)
+    tl.store(queue + tl.arange(0, 2), 0, mask=(tl.program_id(0) == 0) & (unit == 0))
+
+
 @triton.jit(do_not_specialize=["q_blocks", "k_blocks", "steps"])
-def start_readers(index, count, start, first, q_blocks, k_blocks, steps, SIZE: tl.constexpr):
-    """Blocks of queries that read each block of keys: the first of them, and where their numbers start.
+def find_readers(index, count, first, many, q_blocks, k_blocks, steps, SIZE: tl.constexpr):
+    """Blocks of queries that read each block of keys: the first of them, and how many.
 
     Runs ascend, with their first and with their last block: key block m is read from the first run on that ends at m
     or later, up to the last that starts at m or before.
     """
-    unit = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(1).to(tl.int64)
     index += unit * q_blocks * k_blocks
     count += unit * q_blocks
-    filled = (unit * q_blocks * k_blocks).to(tl.int32)
-    for base in range(0, k_blocks, SIZE):
-        m = base + tl.arange(0, SIZE)
-        low, last = tl.zeros([SIZE], tl.int32), tl.zeros([SIZE], tl.int32)
-        high, end = low + q_blocks, low + q_blocks
-        for _step in range(steps):
-            n = (low + high) // 2
-            open_ = low < high
-            starts = tl.load(index + n.to(tl.int64) * k_blocks, mask=open_, other=0)
-            ends = starts + tl.load(count + n, mask=open_, other=0) - 1
-            low = tl.where(open_ & (ends < m), n + 1, low)
-            high = tl.where(open_ & (ends >= m), n, high)
-            n = (last + end) // 2
-            open_ = last < end
-            starts = tl.load(index + n.to(tl.int64) * k_blocks, mask=open_, other=0)
-            last = tl.where(open_ & (starts <= m), n + 1, last)
-            end = tl.where(open_ & (starts > m), n, end)
-        size = tl.where(m < k_blocks, tl.maximum(last - low, 0), 0)
-        tl.store(start + unit * (k_blocks + 1) + m, filled + tl.cumsum(size, 0) - size, mask=m < k_blocks)
-        tl.store(first + unit * k_blocks + m, low, mask=m < k_blocks)
-        filled += tl.sum(size, 0)
-    tl.store(start + unit * (k_blocks + 1) + k_blocks, filled)
-
-
-@triton.jit(do_not_specialize=["k_blocks"])
-def fill_readers(start, first, reader, k_blocks, SIZE: tl.constexpr):
-    m, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin = tl.load(start + unit * (k_blocks + 1) + m)
-    end = tl.load(start + unit * (k_blocks + 1) + m + 1)
-    n = tl.load(first + unit * k_blocks + m)
-    for x in range(0, end - begin, SIZE):
-        at = x + tl.arange(0, SIZE)
-        tl.store(reader + begin + at, n + at, mask=at < end - begin)
+    m = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    low, last = tl.zeros([SIZE], tl.int32), tl.zeros([SIZE], tl.int32)
+    high, end = low + q_blocks, low + q_blocks
+    for _step in range(steps):
+        n = (low + high) // 2
+        open_ = low < high
+        starts = tl.load(index + n.to(tl.int64) * k_blocks, mask=open_, other=0)
+        ends = starts + tl.load(count + n, mask=open_, other=0) - 1
+        low = tl.where(open_ & (ends < m), n + 1, low)
+        high = tl.where(open_ & (ends >= m), n, high)
+        n = (last + end) // 2
+        open_ = last < end
+        starts = tl.load(index + n.to(tl.int64) * k_blocks, mask=open_, other=0)
+        last = tl.where(open_ & (starts <= m), n + 1, last)
+        end = tl.where(open_ & (starts > m), n, end)
+    tl.store(first + unit * k_blocks + m, low, mask=m < k_blocks)
+    tl.store(many + unit * k_blocks + m, tl.maximum(last - low, 0), mask=m < k_blocks)
 
 
 def directions(planes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -288,11 +289,12 @@ def buckets(x: Tensor, planes: Tensor, half: int) -> Tensor:
     unit, strides = _units(x)
     found = torch.empty(batch, heads, tokens, dtype=torch.int32, device=x.device)
     bt = 128 if x.element_size() < 4 else 32
+    tiles = -(-tokens // bt)
     replay.start(
-        bucket_rows, (-(-tokens // bt), batch * heads),
-        x, planes, found, heads, tokens, *strides,
+        bucket_rows, (min(tiles, PROGRAMS), batch * heads),
+        x, planes, found, heads, tokens, tiles, *strides,
         PARTS=planes.shape[0], HALF=half, D=width, D_UNIT=unit, D_TILE=padded(width), HALF_TILE=planes.shape[3],
-        BT=bt, num_warps=4,
+        BT=bt, STAGES=3, num_warps=4,
     )  # fmt: skip
     return found
 
@@ -374,7 +376,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def wants(q: Tensor, v: Tensor, block: int, scale: float) -> bool:
-    """Whether `forward` and `backward` take these: what attend's Hopper kernels take once rows are in their slots."""
+    """Whether `forward` and `backward` take these: 16-bit numbers of the widths that the Hopper kernels know."""
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] == v.shape[3]
@@ -387,7 +389,7 @@ def wants(q: Tensor, v: Tensor, block: int, scale: float) -> bool:
 
 
 class Kept(NamedTuple):
-    """What the backward needs: queries, keys, values and outputs in their slots, and lse."""
+    """What the backward needs: queries, keys, values and outputs by token, lse by slot."""
 
     q: Tensor
     k: Tensor
@@ -397,71 +399,70 @@ class Kept(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, slots: Slots, block: int, scale: float) -> tuple[Tensor, Kept]:
-    """attend between moving rows into their slots and back, as one recorded call."""
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    """attend over the slots, by kernels that gather rows and scatter results, as one recorded call."""
+    q, k, v = map(_readable, (q, k, v))
     inputs = q, k, v, slots.q_slot, slots.q_token, slots.k_token, slots.position, slots.index, slots.count
-    out, *kept = _replayed(_forward, inputs, block, scale)
-    return out, Kept(*kept)
+    out, lse = _replayed(_forward, inputs, block, scale)
+    return out, Kept(q, k, v, out, lse)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The tensor, or a copy whose rows can be read by 16 bytes."""
+    return x if attend_hopper._aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor, q_token: Tensor, k_token: Tensor, position: Tensor, index: Tensor,
     count: Tensor, block: int, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    q, k, v = _take(q, q_token), _take(k, k_token), _take(v, k_token)
-    out, lse = attend_hopper.forward(_call(q, k, v, position, index, count, block, scale))
-    return _take(out, q_slot), q, k, v, out, lse
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    queue = torch.empty(2, dtype=torch.int32, device=q.device)
+    _clear(q_slot, queue, out)
+    lse = attend_sorted_hopper.forward(q, k, v, out, queue, q_token, k_token, position, index, count, block, scale)
+    return out, lse
 
 
 def backward(d_out: Tensor, kept: Kept, slots: Slots, block: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
-    d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
-    inputs = slots.q_slot, slots.q_token, slots.k_slot, slots.position, slots.index, slots.count
-    return _replayed(_backward, (d_out, *kept, *inputs), block, scale)
+    return _replayed(_backward, (_readable(d_out), *kept, *slots), block, scale)
 
 
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_slot: Tensor, q_token: Tensor,
-    k_slot: Tensor, position: Tensor, index: Tensor, count: Tensor, block: int, scale: float,
+    k_slot: Tensor, k_token: Tensor, position: Tensor, index: Tensor, count: Tensor, block: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _call(q, k, v, position, index, count, block, scale)
-    read = [readers(index, count)]
-    _, d_q, grads = attend_backward.gradients(call, _take(d_out, q_token), None, out, lse, False, read)
-    d_k, d_v, _ = grads[0]
-    return _take(d_q, q_slot), _take(d_k, k_slot), _take(d_v, k_slot)
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    queue = torch.empty(2, dtype=torch.int32, device=q.device)
+    _clear(q_slot, queue, d_q)
+    _clear(k_slot, queue, d_k, d_v)
+    first, many = readers(index, count)
+    attend_sorted_backward_hopper.backward(
+        d_out, q, k, v, out, lse, d_q, d_k, d_v, queue, q_token, k_token, position, index, count, first, many, block,
+        scale,
+    )  # fmt: skip
+    return d_q, d_k, d_v
 
 
-def readers(index: Tensor, count: Tensor) -> Readers:
-    """The lists of `slots` [B, H, N, P] and [B, H, N], transposed: they are runs, and so are their transposes.
+def _clear(slot: Tensor, queue: Tensor, x: Tensor, y: Tensor | None = None) -> None:
+    batch, heads, rows, width = x.shape
+    replay.start(
+        clear_rows, (-(-rows // 256), batch * heads),
+        slot, x, x if y is None else y, queue, rows, D=width, BT=256, TWO=y is not None, num_warps=4,
+    )  # fmt: skip
 
-    What transpose.transpose gives, without a sort of what lists might hold at most.
 
-    Raises:
-        NotImplementedError: the lists have room for 2**31 entries or more.
+def readers(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Who reads each block of keys, by the lists of `slots` [B, H, N, P] and [B, H, N]: the first reader, and how many.
+
+    They are runs, as the lists are.
     """
     batch, heads, q_blocks, picks = index.shape
-    units, device = batch * heads, index.device
-    room = units * q_blocks * picks
-    if room >= 1 << 31:
-        raise NotImplementedError(f"the lists of {units} heads have room for {room} entries; 2**31 are too many")
-    start, first, reader = (
-        torch.empty(n, dtype=torch.int32, device=device) for n in (units * (picks + 1), units * picks, room)
-    )
+    first, many = (torch.empty(batch, heads, picks, dtype=torch.int32, device=index.device) for _ in range(2))
     replay.start(
-        start_readers, (units,),
-        index, count, start, first, q_blocks, picks, q_blocks.bit_length(), SIZE=256, num_warps=8,
+        find_readers, (-(-picks // 128), batch * heads),
+        index, count, first, many, q_blocks, picks, q_blocks.bit_length(), SIZE=128, num_warps=4,
     )  # fmt: skip
-    replay.start(fill_readers, (picks, units), start, first, reader, picks, SIZE=64, num_warps=1)
-    return Readers(start, reader, start, 0, (heads, 1), WHOLE, 0)
-
-
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor, index: Tensor, count: Tensor, block: int, scale: float
-) -> Call:
-    none = q.new_empty(0)
-    where = position if position.numel() else none
-    plan = Plan(block, block, True, -1, 0)
-    return Call(q, [k], [v], [none], [none], [none], where, none, [index], [count], [plan], scale)
+    return first, many
 
 
 def _replayed(function: Callable[..., Any], inputs: Sequence[Tensor], *options: Any) -> Any:
