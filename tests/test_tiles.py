@@ -78,6 +78,8 @@ SPILLS: dict[str, int] = {
     **dict.fromkeys(("walk-halves-128-5000", "walk-halves-128-100000"), 352),
     **dict.fromkeys(("listed-backward-512-128", "choose-fp32-128", "listed-64", "listed-16-64"), _ONCE),
     "listed-own-backward-64": _ONCE,
+    # numbers of a block of queries, read once a block (Triton 3.7)
+    **dict.fromkeys(("hashed-backward-64-128", "hashed-backward-128-128", "hashed-both-backward-128"), 16),
     # numbers of a run and of the whole kernel, kept once and read once a tile of queries
     "listed-128": 32,
     "listed-own-backward-128": 32,
