@@ -174,8 +174,8 @@ def test_blocks_suit_the_fast_kernels(block):
     none = torch.empty(0, device="meta")
     plan = Plan(layout.q_block, layout.k_block, 1, -1, 0)
     call = Call(q, [k], [k], [none], [none], [none], none, none, [layout.index], [layout.count], [plan], 0.1)
-    attend_hopper._hopper.cache_clear()
+    attend_hopper.on_hopper.cache_clear()
     with compiled.recording():
         assert attend_hopper.wants(call)
         assert attend_backward_hopper.wants_rows(q, q, k, k, layout.k_block, layout.q_block)
-    attend_hopper._hopper.cache_clear()
+    attend_hopper.on_hopper.cache_clear()

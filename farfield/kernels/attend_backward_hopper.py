@@ -25,8 +25,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _processors
-from farfield.kernels.hopper import EVERY, LOG2E, barriers, fetch, report, wait_empty, wait_full
+from farfield.kernels.hopper import (
+    EVERY,
+    LOG2E,
+    aligned,
+    barriers,
+    descriptor,
+    fetch,
+    on_hopper,
+    processors,
+    report,
+    wait_empty,
+    wait_full,
+)
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers
 
@@ -465,8 +476,8 @@ def rows_backward(
         places = (places if places.dtype == torch.int32 else places.clamp(-1, EVERY.value).int()).contiguous()
         place_strides = tuple(0 if n == 1 else x for n, x in zip(places.shape[:2], places.stride(), strict=False))
     start(
-        attend_backward_rows_hopper, (min(items, _processors(q.device) * tiles.programs),),
-        _descriptor(q, tiles.queries), _descriptor(d_out, tiles.queries), _descriptor(k, 64), _descriptor(v, 64),
+        attend_backward_rows_hopper, (min(items, processors(q.device) * tiles.programs),),
+        descriptor(q, tiles.queries), descriptor(d_out, tiles.queries), descriptor(k, 64), descriptor(v, 64),
         shift, delta, places, readers.start, readers.reader, readers.key, queue, *grads,
         *sums,
         place_strides, readers.strides, items, heads, blocks, rows, row_blocks, readers.pieces, readers.most,
@@ -487,9 +498,9 @@ def wants_rows(q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, k_block: int, q_b
         and q_block % 64 == 0
         and q.dtype in (torch.bfloat16, torch.float16)
         and width == v.shape[-1]
-        and _hopper(q.device)
-        and _aligned(q)
-        and _aligned(d_out)
-        and _aligned(k)
-        and _aligned(v)
+        and on_hopper(q.device)
+        and aligned(q)
+        and aligned(d_out)
+        and aligned(k)
+        and aligned(v)
     )

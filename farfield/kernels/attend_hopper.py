@@ -24,14 +24,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.hopper import EVERY, LN2, LOG2E, UNIT, fetch, report, wait_empty, wait_full
-from farfield.kernels.hopper import aligned as _aligned
-from farfield.kernels.hopper import descriptor as _descriptor
-from farfield.kernels.hopper import on_hopper as _hopper
-from farfield.kernels.hopper import processors as _processors
-from farfield.kernels.hopper import soften as _soften
-from farfield.kernels.hopper import soften_scaled as _soften_scaled
-from farfield.kernels.hopper import sync as _sync
+from farfield.kernels.hopper import (
+    EVERY,
+    LN2,
+    LOG2E,
+    aligned,
+    descriptor,
+    fetch,
+    on_hopper,
+    processors,
+    report,
+    soften,
+    soften_scaled,
+    sync,
+    wait_empty,
+    wait_full,
+)
 from farfield.kernels.replay import start
 from farfield.ops.attend import Call
 
@@ -100,7 +108,7 @@ def _load_blocks(
             mbarrier.wait(q_empty.index(turn % Q_STAGES * GROUPS + group), turn // Q_STAGES & 1 ^ 1)
         which = gl.arange(0, 2, PAIR)
         counts.index(turn % Q_STAGES).store(gl.where(which == 0, listed, far_listed))
-        _sync()
+        sync()
         for group in gl.static_range(GROUPS):
             slot = turn % Q_STAGES * GROUPS + group
             first = n * Q_BLOCK + (tile * GROUPS + group) * 64
@@ -111,7 +119,7 @@ def _load_blocks(
             row = gl.where(j < filled, block * (BK * SPLIT) + j % SPLIT * BK, rows)
             s = wait_empty(k_empty, step)
             block_rows.index(s).store(gl.full([1], row, gl.int32, ONE))
-            _sync()
+            sync()
             fetch(k, [b, g, row, 0], k_full, k_ring, s)
             wait_empty(v_empty, step)
             fetch(v, [b, g, row, 0], v_full, v_ring, s)
@@ -259,7 +267,7 @@ def _compute(
         scores = warpgroup_mma(queries, keys, scores, use_acc=False)
         report(k_empty, s)
         scores = _hide(scores, row, first, at, least, rows, reach, sinks, score, BK, CAUSAL, REACH, POSITION)
-        weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+        weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
         operand = gl.convert_layout(weights.to(dtype), left)
         for _ in range(1, listed):
             last = step % STAGES
@@ -274,7 +282,7 @@ def _compute(
             scores = warpgroup_mma_wait(1, deps=[product])
             report(k_empty, s)
             scores = _hide(scores, row, first, at, least, rows, reach, sinks, score, BK, CAUSAL, REACH, POSITION)
-            weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+            weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             report(v_empty, last)
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
@@ -295,7 +303,7 @@ def _compute(
                 fence_async_shared()
                 far_scores = warpgroup_mma(queries, fk_ring.index(f).permute((1, 0)), far_scores, use_acc=False)
                 far_scores = _weigh(far_scores, bias_ring.index(f), 0, far_listed, factor, far_score, BF, BIAS)
-                far_weights, peak, mass, far_fade = _soften(far_scores, peak, mass)
+                far_weights, peak, mass, far_fade = soften(far_scores, peak, mass)
                 acc = acc * gl.convert_layout(far_fade, of_value)[:, None]
                 far_operand = gl.convert_layout(far_weights.to(dtype), left)
                 for start in range(BF, far_listed, BF):
@@ -309,7 +317,7 @@ def _compute(
                     summed = warpgroup_mma(far_operand, fv_ring.index(before), acc, is_async=True)
                     far_scores = warpgroup_mma_wait(1, deps=[product])
                     far_scores = _weigh(far_scores, bias_ring.index(f), start, far_listed, factor, far_score, BF, BIAS)
-                    far_weights, peak, mass, far_fade = _soften(far_scores, peak, mass)
+                    far_weights, peak, mass, far_fade = soften(far_scores, peak, mass)
                     acc, far_operand = warpgroup_mma_wait(0, deps=[summed, far_operand])
                     report(far_empty, before)
                     acc = acc * gl.convert_layout(far_fade, of_value)[:, None]
@@ -326,7 +334,7 @@ def _compute(
         # the queries are done with: their place in shared memory is where the result leaves from
         q_ring.index(slot).reshape([64, D]).store(acc.to(dtype))
         fence_async_shared()
-        _sync()
+        sync()
         tma.async_copy_shared_to_global(out, [b, h, first, 0], q_ring.index(slot))
         at = first + gl.arange(0, 64, per_row)
         lse_at = lse + (b.to(gl.int64) * heads + h) * tokens
@@ -512,13 +520,12 @@ TILES = {
     (128, 128, 64, True): Tiles(2, 2, loading=56),
 }
 SEGMENT = 256  # gathered rows whose numbers are looked up at a time
-ALIGNED = UNIT.value
 
 
 def wants(call: Call) -> bool:
     """Whether this kernel takes the call: whole blocks and gathered rows of 16-bit numbers, on a Hopper GPU."""
     q, k, v, bias, end, row_group, position, group, _, _, plans, scale = call
-    if q.dtype not in (torch.bfloat16, torch.float16) or not _hopper(q.device):
+    if q.dtype not in (torch.bfloat16, torch.float16) or not on_hopper(q.device):
         return False
     if not q.shape[-1] == v[0].shape[-1] in (64, 128) or scale <= 0 or not k[0].shape[2]:
         return False
@@ -528,7 +535,7 @@ def wants(call: Call) -> bool:
         return False
     if plans[0].q_block % 64 or plans[0].k_block not in (64, 128):
         return False
-    if not all(_aligned(x) for x in (q, *k, *v)):
+    if not all(aligned(x) for x in (q, *k, *v)):
         return False
     if len(k) == 1:
         return True
@@ -562,8 +569,8 @@ def forward(call: Call, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     bias_strides = [0 if n == 1 else s for n, s in zip(far_bias.shape[:2], far_bias.stride(), strict=False)]
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     start(
-        attend_hopper, (min(items, _processors(q.device) * tiles.programs),),
-        _descriptor(q, 64), _descriptor(k[0], tile_rows), _descriptor(v[0], tile_rows), _descriptor(out, 64),
+        attend_hopper, (min(items, processors(q.device) * tiles.programs),),
+        descriptor(q, 64), descriptor(k[0], tile_rows), descriptor(v[0], tile_rows), descriptor(out, 64),
         lse, *near_lists[:2], k[-1], v[-1], far_bias, *far_lists[:2],
         k[-1].stride(), v[-1].stride(), position if positioned else lse, *(at if positioned else (0, 0)),
         *near_lists[2:], *bias_strides, *far_lists[2:], k[-1].shape[2],

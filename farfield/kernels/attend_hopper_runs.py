@@ -24,25 +24,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from farfield.kernels import attend_hopper
-from farfield.kernels.attend_hopper import (
-    _descriptor,
-    _list,
-    _lists,
-    _place,
-    _processors,
-    _rows_of,
-    _soften,
-    _soften_scaled,
-    _weigh,
+from farfield.kernels.attend_hopper import _list, _lists, _place, _rows_of, _weigh
+from farfield.kernels.hopper import (
+    LN2,
+    LOG2E,
+    descriptor,
+    fetch,
+    processors,
+    report,
+    soften,
+    soften_scaled,
+    sync,
+    wait_empty,
+    wait_full,
 )
 from farfield.kernels.replay import start
 from farfield.ops.attend import Call
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -51,11 +48,10 @@ def _load(
     k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, far_index, far_count,
     far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists, far_rows,
     rows, items, blocks, heads,
-    REPEAT: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, K_BLOCK: gl.constexpr, BIAS: gl.constexpr, SEGMENT: gl.constexpr, WARPS: gl.constexpr,
+    REPEAT: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, K_BLOCK: gl.constexpr,
+    BIAS: gl.constexpr, SEGMENT: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Queries, blocks and gathered rows, by WARPS warps, each thread of which reports once for every tile."""
-    BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
     PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
@@ -73,28 +69,23 @@ def _load(
         listed = gl.maximum(filled, 1)
         far_at = _list(b, h, n, far_batch_lists, far_head_lists)
         far_listed = _rows_of(far_index, far_count, far_at, far_picks, far_rows, K_BLOCK)
-        p = turn % Q_STAGES
-        mbarrier.wait(q_empty.index(p), turn // Q_STAGES & 1 ^ 1)
+        p = wait_empty(q_empty, turn)
         which = gl.arange(0, 2, PAIR)
         counts.index(p).store(gl.where(which == 0, listed, far_listed))
-        _sync()
-        mbarrier.expect(q_full.index(p), 64 * D * BYTES)
-        tma.async_copy_global_to_shared(q, [b, h, n * 64, 0], q_full.index(p), q_ring.index(p))
+        sync()
+        fetch(q, [b, h, n * 64, 0], q_full, q_ring, p)
         turn += 1
         for j in range(listed):
             block = gl.load(list_at + j, mask=j < filled, other=0)
             row = gl.where(j < filled, block * BK, rows)
-            s, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(k_empty.index(s), phase ^ 1)
+            s = wait_empty(k_empty, step)
             block_rows.index(s).store(gl.full([1], row, gl.int32, ONE))
-            _sync()
+            sync()
             mbarrier.arrive(k_full.index(s), count=32 * WARPS - 1)
-            mbarrier.expect(k_full.index(s), BK * D * BYTES)
-            tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s))
-            mbarrier.wait(v_empty.index(s), phase ^ 1)
+            fetch(k, [b, g, row, 0], k_full, k_ring, s)
+            wait_empty(v_empty, step)
             mbarrier.arrive(v_full.index(s), count=32 * WARPS - 1)
-            mbarrier.expect(v_full.index(s), BK * E * BYTES)
-            tma.async_copy_global_to_shared(v, [b, g, row, 0], v_full.index(s), v_ring.index(s))
+            fetch(v, [b, g, row, 0], v_full, v_ring, s)
             step += 1
         far_at = far_index + far_at * far_picks
         k_at = far_k + b.to(gl.int64) * far_k_strides[0] + g.to(gl.int64) * far_k_strides[1]
@@ -104,15 +95,14 @@ def _load(
             # the rows that many tiles' worth of the list names: one wait for them instead of one a tile
             spot = segment + gl.arange(0, SEGMENT, ONE)
             place = gl.load(far_at + spot // K_BLOCK, mask=spot < far_listed, other=0) * K_BLOCK + spot % K_BLOCK
-            _sync()
+            sync()
             named.store(place)
-            _sync()
+            sync()
             for c in range(gl.minimum(SEGMENT, far_listed - segment + BK - 1) // BK):
                 first = segment + c * BK
                 row = tiles.index(c).load(down).to(gl.int64)[:, None]
                 there = (first + gl.arange(0, BK, down) < far_listed)[:, None]
-                s, phase = step % STAGES, step // STAGES & 1
-                mbarrier.wait(k_empty.index(s), phase ^ 1)
+                s = wait_empty(k_empty, step)
                 # rows that are not there come as 0
                 k_to = k_ring.index(s).reshape([BK, D])
                 async_copy.async_copy_global_to_shared(k_to, k_at + row * far_k_strides[2] + columns, mask=there)
@@ -121,7 +111,7 @@ def _load(
                     b_from = bias_at + tiles.index(c).load(ONE)
                     async_copy.async_copy_global_to_shared(bias_ring.index(s), b_from, mask=there_b)
                 async_copy.mbarrier_arrive(k_full.index(s), increment_count=False)
-                mbarrier.wait(v_empty.index(s), phase ^ 1)
+                wait_empty(v_empty, step)
                 v_to = v_ring.index(s).reshape([BK, E])
                 async_copy.async_copy_global_to_shared(v_to, v_at + row * far_v_strides[2] + columns, mask=there)
                 async_copy.mbarrier_arrive(v_full.index(s), increment_count=False)
@@ -174,22 +164,19 @@ def _compute(
         pair = counts.index(p).load(PAIR)
         listed = gl.sum(gl.where(which == 0, pair, 0), 0)
         far_listed = gl.sum(gl.where(which == 1, pair, 0), 0)
-        s = step % STAGES
-        mbarrier.wait(k_full.index(s), step // STAGES & 1)
+        s = wait_full(k_full, step)
         row = gl.max(block_rows.index(s).load(ONE), 0)
         keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
         scores = warpgroup_mma(queries, keys, scores, use_acc=False)
-        _sync()
-        mbarrier.arrive(k_empty.index(s), count=1)
+        report(k_empty, s)
         scores = _hide(scores, row, first, rows, score, BK, CAUSAL)
-        weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+        weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
         operand = gl.convert_layout(weights.to(dtype), left)
         for _ in range(1, listed):
             last = step % STAGES
             last_phase = step // STAGES & 1
             step += 1
-            s = step % STAGES
-            mbarrier.wait(k_full.index(s), step // STAGES & 1)
+            s = wait_full(k_full, step)
             row = gl.max(block_rows.index(s).load(ONE), 0)
             keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
             none = gl.zeros([64, BK], gl.float32, score)
@@ -197,21 +184,18 @@ def _compute(
             mbarrier.wait(v_full.index(last), last_phase)
             summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[product])
-            _sync()
-            mbarrier.arrive(k_empty.index(s), count=1)
+            report(k_empty, s)
             scores = _hide(scores, row, first, rows, score, BK, CAUSAL)
-            weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+            weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-            _sync()
-            mbarrier.arrive(v_empty.index(last), count=1)
+            report(v_empty, last)
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
             operand = gl.convert_layout(weights.to(dtype), left)
         for filled in range(0, far_listed, BK):
             last = step % STAGES
             last_phase = step // STAGES & 1
             step += 1
-            s = step % STAGES
-            mbarrier.wait(k_full.index(s), step // STAGES & 1)
+            s = wait_full(k_full, step)
             mbarrier.wait(v_full.index(last), last_phase)
             # these copies were ordinary writes to shared memory; the tensor cores read it another way
             fence_async_shared()
@@ -221,20 +205,16 @@ def _compute(
             summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[product])
             scores = _weigh(scores, bias_ring.index(s), filled, far_listed, factor, score, BK, BIAS)
-            _sync()
-            mbarrier.arrive(k_empty.index(s), count=1)
-            weights, peak, mass, fade = _soften(scores, peak, mass)
+            report(k_empty, s)
+            weights, peak, mass, fade = soften(scores, peak, mass)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-            _sync()
-            mbarrier.arrive(v_empty.index(last), count=1)
+            report(v_empty, last)
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
             operand = gl.convert_layout(weights.to(dtype), left)
-        last = step % STAGES
-        mbarrier.wait(v_full.index(last), step // STAGES & 1)
+        last = wait_full(v_full, step)
         fence_async_shared()
         acc = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc)
-        _sync()
-        mbarrier.arrive(v_empty.index(last), count=1)
+        report(v_empty, last)
         step += 1
         # one division a query, not one a value
         share = 1.0 / gl.where(mass > 0, mass, 1.0)
@@ -242,15 +222,14 @@ def _compute(
         # the queries are done with: their place in shared memory is where the result leaves from
         queries.store(acc.to(dtype))
         fence_async_shared()
-        _sync()
+        sync()
         tma.async_copy_shared_to_global(out, [b, h, first, 0], q_ring.index(p))
         at = first + gl.arange(0, 64, per_row)
         lse_at = lse + (b.to(gl.int64) * heads + h) * tokens
         # log2(0) = -inf is what a query that read nothing has
         gl.store(lse_at + at, (peak + gl.log2(mass)) * LN2, at < tokens)
         tma.store_wait(0)
-        _sync()
-        mbarrier.arrive(q_empty.index(p), count=1)
+        report(q_empty, p)
         turn += 1
 
 
@@ -307,7 +286,7 @@ def attend_hopper_runs(
             q_empty, k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, far_index,
             far_count, far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists,
             far_rows, rows, items, blocks, heads,
-            REPEAT, D, E, BK, Q_STAGES, STAGES, K_BLOCK, BIAS, SEGMENT, LOADERS,
+            REPEAT, D, E, BK, K_BLOCK, BIAS, SEGMENT, LOADERS,
         )),
     ], [LOADERS], [REGISTERS])  # fmt: skip
 
@@ -366,8 +345,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     far_bias = bias[1].float().contiguous() if weighted else lse
     bias_strides = [0 if n == 1 else s for n, s in zip(far_bias.shape[:2], far_bias.stride(), strict=False)]
     start(
-        attend_hopper_runs, (min(items, _processors(q.device) * tiles.programs),),
-        _descriptor(q, 64), _descriptor(k[0], ROWS), _descriptor(v[0], ROWS), _descriptor(out, 64),
+        attend_hopper_runs, (min(items, processors(q.device) * tiles.programs),),
+        descriptor(q, 64), descriptor(k[0], ROWS), descriptor(v[0], ROWS), descriptor(out, 64),
         lse, *near_lists[:2], k[1], v[1], far_bias, *far_lists[:2], k[1].stride(), v[1].stride(),
         *near_lists[2:], *bias_strides, *far_lists[2:], k[1].shape[2],
         items, blocks, heads, tokens, k[0].shape[2], scale,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels import attend_listed_hopper
-from farfield.kernels.attend import LN2, LOG2E, _dense, lists_of, padded
+from farfield.kernels.attend import LN2, LOG2E, _dense, lists_of, padded, soften
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import counted, counts, piece_of, placed, transpose
 from farfield.ops.attend import Call
@@ -96,13 +96,7 @@ def read_blocks(
                 if CAUSAL:
                     seen = seen & (at[None, :] <= token[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
-                higher = tl.maximum(peak, tl.max(scores, 1))
-                floor = tl.where(higher == float("-inf"), 0.0, higher)
-                weights = tl.exp2(scores - floor[:, None])
-                fade = tl.exp2(peak - floor)
-                mass = mass * fade + tl.sum(weights, 1)
-                acc = acc * fade[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
-                peak = higher
+                peak, mass, acc = soften(peak, mass, acc, scores, v_tile)
         acc *= (1.0 / tl.where(mass > 0, mass, 1.0))[:, None]
         part_at = parts + place[:, None] * E + values
         tl.store(part_at, acc.to(parts.dtype.element_ty), mask=asked[:, None] & (values < E))

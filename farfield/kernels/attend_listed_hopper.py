@@ -29,18 +29,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import EVERY, LOG2E, _aligned, _descriptor, _hopper, _processors, _soften_scaled
+from farfield.kernels.hopper import (
+    ALIGNED,
+    EVERY,
+    LOG2E,
+    UNIT,
+    aligned,
+    descriptor,
+    fetch,
+    on_hopper,
+    processors,
+    report,
+    soften_scaled,
+    sync,
+    wait_empty,
+    wait_full,
+)
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers
 from farfield.ops.attend import Call
 
 TOLD = gl.constexpr(4)  # runs that the loading warp may be ahead of the computing ones, as long as most are empty
-UNIT = gl.constexpr(8)  # elements in 16 bytes
 GROUPS = 2  # of computing warps, with tiles of 64 rows each; `read_blocks_hopper` starts so many
 ROWS = 512  # of q in a run: readers, the heads of a unit counted apart
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @triton.jit(do_not_specialize=["bounds", "numbers", "steps", "picks", "first", "rows", "row_blocks"])
@@ -79,8 +90,7 @@ def deal(
 @gluon.jit
 def _told(told, told_full, told_empty, message, FOUR: gl.constexpr):
     """The four numbers of a run."""
-    slot = message % TOLD
-    mbarrier.wait(told_full.index(slot), message // TOLD & 1)
+    slot = wait_full(told_full, message)
     which = gl.arange(0, 4, FOUR)
     word = told.index(slot).load(FOUR)
     count = gl.sum(gl.where(which == 0, word, 0), 0)
@@ -125,12 +135,10 @@ def _look_up(
         row = gl.arange(0, ROWS, flat)
         # rows behind the run's end are some row: nobody looks at what comes of it
         token = first + gl.load(reader + begin + row // STACK, mask=row < count * STACK, other=0) // picks
-        slot = message % TOLD
-        mbarrier.wait(told_empty.index(slot), message // TOLD & 1 ^ 1)
+        slot = wait_empty(told_empty, message)
         told.index(slot).store(word)
         wanted.index(slot).store(segment // units * q_b + (segment % units * STACK + row % STACK) * q_h + token * q_t)
-        _sync()
-        mbarrier.arrive(told_full.index(slot), count=1)
+        report(told_full, slot)
         message += 1
 
 
@@ -139,15 +147,14 @@ def _load(
     k, v, told, k_ring, v_ring, told_full, told_empty, k_full, v_full, k_empty, v_empty, reader, items, units,
     first, picks, rows,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
-    D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Keys and values of the runs, by one warp: a block that is one tile once, a larger one for every GROUPS tiles."""
-    BYTES: gl.constexpr = k.dtype.primitive_bitwidth // 8
     FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     message, turn = 0, 0
     for _item in range(gl.program_id(0), items, gl.num_programs(0)):
         count, block, segment, begin = _told(told, told_full, told_empty, message, FOUR)
-        _sync()
+        sync()
         mbarrier.arrive(told_empty.index(message % TOLD), count=1)
         message += 1
         b, g = segment // units, segment % units // REPEAT
@@ -162,20 +169,17 @@ def _load(
                 )
             for n in range(steps):
                 row = block // 2 * K_BLOCK + n * BK
-                s = turn % STAGES
-                mbarrier.wait(k_empty.index(s), turn // STAGES & 1 ^ 1)
-                mbarrier.expect(k_full.index(s), BK * D * BYTES)
-                tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s))
-                mbarrier.wait(v_empty.index(s), turn // STAGES & 1 ^ 1)
-                mbarrier.expect(v_full.index(s), BK * E * BYTES)
-                tma.async_copy_global_to_shared(v, [b, g, row, 0], v_full.index(s), v_ring.index(s))
+                s = wait_empty(k_empty, turn)
+                fetch(k, [b, g, row, 0], k_full, k_ring, s)
+                wait_empty(v_empty, turn)
+                fetch(v, [b, g, row, 0], v_full, v_ring, s)
                 turn += 1
 
 
 @gluon.jit
 def _gather(
     q, told, wanted, q_ring, told_full, told_empty, q_full, q_empty, items,
-    STACK: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, ROWS: gl.constexpr, TOGETHER: gl.constexpr,
+    STACK: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """The readers' rows of q, in a multiple of TOGETHER tiles, by two warps."""
     FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [2], [0])
@@ -188,12 +192,11 @@ def _gather(
         count, _, _, _ = _told(told, told_full, told_empty, message, FOUR)
         for j in range((count * STACK + 64 * TOGETHER - 1) // (64 * TOGETHER) * TOGETHER):
             at = tiles.index(message % TOLD * (ROWS // 64) + j).load(down).to(gl.int64)[:, None] * UNIT
-            s = turn % SLOTS
-            mbarrier.wait(q_empty.index(s), turn // SLOTS & 1 ^ 1)
+            s = wait_empty(q_empty, turn)
             async_copy.async_copy_global_to_shared(q_ring.index(s).reshape([64, D]), q + at + columns)
             async_copy.mbarrier_arrive(q_full.index(s), increment_count=False)
             turn += 1
-        _sync()
+        sync()
         mbarrier.arrive(told_empty.index(message % TOLD), count=1)
         message += 1
 
@@ -218,11 +221,14 @@ def _take_turn(turns, number, GROUP: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full, v_full, k_empty,
-    v_empty, turns, reader, items, first, picks, rows, scale,
+    given, rings,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
+    parts, loose, masses, reader, items, first, picks, rows, scale = given
+    (
+        told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full, v_full, k_empty, v_empty, turns,
+    ) = rings  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
@@ -239,14 +245,13 @@ def _compute(
     message, turn, subs = 0, 0, 0
     for _item in range(gl.program_id(0), items, gl.num_programs(0)):
         count, block, _, begin = _told(told, told_full, told_empty, message, FOUR)
-        _sync()
+        sync()
         mbarrier.arrive(told_empty.index(message % TOLD), count=1)
         message += 1
         if count > 0:
             tiles = (count * STACK + 64 * TOGETHER - 1) // (64 * TOGETHER) * TOGETHER
             if not STREAM:
-                s = turn % STAGES
-                mbarrier.wait(k_full.index(s), turn // STAGES & 1)
+                s = wait_full(k_full, turn)
                 mbarrier.wait(v_full.index(s), turn // STAGES & 1)
             for j in range(GROUP, tiles, GROUPS):
                 steps = gl.to_tensor(1)
@@ -282,12 +287,11 @@ def _compute(
                     mbarrier.arrive(turns.index(1 - GROUP), count=1)
                 scores = warpgroup_mma_wait(0, deps=[product])
                 if STREAM:
-                    _sync()
-                    mbarrier.arrive(k_empty.index(s), count=1)
+                    report(k_empty, s)
                 if j > GROUP:
                     # the result of the tile before has left by now
                     tma.store_wait(0)
-                    _sync()
+                    sync()
                     mbarrier.arrive(q_empty.index((subs + j - GROUPS) % SLOTS), count=1)
                 scores = _hide(scores, row, token, least, rows, score, BK, CAUSAL)
                 peak = gl.max(scores, 1) * factor
@@ -300,8 +304,7 @@ def _compute(
                         last = turn % STAGES
                         last_phase = turn // STAGES & 1
                         turn += 1
-                        s = turn % STAGES
-                        mbarrier.wait(k_full.index(s), turn // STAGES & 1)
+                        s = wait_full(k_full, turn)
                         mbarrier.wait(v_full.index(last), last_phase)
                         keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
                         _take_turn(turns, turn, GROUP)
@@ -309,24 +312,20 @@ def _compute(
                         summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
                         mbarrier.arrive(turns.index(1 - GROUP), count=1)
                         scores = warpgroup_mma_wait(1, deps=[product])
-                        _sync()
-                        mbarrier.arrive(k_empty.index(s), count=1)
+                        report(k_empty, s)
                         scores = _hide(scores, row + n * BK, token, least, rows, score, BK, CAUSAL)
-                        weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+                        weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
                         # ptxas moves the next wait in front of the exponentials, but nothing across a branch: this one
                         # has ended long ago
                         mbarrier.wait(v_full.index(last), last_phase)
                         acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-                        _sync()
-                        mbarrier.arrive(v_empty.index(last), count=1)
+                        report(v_empty, last)
                         acc = acc * gl.convert_layout(fade, of_value)[:, None]
                         operand = gl.convert_layout(weights.to(dtype), left)
-                    s = turn % STAGES
-                    mbarrier.wait(v_full.index(s), turn // STAGES & 1)
+                    s = wait_full(v_full, turn)
                 acc = warpgroup_mma(operand, v_ring.index(s).reshape([BK, E]), acc)
                 if STREAM:
-                    _sync()
-                    mbarrier.arrive(v_empty.index(s), count=1)
+                    report(v_empty, s)
                     turn += 1
                 share = 1.0 / gl.where(mass > 0, mass, 1.0)
                 acc = acc * gl.convert_layout(share, of_value)[:, None]
@@ -335,11 +334,11 @@ def _compute(
                 queries.store(acc.to(dtype))
                 if (j + 1) * 64 <= count * STACK:
                     fence_async_shared()
-                    _sync()
+                    sync()
                     tma.async_copy_shared_to_global(parts, [0, 0, begin * STACK + j * 64, 0], q_ring.index(slot))
                 else:
                     # what comes after these rows is not this run's
-                    _sync()
+                    sync()
                     line = gl.arange(0, 64, down)
                     out_at = loose + (place + line)[:, None] * E + columns
                     gl.store(out_at, queries.load(across), mask=(j * 64 + line < count * STACK)[:, None])
@@ -348,12 +347,12 @@ def _compute(
                 gl.store(masses + place + gl.arange(0, 64, per_row), peak + gl.log2(mass), mask=spot < count * STACK)
             if tiles > GROUP:
                 tma.store_wait(0)
-                _sync()
+                sync()
                 end = (tiles - 1 - GROUP) // GROUPS * GROUPS + GROUP
                 mbarrier.arrive(q_empty.index((subs + end) % SLOTS), count=1)
             subs += tiles
             if not STREAM:
-                _sync()
+                sync()
                 mbarrier.arrive(k_empty.index(turn % STAGES), count=1)
                 mbarrier.arrive(v_empty.index(turn % STAGES), count=1)
                 turn += 1
@@ -402,25 +401,21 @@ def read_blocks_hopper(
         mbarrier.init(v_empty.index(s), count=GROUPS)
     fence_async_shared()
 
+    computing = parts, loose, masses, reader, items, first, picks, rows, scale
+    rings = (
+        told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full, v_full, k_empty, v_empty, turns
+    )  # fmt: skip
     # constants stay constants only where they are written into the call
     gl.warp_specialize([
-        (_compute, (
-            parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-            v_full, k_empty, v_empty, turns, reader, items, first, picks, rows, scale,
-            0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
-        )),
-        (_compute, (
-            parts, loose, masses, told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full,
-            v_full, k_empty, v_empty, turns, reader, items, first, picks, rows, scale,
-            1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL,
-        )),
+        (_compute, (computing, rings, 0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL)),
+        (_compute, (computing, rings, 1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL)),
         (_gather, (
             q, told, wanted, q_ring, told_full, told_empty, q_full, q_empty, items,
-            STACK, D, SLOTS, ROWS, TOGETHER,
+            STACK, D, ROWS, TOGETHER,
         )),
         (_load, (
             k, v, told, k_ring, v_ring, told_full, told_empty, k_full, v_full, k_empty, v_empty, reader, items,
-            units, first, picks, rows, STACK, REPEAT, GROUPS, K_BLOCK, BK, D, E, STAGES, CAUSAL,
+            units, first, picks, rows, STACK, REPEAT, GROUPS, K_BLOCK, BK, CAUSAL,
         )),
         (_look_up, (
             told, wanted, told_full, told_empty, runs, reader, items, units, first, picks, q_b, q_h, q_t,
@@ -458,7 +453,7 @@ REGISTERS = 1 << 16  # of a multiprocessor
 def wants(call: Call, units: int, stack: int) -> bool:
     """Whether `read` takes what attend_listed.wants."""
     q, k, v, index = call.q, call.k[0], call.v[0], call.index[0]
-    if q.device.type == "cpu" or not _hopper(q.device):
+    if q.device.type == "cpu" or not on_hopper(q.device):
         return False
     if not q.shape[3] == v.shape[3] in (64, 128) or call.scale <= 0 or stack not in STACKS:
         return False
@@ -467,7 +462,7 @@ def wants(call: Call, units: int, stack: int) -> bool:
         return False
     # places of rows are numbers of 32 bits, in 16 bytes
     far = sum((n - 1) * stride for n, stride in zip(q.shape, q.stride(), strict=True))
-    return far < UNIT.value << 31 and all(_aligned(x) for x in (q, k, v))
+    return far < ALIGNED << 31 and all(aligned(x) for x in (q, k, v))
 
 
 def read(
@@ -495,9 +490,9 @@ def read(
     each = REGISTERS // (32 * warps) // 8 * 8
     computing = min(240, (each * (GROUPS + 1) - tiles.loading) // (8 * GROUPS) * 8)
     start(
-        read_blocks_hopper, (min(items, _processors(q.device)),),
-        q, _descriptor(k, tile), _descriptor(v, tile), _descriptor(parts[None, None], 64), parts, masses, runs,
-        found.reader, items, units, first, picks, rows, *[n // UNIT.value for n in q.stride()[:3]], call.scale,
+        read_blocks_hopper, (min(items, processors(q.device)),),
+        q, descriptor(k, tile), descriptor(v, tile), descriptor(parts[None, None], 64), parts, masses, runs,
+        found.reader, items, units, first, picks, rows, *[n // ALIGNED for n in q.stride()[:3]], call.scale,
         STACK=stack, REPEAT=heads // stack // k.shape[1], GROUPS=GROUPS, K_BLOCK=plan.k_block, BK=tile,
         D=width, E=width, SLOTS=tiles.slots, STAGES=tiles.stages, CAUSAL=bool(plan.causal), ROWS=lines,
         TOGETHER=GROUPS if stream else 1, LOADING=tiles.loading, COMPUTING=computing, num_warps=4,

@@ -25,9 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from farfield.kernels.attend_backward_hopper import TOLD
 from farfield.kernels.attend_backward_hopper import _compute as _compute_rows
 from farfield.kernels.attend_backward_queries_hopper import _weigh
-from farfield.kernels.attend_hopper import ALIGNED, _processors
 from farfield.kernels.attend_sorted_hopper import LOADERS, LOADING, SAID, SEGMENT, _copy, _places
-from farfield.kernels.hopper import LOG2E, barriers, report, sync, wait_empty, wait_full
+from farfield.kernels.hopper import ALIGNED, LOG2E, barriers, processors, report, sync, wait_empty, wait_full
 from farfield.kernels.replay import start
 
 
@@ -432,7 +431,7 @@ def backward(
     of_q, of_d, of_out, of_k, of_v = ([n // ALIGNED for n in x.stride()[:3]] for x in (q, d_out, out, k, v))
     positioned = position.numel() > 0
     places = position if positioned else q_token
-    programs = _processors(q.device)
+    programs = processors(q.device)
     start(
         attend_sorted_queries_hopper, (min(units * blocks, programs),),
         q, d_out, out, k, v, d_q, delta, shift, lse, q_token, k_token, places, index, count, queue,

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import ALIGNED, LN2, LOG2E, _hide, _processors, _soften_scaled, _sync
+from farfield.kernels.attend_hopper import _hide
+from farfield.kernels.hopper import ALIGNED, LN2, LOG2E, processors, report, soften_scaled, sync, wait_empty, wait_full
 from farfield.kernels.replay import start
 
 LOADERS = gl.constexpr(4)  # warps that copy
@@ -46,7 +47,7 @@ def _gather(
     q, k, v, said, k_named, v_named, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     q_token, k_token, index, count, queue, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, items, blocks, heads, rows,
     picks,
-    GROUPS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Everything that the products take."""
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADERS, 1], [1, 0])
@@ -70,16 +71,14 @@ def _gather(
         # an empty run reads one block behind the last one, which is hidden
         low = gl.where(listed > 0, low, rows // BLOCK)
         listed = gl.maximum(listed, 1)
-        p = turn % Q_STAGES
-        mbarrier.wait(q_empty.index(p), turn // Q_STAGES & 1 ^ 1)
+        p = wait_empty(q_empty, turn)
         said.index(p).store(gl.where(word == 0, unit * blocks + n, gl.where(word == 1, listed, low)))
         q_at = q + (b * q_b + h * q_h) * 8 + columns
         for group in gl.static_range(GROUPS):
             asks = gl.load(q_token + list_at * BLOCK + group * 64 + gl.arange(0, 64, down))
             _copy(q_ring.index(p * GROUPS + group), q_at, _places(asks, q_t))
         async_copy.mbarrier_arrive(q_full.index(p), increment_count=False)
-        _sync()
-        mbarrier.arrive(q_full.index(p), count=1)
+        report(q_full, p)
         turn += 1
         # who is done first takes the next one: what comes out does not depend on who makes it
         item = gl.num_programs(0) + gl.atomic_add(queue, 1, sem="relaxed")
@@ -92,28 +91,25 @@ def _gather(
             k_named.store(_places(token, k_t))
             v_named.store(_places(token, v_t))
             for c in range(gl.minimum(SEGMENT // BLOCK, listed - begin)):
-                s, phase = step % STAGES, step // STAGES & 1
-                mbarrier.wait(k_empty.index(s), phase ^ 1)
+                s = wait_empty(k_empty, step)
                 _copy(k_ring.index(s), k_at, k_places.index(c).load(down))
                 async_copy.mbarrier_arrive(k_full.index(s), increment_count=False)
-                mbarrier.wait(v_empty.index(s), phase ^ 1)
+                wait_empty(v_empty, step)
                 _copy(v_ring.index(s), v_at, v_places.index(c).load(down))
                 async_copy.mbarrier_arrive(v_full.index(s), increment_count=False)
                 step += 1
-    p = turn % Q_STAGES
-    mbarrier.wait(q_empty.index(p), turn // Q_STAGES & 1 ^ 1)
+    p = wait_empty(q_empty, turn)
     said.index(p).store(gl.where(word == 0, items, 0))
     async_copy.mbarrier_arrive(q_full.index(p), increment_count=False)
-    _sync()
-    mbarrier.arrive(q_full.index(p), count=1)
+    report(q_full, p)
 
 
 @gluon.jit
 def _compute(
     out, lse, said, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_token, position,
     out_b, out_h, out_t, items, blocks, heads, rows, scale,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, POSITION: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    POSITION: gl.constexpr,
 ):  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -127,8 +123,7 @@ def _compute(
     factor = scale * LOG2E
     step, turn, item = 0, 0, 0
     while item < items:
-        p = turn % Q_STAGES
-        mbarrier.wait(q_full.index(p), turn // Q_STAGES & 1)
+        p = wait_full(q_full, turn)
         which = gl.arange(0, SAID, WORDS)
         word = said.index(p).load(WORDS)
         item = gl.sum(gl.where(which == 0, word, 0), 0)
@@ -150,24 +145,21 @@ def _compute(
             acc = gl.zeros([64, D], gl.float32, value)
             scores = gl.zeros([64, BLOCK], gl.float32, score)
             queries = q_ring.index(p * GROUPS + GROUP)
-            s = step % STAGES
-            mbarrier.wait(k_full.index(s), step // STAGES & 1)
+            s = wait_full(k_full, step)
             # copies were ordinary writes to shared memory; the tensor cores read it another way
             fence_async_shared()
             scores = warpgroup_mma(queries, k_ring.index(s).permute((1, 0)), scores, use_acc=False)
-            _sync()
-            mbarrier.arrive(k_empty.index(s), count=1)
+            report(k_empty, s)
             scores = _hide(
                 scores, low * BLOCK, first, at, least, rows, 0, 0, score, BLOCK, True, False, POSITION
             )  # fmt: skip
-            weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+            weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
             operand = gl.convert_layout(weights.to(dtype), left)
             for j in range(1, listed):
                 last = step % STAGES
                 last_phase = step // STAGES & 1
                 step += 1
-                s = step % STAGES
-                mbarrier.wait(k_full.index(s), step // STAGES & 1)
+                s = wait_full(k_full, step)
                 mbarrier.wait(v_full.index(last), last_phase)
                 fence_async_shared()
                 product = warpgroup_mma(
@@ -175,23 +167,19 @@ def _compute(
                 )  # fmt: skip
                 summed = warpgroup_mma(operand, v_ring.index(last), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=[product])
-                _sync()
-                mbarrier.arrive(k_empty.index(s), count=1)
+                report(k_empty, s)
                 scores = _hide(
                     scores, (low + j) * BLOCK, first, at, least, rows, 0, 0, score, BLOCK, True, False, POSITION
                 )  # fmt: skip
-                weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+                weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
                 acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-                _sync()
-                mbarrier.arrive(v_empty.index(last), count=1)
+                report(v_empty, last)
                 acc = acc * gl.convert_layout(fade, of_value)[:, None]
                 operand = gl.convert_layout(weights.to(dtype), left)
-            last = step % STAGES
-            mbarrier.wait(v_full.index(last), step // STAGES & 1)
+            last = wait_full(v_full, step)
             fence_async_shared()
             acc = warpgroup_mma(operand, v_ring.index(last), acc)
-            _sync()
-            mbarrier.arrive(v_empty.index(last), count=1)
+            report(v_empty, last)
             step += 1
             # one division a query, not one a value
             share = 1.0 / gl.where(mass > 0, mass, 1.0)
@@ -200,13 +188,12 @@ def _compute(
             gl.store(lse + line + gl.arange(0, 64, per_row), (peak + gl.log2(mass)) * LN2)
             # the queries are done with: in their place the result comes into the order of whole rows
             queries.store(acc.to(dtype))
-            _sync()
+            sync()
             b, h = (unit // heads).to(gl.int64), (unit % heads).to(gl.int64)
             columns = gl.arange(0, D, gl.SliceLayout(0, across))[None, :]
             out_at = out + (b * out_b + h * out_h) * 8 + asks.to(gl.int64) * out_t * 8 + columns
             gl.store(out_at, queries.load(across), mask=asks >= 0)
-        _sync()
-        mbarrier.arrive(q_empty.index(p), count=1)
+        report(q_empty, p)
         turn += 1
 
 
@@ -255,12 +242,12 @@ def attend_sorted_hopper(
             (_compute, (
                 out, lse, said, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_token,
                 position, out_b, out_h, out_t, items, blocks, heads, rows, scale,
-                0, GROUPS, BLOCK, D, Q_STAGES, STAGES, POSITION,
+                0, GROUPS, BLOCK, D, STAGES, POSITION,
             )),
             (_gather, (
                 q, k, v, said, k_named, v_named, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, q_token, k_token, index, count, queue, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, items,
-                blocks, heads, rows, picks, GROUPS, BLOCK, D, Q_STAGES, STAGES,
+                blocks, heads, rows, picks, GROUPS, BLOCK, D,
             )),
         ], [LOADERS], [REGISTERS])  # fmt: skip
     else:
@@ -268,17 +255,17 @@ def attend_sorted_hopper(
             (_compute, (
                 out, lse, said, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_token,
                 position, out_b, out_h, out_t, items, blocks, heads, rows, scale,
-                0, GROUPS, BLOCK, D, Q_STAGES, STAGES, POSITION,
+                0, GROUPS, BLOCK, D, STAGES, POSITION,
             )),
             (_compute, (
                 out, lse, said, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_token,
                 position, out_b, out_h, out_t, items, blocks, heads, rows, scale,
-                1, GROUPS, BLOCK, D, Q_STAGES, STAGES, POSITION,
+                1, GROUPS, BLOCK, D, STAGES, POSITION,
             )),
             (_gather, (
                 q, k, v, said, k_named, v_named, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, q_token, k_token, index, count, queue, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, items,
-                blocks, heads, rows, picks, GROUPS, BLOCK, D, Q_STAGES, STAGES,
+                blocks, heads, rows, picks, GROUPS, BLOCK, D,
             )),
         ], [4, LOADERS], [(504 - REGISTERS) // 16 * 8, REGISTERS])  # fmt: skip
 
@@ -303,7 +290,7 @@ def forward(
     positioned = position.numel() > 0
     items = batch * heads * blocks
     start(
-        attend_sorted_hopper, (min(items, _processors(q.device)),),
+        attend_sorted_hopper, (min(items, processors(q.device)),),
         q, k, v, out, lse, q_token, k_token, position if positioned else q_token, index, count, queue, *strides,
         items, blocks, heads, k_token.shape[2], picks, scale,
         GROUPS=block // 64, BLOCK=block, D=width, Q_STAGES=2, STAGES=STAGES[width, block], POSITION=positioned,

@@ -40,11 +40,12 @@ NONE = gl.constexpr(0x7FFFFFFF)
 
 @gluon.jit
 def _load(
-    q, k, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, batch, heads, tokens, first,
-    REPEAT: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, BJ: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    q, k, sizes, rings,
+    REPEAT: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, BJ: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Queries, and both numbers of the rows of past blocks, by one warp."""
+    items, tiles, batch, heads, tokens, first = sizes
+    q_ring, k_ring, q_full, q_empty, k_full, k_empty = rings
     step, turn = 0, 0
     units = batch * heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -79,10 +80,12 @@ def _columns(scores):
 
 @gluon.jit
 def _best(
-    index, count, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, batch, heads, tokens, first,
+    index, count, sizes, rings,
     GROUP: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, BJ: gl.constexpr, BEST: gl.constexpr,
-    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):  # fmt: skip
+    items, tiles, batch, heads, tokens, first = sizes
+    q_ring, k_ring, q_full, q_empty, k_full, k_empty = rings
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BJ, 16])
     per_row: gl.constexpr = gl.SliceLayout(1, score)
     kept: gl.constexpr = gl.DistributedLinearLayout(
@@ -190,28 +193,15 @@ def best_alone_hopper(
     k_full, k_empty = barriers(STAGES, 1, GROUPS)
     fence_async_shared()
 
+    sizes = items, tiles, batch, heads, tokens, first
+    rings = q_ring, k_ring, q_full, q_empty, k_full, k_empty
     # constants stay constants only where they are written into the call
     gl.warp_specialize([
-        (_best, (
-            index, count, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, batch, heads, tokens, first,
-            0, BLOCK, D, BJ, BEST, Q_STAGES, STAGES, GROUPS,
-        )),
-        (_best, (
-            index, count, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, batch, heads, tokens, first,
-            1, BLOCK, D, BJ, BEST, Q_STAGES, STAGES, GROUPS,
-        )),
-        (_best, (
-            index, count, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, batch, heads, tokens, first,
-            2, BLOCK, D, BJ, BEST, Q_STAGES, STAGES, GROUPS,
-        )),
-        (_best, (
-            index, count, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, batch, heads, tokens, first,
-            3, BLOCK, D, BJ, BEST, Q_STAGES, STAGES, GROUPS,
-        )),
-        (_load, (
-            q, k, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, batch, heads, tokens, first,
-            REPEAT, BLOCK, D, BJ, Q_STAGES, STAGES, GROUPS,
-        )),
+        (_best, (index, count, sizes, rings, 0, BLOCK, D, BJ, BEST, GROUPS)),
+        (_best, (index, count, sizes, rings, 1, BLOCK, D, BJ, BEST, GROUPS)),
+        (_best, (index, count, sizes, rings, 2, BLOCK, D, BJ, BEST, GROUPS)),
+        (_best, (index, count, sizes, rings, 3, BLOCK, D, BJ, BEST, GROUPS)),
+        (_load, (q, k, sizes, rings, REPEAT, BLOCK, D, BJ, GROUPS)),
     ], [4, 4, 4, 1], [112, 112, 112, 24])  # fmt: skip
 
 

@@ -24,15 +24,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from farfield.kernels.attend import padded
-from farfield.kernels.attend_hopper import _aligned, _descriptor, _hopper, _processors
+from farfield.kernels.hopper import (
+    LN2,
+    LOG2E,
+    aligned,
+    barriers,
+    descriptor,
+    fetch,
+    on_hopper,
+    processors,
+    report,
+    soften_scaled,
+    sync,
+    wait_empty,
+    wait_full,
+)
 from farfield.kernels.replay import start
 from farfield.ops.choose import Scoring
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -52,12 +60,12 @@ def _product(queries, k_ring, s, scores, BK: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _load_ended(
-    q, k, v, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    items, tiles, batch, heads, tokens, rows, stride, span, first,
-    REPEAT: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, VALUES: gl.constexpr,
+    q, k, v, sizes, rings, REPEAT: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
+    VALUES: gl.constexpr,
 ):  # fmt: skip
     """Queries, both numbers of the rows, and values, by one warp."""
+    items, tiles, batch, heads, tokens, rows, stride, span, first = sizes
+    q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     step, turn = 0, 0
     units = batch * heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -74,15 +82,13 @@ def _load_ended(
         turn += 1
         # where no row has ended one tile is read, and hidden
         for row in range(0, gl.maximum(stop, 1), BK):
-            s, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(k_empty.index(s), phase ^ 1)
+            s = wait_empty(k_empty, step)
             mbarrier.expect(k_full.index(s), 2 * BK * D * 2)
             tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(2 * s))
             tma.async_copy_global_to_shared(k, [batch + b, g, row, 0], k_full.index(s), k_ring.index(2 * s + 1))
             if VALUES:
-                mbarrier.wait(v_empty.index(s), phase ^ 1)
-                mbarrier.expect(v_full.index(s), BK * E * 2)
-                tma.async_copy_global_to_shared(v, [b, g, row, 0], v_full.index(s), v_ring.index(s))
+                wait_empty(v_empty, step)
+                fetch(v, [b, g, row, 0], v_full, v_ring, s)
             step += 1
 
 
@@ -92,21 +98,17 @@ def _soften(scores, peak, mass, factor, row, seen, least, layout: gl.constexpr, 
     if row + BK > least:
         r = row + gl.arange(0, BK, gl.SliceLayout(0, layout))
         scores = gl.where(r[None, :] < seen[:, None], scores, float("-inf"))
-    higher = gl.maximum(peak, gl.max(scores, 1) * factor)
-    # a query that has read nothing keeps peak = -inf, and -inf - -inf is nan
-    base = gl.where(higher == float("-inf"), 0.0, higher)
-    weights = gl.exp2(scores * factor - base[:, None])
-    fade = gl.exp2(peak - base)
-    return weights, higher, mass * fade + gl.sum(weights, 1), fade
+    return soften_scaled(scores, peak, mass, factor)
 
 
 @gluon.jit
 def _attend_ended(
-    out, lse, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    items, tiles, batch, heads, tokens, rows, stride, span, first, scale,
+    out, lse, scale, sizes, rings,
     GROUP: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
+    items, tiles, batch, heads, tokens, rows, stride, span, first = sizes
+    q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
@@ -130,11 +132,9 @@ def _attend_ended(
         slot = turn % Q_STAGES * 2 + GROUP
         queries = q_ring.index(slot).reshape([64, D])
         mbarrier.wait(q_full.index(slot), turn // Q_STAGES & 1)
-        s = step % STAGES
-        mbarrier.wait(k_full.index(s), step // STAGES & 1)
+        s = wait_full(k_full, step)
         scores = warpgroup_mma_wait(0, deps=[_product(queries, k_ring, s, scores, BK, D)])
-        _sync()
-        mbarrier.arrive(k_empty.index(s), count=1)
+        report(k_empty, s)
         weights, peak, mass, fade = _soften(scores, peak, mass, factor, 0, seen, least, score, BK)
         if VALUES:
             operand = gl.convert_layout(weights.to(dtype), left)
@@ -142,8 +142,7 @@ def _attend_ended(
             last = step % STAGES
             last_phase = step // STAGES & 1
             step += 1
-            s = step % STAGES
-            mbarrier.wait(k_full.index(s), step // STAGES & 1)
+            s = wait_full(k_full, step)
             product = _product(queries, k_ring, s, scores, BK, D)
             if VALUES:
                 mbarrier.wait(v_full.index(last), last_phase)
@@ -151,21 +150,17 @@ def _attend_ended(
                 scores = warpgroup_mma_wait(1, deps=[product])
             else:
                 scores = warpgroup_mma_wait(0, deps=[product])
-            _sync()
-            mbarrier.arrive(k_empty.index(s), count=1)
+            report(k_empty, s)
             weights, peak, mass, fade = _soften(scores, peak, mass, factor, row, seen, least, score, BK)
             if VALUES:
                 acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-                _sync()
-                mbarrier.arrive(v_empty.index(last), count=1)
+                report(v_empty, last)
                 acc = acc * gl.convert_layout(fade, of_value)[:, None]
                 operand = gl.convert_layout(weights.to(dtype), left)
         if VALUES:
-            last = step % STAGES
-            mbarrier.wait(v_full.index(last), step // STAGES & 1)
+            last = wait_full(v_full, step)
             acc = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc)
-            _sync()
-            mbarrier.arrive(v_empty.index(last), count=1)
+            report(v_empty, last)
         step += 1
         line = at + gl.arange(0, 64, per_row)
         lse_at = lse + (b.to(gl.int64) * heads + h) * tokens
@@ -177,11 +172,10 @@ def _attend_ended(
             # the queries are done with: their place in shared memory is where the result leaves from
             q_ring.index(slot).reshape([64, D]).store(acc.to(dtype))
             fence_async_shared()
-            _sync()
+            sync()
             tma.async_copy_shared_to_global(out, [b, h, at, 0], q_ring.index(slot))
             tma.store_wait(0)
-        _sync()
-        mbarrier.arrive(q_empty.index(slot), count=1)
+        report(q_empty, slot)
         turn += 1
 
 
@@ -213,23 +207,13 @@ def ended_hopper(
         mbarrier.init(k_empty.index(s), count=2)
         mbarrier.init(v_empty.index(s), count=2)
     fence_async_shared()
+    rings = q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty
+    sizes = items, tiles, batch, heads, tokens, rows, stride, span, first
     # constants stay constants only where they are written into the call
     gl.warp_specialize([
-        (_attend_ended, (
-            out, lse, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            items, tiles, batch, heads, tokens, rows, stride, span, first, scale,
-            0, BK, D, E, Q_STAGES, STAGES, VALUES,
-        )),
-        (_attend_ended, (
-            out, lse, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            items, tiles, batch, heads, tokens, rows, stride, span, first, scale,
-            1, BK, D, E, Q_STAGES, STAGES, VALUES,
-        )),
-        (_load_ended, (
-            q, k, v, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            items, tiles, batch, heads, tokens, rows, stride, span, first,
-            REPEAT, BK, D, E, Q_STAGES, STAGES, VALUES,
-        )),
+        (_attend_ended, (out, lse, scale, sizes, rings, 0, BK, D, E, Q_STAGES, STAGES, VALUES)),
+        (_attend_ended, (out, lse, scale, sizes, rings, 1, BK, D, E, Q_STAGES, STAGES, VALUES)),
+        (_load_ended, (q, k, v, sizes, rings, REPEAT, BK, D, Q_STAGES, VALUES)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -241,11 +225,12 @@ def _past(tile, tokens, first, local, BLOCK: gl.constexpr):
 
 @gluon.jit
 def _load_scored(
-    q, k, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, units, lists, sources, tokens, first, local,
+    q, k, items, tiles, units, lists, tokens, first, local, rings,
     STACK: gl.constexpr, REPEAT: gl.constexpr, BLOCK: gl.constexpr, PER_BLOCK: gl.constexpr, D: gl.constexpr,
-    BJ: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    BJ: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The query heads of a list, and the rows of BJ blocks: the first of each, the second, and so on."""
+    q_ring, k_ring, q_full, q_empty, k_full, k_empty = rings
     step, turn = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile = tiles - 1 - item // units
@@ -266,10 +251,8 @@ def _load_scored(
         turn += 1
         for begin in range(0, _past(tile, tokens, first, local, BLOCK), BJ):
             for o in range(PER_BLOCK):
-                s, phase = step % STAGES, step // STAGES & 1
-                mbarrier.wait(k_empty.index(s), phase ^ 1)
-                mbarrier.expect(k_full.index(s), 2 * BJ * D * 2)
-                tma.async_copy_global_to_shared(k, [source, o, 0, begin, 0], k_full.index(s), k_ring.index(s))
+                s = wait_empty(k_empty, step)
+                fetch(k, [source, o, 0, begin, 0], k_full, k_ring, s)
                 step += 1
 
 
@@ -289,12 +272,13 @@ REGISTERS_16 = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 32))
 
 @gluon.jit
 def _best(
-    index, count, others, free_count, named, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, units,
-    lists, heads, tokens, early, first, initial, local, picks, scale,
+    index, count, others, free_count, named, lse, scale, sizes, rings,
     GROUP: gl.constexpr, STACK: gl.constexpr, BLOCK: gl.constexpr, PER_BLOCK: gl.constexpr, PER_ROW: gl.constexpr,
     D: gl.constexpr, BJ: gl.constexpr, BEST: gl.constexpr, PICKS: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, SHARES: gl.constexpr, APART: gl.constexpr,
+    SHARES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
+    items, tiles, units, lists, heads, tokens, early, first, initial, local, picks = sizes
+    q_ring, k_ring, q_full, q_empty, k_full, k_empty = rings
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BJ, 16])
     both: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BJ, 16])
     per_row: gl.constexpr = gl.SliceLayout(1, score)
@@ -335,8 +319,7 @@ def _best(
             total = gl.zeros([64, BJ], gl.float32, score)
             after = gl.zeros([64, BJ], gl.float32, score)
             for o in range(PER_BLOCK):
-                s = step % STAGES
-                mbarrier.wait(k_full.index(s), step // STAGES & 1)
+                s = wait_full(k_full, step)
                 keys = k_ring.index(s).reshape([2 * BJ, D]).permute((1, 0))
                 mine = gl.minimum(PER_ROW, PER_BLOCK - o).to(gl.float32)
                 found = gl.zeros([64, BJ], gl.float32, score)
@@ -344,8 +327,7 @@ def _best(
                     queries = q_ring.index(q_slot * STACK + r).reshape([64, D])
                     pair = warpgroup_mma(queries, keys, gl.zeros([64, 2 * BJ], gl.float32, both), use_acc=False)
                     if r + 1 == STACK:
-                        _sync()
-                        mbarrier.arrive(k_empty.index(s), count=1)
+                        report(k_empty, s)
                     high, low = gl.split(gl.permute(gl.reshape(pair, [64, 2, BJ]), [0, 2, 1]))
                     share = gl.convert_layout(high + low, score)
                     if SHARES:
@@ -381,8 +363,7 @@ def _best(
                 values = gl.where(j[None, :] == which[:, None], float("-inf"), values)
                 top = gl.max(values, 1)
                 more = gl.max(gl.convert_layout((top > worst).to(gl.int32), everywhere), 0)
-        _sync()
-        mbarrier.arrive(q_empty.index(q_slot), count=1)
+        report(q_empty, q_slot)
         turn += 1
 
         # ascending: each block's place is how many of the chosen ones are below it
@@ -436,34 +417,25 @@ def best_hopper(
     D: gl.constexpr, BJ: gl.constexpr, BEST: gl.constexpr, PICKS: gl.constexpr, Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr, SHARES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
-    bars: gl.constexpr = mbarrier.MBarrierLayout()
     q_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES * 2 * STACK, 1, 1, 64, D], q.layout)
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, 2, BJ, D], k.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * 2, 1], bars)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * 2, 1], bars)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    for s in gl.static_range(Q_STAGES * 2):
-        mbarrier.init(q_full.index(s), count=1)
-        mbarrier.init(q_empty.index(s), count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=2)
+    q_full, q_empty = barriers(Q_STAGES * 2, 1, 1)
+    k_full, k_empty = barriers(STAGES, 1, 2)
     fence_async_shared()
+    rings = q_ring, k_ring, q_full, q_empty, k_full, k_empty
+    sizes = items, tiles, units, lists, heads, tokens, early, first, initial, local, picks
     gl.warp_specialize([
         (_best, (
-            index, count, others, free_count, named, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items,
-            tiles, units, lists, heads, tokens, early, first, initial, local, picks, scale,
-            0, STACK, BLOCK, PER_BLOCK, PER_ROW, D, BJ, BEST, PICKS, Q_STAGES, STAGES, SHARES, APART,
+            index, count, others, free_count, named, lse, scale, sizes, rings,
+            0, STACK, BLOCK, PER_BLOCK, PER_ROW, D, BJ, BEST, PICKS, Q_STAGES, SHARES, APART,
         )),
         (_best, (
-            index, count, others, free_count, named, lse, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items,
-            tiles, units, lists, heads, tokens, early, first, initial, local, picks, scale,
-            1, STACK, BLOCK, PER_BLOCK, PER_ROW, D, BJ, BEST, PICKS, Q_STAGES, STAGES, SHARES, APART,
+            index, count, others, free_count, named, lse, scale, sizes, rings,
+            1, STACK, BLOCK, PER_BLOCK, PER_ROW, D, BJ, BEST, PICKS, Q_STAGES, SHARES, APART,
         )),
         (_load_scored, (
-            q, k, q_ring, k_ring, q_full, q_empty, k_full, k_empty, items, tiles, units, lists, sources, tokens, first,
-            local, STACK, REPEAT, BLOCK, PER_BLOCK, D, BJ, Q_STAGES, STAGES,
+            q, k, items, tiles, units, lists, tokens, first, local, rings,
+            STACK, REPEAT, BLOCK, PER_BLOCK, D, BJ, Q_STAGES,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -486,9 +458,9 @@ MOST = 32  # blocks by score
 
 def wants_ended(q: Tensor, values: Tensor | None, scale: float) -> bool:
     """Whether ended_hopper takes such queries: 16 bits, widths that it has tiles for, aligned, on a Hopper GPU."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or scale <= 0 or not _hopper(q.device):
+    if q.dtype not in (torch.bfloat16, torch.float16) or scale <= 0 or not on_hopper(q.device):
         return False
-    return q.shape[3] in ENDED and (values is None or values.shape[3] == q.shape[3]) and _aligned(q)
+    return q.shape[3] in ENDED and (values is None or values.shape[3] == q.shape[3]) and aligned(q)
 
 
 def wants_best(q: Tensor, stack: int, scoring: Scoring) -> bool:
@@ -496,11 +468,11 @@ def wants_best(q: Tensor, stack: int, scoring: Scoring) -> bool:
 
     All rows of a block that may be chosen have ended, and no row reaches further than into the next block.
     """
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] not in BEST or not _hopper(q.device):
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] not in BEST or not on_hopper(q.device):
         return False
     late = scoring.span - scoring.stride > scoring.block * (scoring.local - 1)
     far = scoring.span > scoring.block + scoring.stride
-    return not late and not far and stack <= STACKED and scoring.scored <= MOST and _aligned(q)
+    return not late and not far and stack <= STACKED and scoring.scored <= MOST and aligned(q)
 
 
 def attend_ended(
@@ -514,9 +486,9 @@ def attend_ended(
     items = batch * heads * tiles
     both = planes.flatten(0, 1)
     start(
-        ended_hopper, (min(items, _processors(q.device)),),
-        _descriptor(q, 64), _descriptor(both, sizes.rows), _descriptor(both if values is None else values, sizes.rows),
-        _descriptor(q if out is None else out, 64), lse, items, tiles, batch, heads, tokens, rows, stride, span, first,
+        ended_hopper, (min(items, processors(q.device)),),
+        descriptor(q, 64), descriptor(both, sizes.rows), descriptor(both if values is None else values, sizes.rows),
+        descriptor(q if out is None else out, 64), lse, items, tiles, batch, heads, tokens, rows, stride, span, first,
         scale, REPEAT=heads // planes.shape[2], BK=sizes.rows, D=width, E=width, Q_STAGES=sizes.q_stages,
         STAGES=sizes.stages, VALUES=values is not None, num_warps=4,
     )  # fmt: skip
@@ -545,8 +517,8 @@ def choose(
     # both numbers of a row lie side by side in a tile: its columns are read once for two products
     by_row = planes.view(2, batch * kv_heads, rows // per_block, per_block, width).permute(1, 3, 0, 2, 4)
     start(
-        best_hopper, (min(units * tiles, _processors(q.device)),),
-        _descriptor(q, 64), _pairs(by_row, sizes.rows), index if lse is None else lse, index, count,
+        best_hopper, (min(units * tiles, processors(q.device)),),
+        descriptor(q, 64), _pairs(by_row, sizes.rows), index if lse is None else lse, index, count,
         *(free or (index, count, index)), units * tiles, tiles, units, lists, batch * kv_heads, heads, tokens, early,
         first, scoring.initial, scoring.local, scoring.picks, scale,
         STACK=stack, REPEAT=heads // kv_heads, BLOCK=scoring.block, PER_BLOCK=per_block,

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farfield.kernels import attend_hopper, attend_sorted_backward_hopper, attend_sorted_hopper, replay
+from farfield.kernels import attend_sorted_backward_hopper, attend_sorted_hopper, replay
 from farfield.kernels.attend import padded
+from farfield.kernels.hopper import aligned, on_hopper
 from farfield.ops.hashed import EVERY, Slots
 
 TILE = 512  # tokens that a program counts or places
@@ -384,7 +385,7 @@ def wants(q: Tensor, v: Tensor, block: int, scale: float) -> bool:
         and block in (64, 128)
         and scale > 0
         and q.numel() > 0
-        and attend_hopper._hopper(q.device)
+        and on_hopper(q.device)
     )
 
 
@@ -408,7 +409,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, slots: Slots, block: int, scale: fl
 
 def _readable(x: Tensor) -> Tensor:
     """The tensor, or a copy whose rows can be read by 16 bytes."""
-    return x if attend_hopper._aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    return x if aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(

@@ -19,7 +19,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
-UNIT = gl.constexpr(8)  # elements of 16 bits in the 16 bytes that tensor memory accelerators and vector copies ask for
+ALIGNED = 8  # elements of 16 bits in the 16 bytes that tensor memory accelerators and vector copies ask for
+UNIT = gl.constexpr(ALIGNED)  # of the strides that kernels are told, so that rows are known to be aligned
 
 # Triton 3.7 has renamed it
 sync = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -95,7 +96,7 @@ def aligned(x: Tensor) -> bool:
     *outer, last = x.stride()
     if last != 1 or x.data_ptr() % 16:
         return False
-    return all(n == 1 or (stride > 0 and stride % UNIT.value == 0) for n, stride in zip(x.shape, outer, strict=False))
+    return all(n == 1 or (stride > 0 and stride % ALIGNED == 0) for n, stride in zip(x.shape, outer, strict=False))
 
 
 def descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from farfield.kernels import attend_backward, attend_hopper, multipole_backward, multipole_hopper, pool
+from farfield.kernels import attend_backward, attend_hopper, hopper, multipole_backward, multipole_hopper, pool
 from farfield.kernels.lists import build
 from farfield.kernels.replay import ALIGNED, Recorded, constant
 from farfield.kernels.transpose import Readers, transpose
@@ -152,7 +152,7 @@ def _transposed(blocks: int, field: Field, device: torch.device) -> tuple[tuple[
 def _suits(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     """Whether tensor memory accelerators can read it: rows without gaps, 16 bytes or a multiple from each other."""
     *outer, last = stride
-    apart = attend_hopper.ALIGNED
+    apart = hopper.ALIGNED
     fits = all(n == 1 or (s > 0 and s % apart == 0) for n, s in zip(shape, outer, strict=False))
     return last == 1 and fits and stride[2] < attend_backward.FAR
 

@@ -25,13 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from farfield.kernels.attend_hopper import LN2, LOG2E, _descriptor, _processors, _soften_scaled
+from farfield.kernels.hopper import LN2, LOG2E, barriers, descriptor, processors, report, soften_scaled, sync, wait_full
 from farfield.kernels.multipole_walk import _anew
 from farfield.kernels.replay import start
 from farfield.ops.pool import Tree
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -110,12 +107,12 @@ def _counts(n, level, second, log_segment, column, RANK: gl.constexpr, RADIUS: g
 
 @gluon.jit
 def _load(
-    q, k, v, far_k, far_v, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    items, blocks, heads, done, far_rows, log_segment,
+    q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment,
     REPEAT: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, RANK: gl.constexpr,
     RADIUS: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values, by one warp: the values of 64 rows after the keys of the next."""
+    tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     D: gl.constexpr = tiles.shape[4]
     BYTES: gl.constexpr = 64 * D * 2
     K0: gl.constexpr = QS * GROUPS
@@ -156,7 +153,7 @@ def _load(
                 tma.async_copy_global_to_shared(k, [b, g, row, 0], full, tiles.index(K0 + s))
             else:
                 counts.index(s).store(_counts(n, level, second, log_segment, column, RANK, RADIUS).to(counts.dtype))
-                _sync()
+                sync()
                 mbarrier.expect(full, BYTES)
                 level, second, begin, size = _gather(
                     far_k, tiles.index(K0 + s), full, b, g, n, level, second, begin, size, far_rows, RANK, RADIUS
@@ -186,11 +183,11 @@ def _begin(
 ):  # fmt: skip
     """Under way: the product with the keys of `step`, and the sums of weights times the values of `last`."""
     D: gl.constexpr = tiles.shape[4]
-    mbarrier.wait(k_full.index(step % KS), step // KS & 1)
+    wait_full(k_full, step)
     keys = tiles.index(K0 + step % KS).reshape([64, D]).permute((1, 0))
     zero = gl.zeros([64, 64], gl.float32, score)
     product = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(last % VS), last // VS & 1)
+    wait_full(v_full, last)
     values = tiles.index(K0 + KS + last % VS).reshape([64, D])
     summed = warpgroup_mma(operand, values, acc, is_async=True)
     return product, summed
@@ -199,19 +196,20 @@ def _begin(
 @gluon.jit
 def _skip(k_full, k_empty, v_full, v_empty, step, KS: gl.constexpr, VS: gl.constexpr):
     """Give 64 rows back that this group has no use for."""
-    mbarrier.wait(k_full.index(step % KS), step // KS & 1)
-    mbarrier.wait(v_full.index(step % VS), step // VS & 1)
-    _sync()
+    wait_full(k_full, step)
+    wait_full(v_full, step)
+    sync()
     mbarrier.arrive(k_empty.index(step % KS), count=1)
     mbarrier.arrive(v_empty.index(step % VS), count=1)
 
 
 @gluon.jit
 def _compute(
-    out, lse, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, blocks, heads, tokens, scale,
+    out, lse, rings, items, blocks, heads, tokens, scale,
     GROUP: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, RANK: gl.constexpr,
     RADIUS: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
 ):  # fmt: skip
+    tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     D: gl.constexpr = tiles.shape[4]
     K0: gl.constexpr = QS * GROUPS
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -228,8 +226,7 @@ def _compute(
     keys = tiles.index(K0).reshape([64, D]).permute((1, 0))
     zero = gl.zeros([64, 64], gl.float32, score)
     scores = warpgroup_mma(tiles.index(GROUP).reshape([64, D]), keys, zero, use_acc=False)
-    _sync()
-    mbarrier.arrive(k_empty.index(0), count=1)
+    report(k_empty, 0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         b, h, n, tile = _place(item, items, blocks, heads, TILES)
         # of a mask that it knows to be there the compiler puts a wait behind every product
@@ -246,7 +243,7 @@ def _compute(
         acc = gl.zeros([64, D], gl.float32, value)
         # the result of the tile before has left
         tma.store_wait(0)
-        _sync()
+        sync()
         if turn > 0:
             mbarrier.arrive(q_empty.index((turn - 1) % QS * GROUPS + GROUP), count=1)
         last = step
@@ -258,14 +255,14 @@ def _compute(
             step += 1
             product, summed = _begin(queries, operand, acc, tiles, k_full, v_full, step, last, score, K0, KS, VS)
             scores = warpgroup_mma_wait(1, deps=[product])
-            _sync()
+            sync()
             mbarrier.arrive(k_empty.index(step % KS), count=1)
             if BLOCK == 128 and not (GROUPS == 2 and GROUP == 0):  # noqa: SIM102 (known to the compiler)
                 if (part == 1) & (t == 1):
                     scores = gl.where(column <= line, scores, float("-inf"))
-            weights, peak, mass, fade = _soften_scaled(scores, peak, mass, factor)
+            weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-            _sync()
+            sync()
             mbarrier.arrive(v_empty.index(last % VS), count=1)
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
             operand = gl.convert_layout(weights.to(tiles.dtype), left)
@@ -276,7 +273,7 @@ def _compute(
             scores = warpgroup_mma_wait(1, deps=[product])
             told = counts.index(step % KS).load(of_row)
             scores = scores * factor + told.to(gl.float32)[None, :]
-            _sync()
+            sync()
             mbarrier.arrive(k_empty.index(step % KS), count=1)
             higher = gl.maximum(peak, gl.max(scores, 1))
             weights = gl.exp2(scores - higher[:, None])
@@ -284,7 +281,7 @@ def _compute(
             mass = mass * fade + gl.sum(weights, 1)
             peak = higher
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-            _sync()
+            sync()
             mbarrier.arrive(v_empty.index(last % VS), count=1)
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
             operand = gl.convert_layout(weights.to(tiles.dtype), left)
@@ -297,7 +294,7 @@ def _compute(
         queries = tiles.index(following).reshape([64, D])
         product, summed = _begin(queries, operand, acc, tiles, k_full, v_full, step, last, score, K0, KS, VS)
         scores, acc = warpgroup_mma_wait(0, deps=[product, summed])
-        _sync()
+        sync()
         mbarrier.arrive(k_empty.index(step % KS), count=1)
         mbarrier.arrive(v_empty.index(last % VS), count=1)
         # one division a query, not one a value
@@ -305,7 +302,7 @@ def _compute(
         # the queries are done with: their place in shared memory is where the result leaves from
         tiles.index(slot).reshape([64, D]).store(acc.to(tiles.dtype))
         fence_async_shared()
-        _sync()
+        sync()
         first = n * BLOCK + part * 64
         tma.async_copy_shared_to_global(out, [b, h, first, 0], tiles.index(slot))
         at = first + gl.arange(0, 64, of_query)
@@ -326,50 +323,33 @@ def multipole_hopper(
     # small whole numbers and -inf, of which 16 bits lose nothing
     counts = gl.allocate_shared_memory(q.dtype, [KS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # arrays of their own: the compiler orders what goes to one
-    bars: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [QS * GROUPS, 1], bars)
-    q_empty = gl.allocate_shared_memory(gl.int64, [QS * GROUPS, 1], bars)
-    k_full = gl.allocate_shared_memory(gl.int64, [KS, 1], bars)
-    k_empty = gl.allocate_shared_memory(gl.int64, [KS, 1], bars)
-    v_full = gl.allocate_shared_memory(gl.int64, [VS, 1], bars)
-    v_empty = gl.allocate_shared_memory(gl.int64, [VS, 1], bars)
-    for s in gl.static_range(QS * GROUPS):
-        mbarrier.init(q_full.index(s), count=1)
-        mbarrier.init(q_empty.index(s), count=1)
-    for s in gl.static_range(KS):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=GROUPS)
-    for s in gl.static_range(VS):
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_empty.index(s), count=GROUPS)
+    q_full, q_empty = barriers(QS * GROUPS, 1, 1)
+    k_full, k_empty = barriers(KS, 1, GROUPS)
+    v_full, v_empty = barriers(VS, 1, GROUPS)
     fence_async_shared()
 
+    rings = tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty
     # constants stay constants only where they are written into the call
     if GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
-                out, lse, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, blocks, heads,
-                tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
+                out, lse, rings, items, blocks, heads, tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
             (_load, (
-                q, k, v, far_k, far_v, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                items, blocks, heads, done, far_rows, log_segment,
+                q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment,
                 REPEAT, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
         ], [1], [LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
-                out, lse, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, blocks, heads,
-                tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
+                out, lse, rings, items, blocks, heads, tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
             (_compute, (
-                out, lse, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, blocks, heads,
-                tokens, scale, 1, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
+                out, lse, rings, items, blocks, heads, tokens, scale, 1, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
             (_load, (
-                q, k, v, far_k, far_v, tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                items, blocks, heads, done, far_rows, log_segment,
+                q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment,
                 REPEAT, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
             )),
         ], [4, 1], [COMPUTING, LOADING])  # fmt: skip
@@ -424,9 +404,9 @@ def forward(
     items = batch * heads * blocks * parts
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     start(
-        multipole_hopper, (min(items, _processors(q.device) * tiles.programs),),
-        *(_descriptor(x, 64) for x in (q, k, v)), *(_boxes(x, 2 * rank if rank < 8 else rank) for x in (far_k, far_v)),
-        _descriptor(out, 64), lse, items, blocks, heads, tokens, tree.blocks, far_k.shape[2],
+        multipole_hopper, (min(items, processors(q.device) * tiles.programs),),
+        *(descriptor(x, 64) for x in (q, k, v)), *(_boxes(x, 2 * rank if rank < 8 else rank) for x in (far_k, far_v)),
+        descriptor(out, 64), lse, items, blocks, heads, tokens, tree.blocks, far_k.shape[2],
         (block // rank).bit_length() - 1, scale,
         REPEAT=heads // k.shape[1], BLOCK=block, TILES=parts, GROUPS=tiles.groups, RANK=rank,
         RADIUS=near // block, D=width, QS=tiles.q_stages, KS=tiles.k_stages, VS=tiles.v_stages,

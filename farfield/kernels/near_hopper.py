@@ -22,22 +22,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from farfield.kernels.attend_hopper import (
+from farfield.kernels.hopper import (
     LN2,
     LOG2E,
-    _aligned,
-    _descriptor,
-    _hopper,
-    _processors,
+    aligned,
+    descriptor,
+    fetch,
+    on_hopper,
+    processors,
+    report,
+    sync,
+    wait_empty,
+    wait_full,
 )
 from farfield.kernels.replay import start
 from farfield.ops.choose import Scoring
 
 GROUPS = gl.constexpr(2)  # of computing warps; `near_hopper` starts so many
 TILE = gl.constexpr(64)  # queries of a group, rows of a tile, tokens of a block
-
-# Triton 3.7 has renamed it
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -67,29 +69,25 @@ def _before(tile, early, LOCAL: gl.constexpr):
 
 @gluon.jit
 def _load_near(
-    q, k, v, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, units, heads, early,
-    window, REPEAT: gl.constexpr, LOCAL: gl.constexpr, INITIAL: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-    Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, rings, items, units, heads, early, window,
+    REPEAT: gl.constexpr, LOCAL: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
+    q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     step, turn = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         b, g, h, tile = _near(item, units, heads, early, REPEAT)
         for group in gl.static_range(GROUPS):
             slot = turn % Q_STAGES * GROUPS + group
             mbarrier.wait(q_empty.index(slot), turn // Q_STAGES & 1 ^ 1)
-            mbarrier.expect(q_full.index(slot), TILE * D * 2)
-            tma.async_copy_global_to_shared(q, [b, h + group, tile * TILE, 0], q_full.index(slot), q_ring.index(slot))
+            fetch(q, [b, h + group, tile * TILE, 0], q_full, q_ring, slot)
         turn += 1
         many = _tiles(tile, window, LOCAL)
         for t in range(many + _before(tile, early, LOCAL)):
             row = gl.where(t < many, tile - t, t - many) * TILE
-            s, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(k_empty.index(s), phase ^ 1)
-            mbarrier.expect(k_full.index(s), TILE * D * 2)
-            tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s))
-            mbarrier.wait(v_empty.index(s), phase ^ 1)
-            mbarrier.expect(v_full.index(s), TILE * E * 2)
-            tma.async_copy_global_to_shared(v, [b, g, row, 0], v_full.index(s), v_ring.index(s))
+            s = wait_empty(k_empty, step)
+            fetch(k, [b, g, row, 0], k_full, k_ring, s)
+            wait_empty(v_empty, step)
+            fetch(v, [b, g, row, 0], v_full, v_ring, s)
             step += 1
 
 
@@ -116,8 +114,7 @@ def _advance(
     mbarrier.wait(v_full.index(last), step // STAGES & 1)
     summed = warpgroup_mma(operand, v_ring.index(last).reshape([TILE, E]), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[product])
-    _sync()
-    mbarrier.arrive(k_empty.index(s), count=1)
+    report(k_empty, s)
     return scores, summed
 
 
@@ -125,7 +122,7 @@ def _advance(
 def _settle(summed, operand, v_empty, step, STAGES: gl.constexpr):
     """The sum, once it is there, and the number of the next tile."""
     acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
-    _sync()
+    sync()
     mbarrier.arrive(v_empty.index(step % STAGES), count=1)
     return acc, step + 1
 
@@ -150,11 +147,11 @@ def _weigh_named(scores, peak, mass, here, factor):
 
 @gluon.jit
 def _attend_near(
-    out, lse, begun, begun_lse, named, q_ring, k_ring, v_ring, aside, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, items, units, heads, tokens, early, window, scale,
+    out, lse, begun, begun_lse, named, rings, aside, items, units, heads, tokens, early, window, scale,
     GROUP: gl.constexpr, REPEAT: gl.constexpr, LOCAL: gl.constexpr, INITIAL: gl.constexpr, D: gl.constexpr,
     E: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
@@ -176,11 +173,9 @@ def _attend_near(
         slot = turn % Q_STAGES * GROUPS + GROUP
         queries = q_ring.index(slot).reshape([TILE, D])
         mbarrier.wait(q_full.index(slot), turn // Q_STAGES & 1)
-        s = step % STAGES
-        mbarrier.wait(k_full.index(s), step // STAGES & 1)
+        s = wait_full(k_full, step)
         scores = warpgroup_mma(queries, k_ring.index(s).reshape([TILE, D]).permute((1, 0)), scores, use_acc=False)
-        _sync()
-        mbarrier.arrive(k_empty.index(s), count=1)
+        report(k_empty, s)
         # of its own tile a query sees itself at least
         before = gl.arange(0, TILE, gl.SliceLayout(0, score))[None, :] - gl.arange(0, TILE, per_row)[:, None]
         scores = gl.where((before <= 0) & (before > -window), scores, float("-inf"))
@@ -227,10 +222,10 @@ def _attend_near(
         # what was set aside comes back, and its place in shared memory is where the window's result leaves from
         done = (acc * gl.convert_layout(1.0 / mass, of_value)[:, None]).to(dtype)
         acc = parked.reshape([TILE, E]).load(value).to(gl.float32)
-        _sync()
+        sync()
         parked.reshape([TILE, E]).store(done)
         fence_async_shared()
-        _sync()
+        sync()
         tma.async_copy_shared_to_global(out, [b, h, at, 0], parked)
         gl.store(lse + lines + line, (peak + gl.log2(mass)) * LN2, line < tokens)
         # where the first block is among the latest ones it has been read
@@ -249,21 +244,18 @@ def _attend_near(
             acc, step = _settle(summed, operand, v_empty, step, STAGES)
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
             operand = gl.convert_layout(weights.to(dtype), left)
-        last = step % STAGES
-        mbarrier.wait(v_full.index(last), step // STAGES & 1)
+        last = wait_full(v_full, step)
         acc = warpgroup_mma(operand, v_ring.index(last).reshape([TILE, E]), acc)
-        _sync()
-        mbarrier.arrive(v_empty.index(last), count=1)
+        report(v_empty, last)
         step += 1
         # the queries are done with: the second result leaves through their place
         queries.store((acc * gl.convert_layout(1.0 / mass, of_value)[:, None]).to(dtype))
         fence_async_shared()
-        _sync()
+        sync()
         tma.async_copy_shared_to_global(begun, [b, h, at, 0], q_ring.index(slot))
         gl.store(begun_lse + lines + line, (peak + gl.log2(mass)) * LN2, line < tokens)
         tma.store_wait(0)
-        _sync()
-        mbarrier.arrive(q_empty.index(slot), count=1)
+        report(q_empty, slot)
         turn += 1
 
 
@@ -293,21 +285,19 @@ def near_hopper(
         mbarrier.init(k_empty.index(s), count=GROUPS)
         mbarrier.init(v_empty.index(s), count=GROUPS)
     fence_async_shared()
+    rings = q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty
     # constants stay constants only where they are written into the call
     gl.warp_specialize([
         (_attend_near, (
-            out, lse, begun, begun_lse, named, q_ring, k_ring, v_ring, aside, q_full, q_empty, k_full, k_empty, v_full,
-            v_empty, items, units, heads, tokens, early, window, scale,
+            out, lse, begun, begun_lse, named, rings, aside, items, units, heads, tokens, early, window, scale,
             0, REPEAT, LOCAL, INITIAL, D, E, Q_STAGES, STAGES,
         )),
         (_attend_near, (
-            out, lse, begun, begun_lse, named, q_ring, k_ring, v_ring, aside, q_full, q_empty, k_full, k_empty, v_full,
-            v_empty, items, units, heads, tokens, early, window, scale,
+            out, lse, begun, begun_lse, named, rings, aside, items, units, heads, tokens, early, window, scale,
             1, REPEAT, LOCAL, INITIAL, D, E, Q_STAGES, STAGES,
         )),
         (_load_near, (
-            q, k, v, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, items, units, heads,
-            early, window, REPEAT, LOCAL, INITIAL, D, E, Q_STAGES, STAGES,
+            q, k, v, rings, items, units, heads, early, window, REPEAT, LOCAL, Q_STAGES,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -321,13 +311,13 @@ def wants(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, window: int, scale:
 
     Blocks are tiles, and the window holds the latest ones.
     """
-    if q.dtype not in (torch.bfloat16, torch.float16) or not _hopper(q.device) or scale <= 0:
+    if q.dtype not in (torch.bfloat16, torch.float16) or not on_hopper(q.device) or scale <= 0:
         return False
     if not q.shape[3] == v.shape[3] in STAGES or q.shape[1] // k.shape[1] % GROUPS.value:
         return False
     if scoring.block != TILE.value or scoring.initial > 1 or window < scoring.local * scoring.block:
         return False
-    return all(_aligned(x) for x in (q, k, v))
+    return all(aligned(x) for x in (q, k, v))
 
 
 def attend_near(
@@ -346,8 +336,8 @@ def attend_near(
     units = batch * k.shape[1]
     items = batch * heads // GROUPS.value * -(-tokens // TILE.value)
     start(
-        near_hopper, (min(items, _processors(q.device)),),
-        _descriptor(q, 64), _descriptor(k, 64), _descriptor(v, 64), _descriptor(out, 64), lse, _descriptor(begun, 64),
+        near_hopper, (min(items, processors(q.device)),),
+        descriptor(q, 64), descriptor(k, 64), descriptor(v, 64), descriptor(out, 64), lse, descriptor(begun, 64),
         begun_lse, named, items, units, heads, tokens, named.shape[2] // TILE.value, window, scale,
         REPEAT=heads // k.shape[1], LOCAL=scoring.local, INITIAL=scoring.initial, D=width, E=width, Q_STAGES=2,
         STAGES=STAGES[width], num_warps=4,

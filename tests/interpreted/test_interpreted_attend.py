@@ -19,7 +19,7 @@ from farfield.testing.units import assert_within
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_calls(seed, dtype, monkeypatch):
-    monkeypatch.setattr(attend_hopper, "_hopper", lambda device: False)
+    monkeypatch.setattr(attend_hopper, "on_hopper", lambda device: False)
     problem = calls.draw(seed, calls.SMALL)
     out, lse = oracles.attend(problem.q, problem.sources, **problem.options)
     got, got_lse = attend_forward(calls.arguments(problem.to(dtype)))

@@ -23,7 +23,7 @@ F16, F32 = torch.float16, torch.float32
 def _anywhere(monkeypatch):
     """The kernels for any GPU, and the backward of `attend` by them."""
     for module in (attend_hopper, choose_hopper, near_hopper):
-        monkeypatch.setattr(module, "_hopper", lambda device: False)
+        monkeypatch.setattr(module, "on_hopper", lambda device: False)
     monkeypatch.setattr(attend_listed, "FEWEST", 64)
     monkeypatch.setattr(branches, "_gradients", attend_backward)
 
