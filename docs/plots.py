@@ -40,7 +40,8 @@ def shown() -> dict[str, dict[str, Any]]:
 
 def others() -> dict[str, dict[str, Any]]:
     """All mechanisms by their names, the best first."""
-    return {quality_tables.name(label): m for label, m in quality_tables.models(quality_tables.EVERY).items()}
+    found = quality_tables.others(quality_tables.models())
+    return {quality_tables.name(label): m for label, m in found.items()}
 
 
 def at_length(models: dict[str, dict[str, Any]], length: int) -> dict[str, Any]:

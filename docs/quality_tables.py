@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from farfield.bench import recall
@@ -18,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "results" / "h200"
 COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar.json"
-EVERY = RESULTS / "compare-mechanisms.json"  # all mechanisms, with fewer tokens
+OWN = ("full", "window", "near-field", "fma", "fma-opened")  # mechanisms of the first table of COMPARED
+SHORT = RESULTS / "compare-mechanisms.json"  # all mechanisms, with a quarter of the bytes
+BESIDE = ("full", "fma:rank=16,near=128", "window:width=512")  # models that the others are shown beside
 NOVELS = RESULTS / "compare-novels.json"  # five novels, and one held out
-LONGER = RESULTS / "compare-csource-long.json"  # twice the bytes of COMPARED
-CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of that read with other fields of their config
+CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of a quarter of the bytes read with other fields
 REREAD = RESULTS / "compare-csource-lengths.json"  # the same of models of COMPARED
 REASKED = RESULTS / "recall-mqar-changes.json"  # and of those that ASKED is on
 BUCKETS = ("none", "1-128", "128-512", "512-1k", ">1k")
@@ -69,20 +71,34 @@ def models(path: Path = COMPARED) -> dict[str, dict[str, Any]]:
     return dict(sorted(there.items(), key=lambda item: item[1]["overall"]))
 
 
-def scores(found: Models) -> str:
-    """Bits per byte by position and by repeat, each seed's where there are several."""
+def of_fma(found: Models) -> dict[str, Mapping[str, Any]]:
+    """FMA, full attention, windows and near fields."""
+    return {label: m for label, m in found.items() if m["attention"] in OWN}
+
+
+def others(found: Models) -> dict[str, Mapping[str, Any]]:
+    """Every other mechanism, and what it is shown beside."""
+    return {label: m for label, m in found.items() if m["attention"] not in OWN or label in BESIDE}
+
+
+def scores(found: Models, before: Models = MappingProxyType({})) -> str:
+    """Bits per byte by position and by repeat, each seed's where there are several. `before`: after fewer bytes."""
     share = {bucket: part for bucket, _, part in next(iter(found.values()))["by_repeat"]}
     # from the near field alone to full attention, where a comparison has both
     closed = any(m.get("gap") is not None for m in found.values())
-    headings = ["attention", "rows", "all", "first 512", "from 4,096", *["gap closed"] * closed]
+    headings = ["attention", "rows", *["10.6 M bytes"] * bool(before), "all", "first 512", "from 4,096"]
+    headings += ["gap closed"] * closed
     headings += [f"{b} ({share.get(b, 0):.0%})" for b in BUCKETS]
     body = []
     for label, m in found.items():
         by = {bucket: bits for bucket, bits, _ in m["by_repeat"]}
-        each = " / ".join(f"{bits:.3f}" for bits in m["seeds"].values())
+        each = _seeds(m)
         gap = ["" if m.get("gap") is None else f"{m['gap']:.0%}"] * closed
-        body.append([name(label), _whole(m["rows"]), each, f"{m['early']:.3f}", f"{m['late']:.3f}", *gap,
-                     *(_bits(by.get(b)) for b in BUCKETS)])  # fmt: skip
+        body.append([name(label), _whole(m["rows"]), *[_seeds(before.get(label))] * bool(before), each,
+                     f"{m['early']:.3f}", f"{m['late']:.3f}", *gap, *(_bits(by.get(b)) for b in BUCKETS)])  # fmt: skip
+    for label, m in before.items():
+        if label not in found:
+            body.append([name(label), _whole(m["rows"]), _seeds(m), *[""] * (len(headings) - 3)])
     return table(headings, body)
 
 
@@ -94,12 +110,6 @@ def copies(found: Models) -> str:
     body = [[name(label), *(f"{p['first']:.2f} to {p['second']:.2f}" for p in m["copies"])]
             for label, m in found.items() if m["copies"]]  # fmt: skip
     return table(["attention", *headings], body)
-
-
-def costs(found: Models) -> str:
-    """Tokens a second of training and the memory of a step."""
-    body = [[name(label), _whole(m["speed"]), m["memory_shown"]] for label, m in found.items()]
-    return table(["attention", "tokens/s", "memory"], body)
 
 
 def lengths(found: Models) -> str:
@@ -177,16 +187,15 @@ def asked(path: Path = REASKED) -> str:
 
 def written() -> dict[str, str]:
     """Every table by the name of its spot."""
-    compared, mechanisms, novels = models(), models(EVERY), models(NOVELS)
+    compared, mechanisms, novels = of_fma(models()), others(models()), models(NOVELS)
     return {
         "scores": scores(compared),
         "copies": copies(compared),
         "lengths": lengths(compared),
         "novels": scores(novels),
         "novel-copies": copies(novels),
-        "mechanisms": scores(mechanisms),
+        "mechanisms": scores(mechanisms, models(SHORT)),
         "mechanism-copies": copies(mechanisms),
-        "mechanism-costs": costs(mechanisms),
         "changed": changed(),
         "reread": changed(REREAD),
         "choices": choices(),
@@ -208,6 +217,10 @@ def table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
     page = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)])
     return re.sub(r"(?<=\d)%", " %", page)
+
+
+def _seeds(m: Mapping[str, Any] | None) -> str:
+    return "" if m is None else " / ".join(f"{bits:.3f}" for bits in m["seeds"].values())
 
 
 def _bits(x: float | None) -> str:
