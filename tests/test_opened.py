@@ -251,6 +251,19 @@ def test_extend_continues(score, hold, tmp_path):
     assert_within(torch.cat(outs, 2), whole, terms=101)
 
 
+@pytest.mark.parametrize("hold", [1, 2])
+def test_a_whole_prompt_goes_the_way_of_forward(hold, monkeypatch):
+    """On a GPU its kernels; what follows gathers, and reads the same."""
+    q, k, v = draw(70)
+    mech = FMA(**SMALL, open=2, hold=hold, sinks=1).double()
+    whole, forward, calls = mech(q, k, v), mech.forward, []
+    monkeypatch.setattr(mech, "forward", lambda *x, **options: calls.append(x[0].shape[2]) or forward(*x, **options))
+    out, state = mech.extend(q[:, :, :61], k[:, :, :61], v[:, :, :61])
+    rest, _ = mech.extend(q[:, :, 61:], k[:, :, 61:], v[:, :, 61:], state)
+    assert calls == [61]
+    assert_within(torch.cat([out, rest], 2), whole, terms=70)
+
+
 def test_a_cropped_plain_state_goes_on():
     """It has forgotten more than a state that came here from below."""
     q, k, v = draw(100)

@@ -601,6 +601,8 @@ class FMA(Mechanism):
         """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
         m = self.block
         seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
+        # a prompt from its first token on: kernels read what each query opens, of a state it would be gathered
+        out = self.forward(q, k, v, rotary=rotary) if self.open and not seen else None
         new_k, new_v = k, v
         k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         sinks = (state.sink_k, state.sink_v) if seen >= self.sinks else (k[:, :, : self.sinks], v[:, :, : self.sinks])
@@ -619,6 +621,8 @@ class FMA(Mechanism):
         now = FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
         if isinstance(state, OpenedState):
             now = self._remember(now, state, q[:, :, lead:], new_k, new_v, rotary)
+            if out is not None:
+                return out, now
             if self.open and levels:
                 where = opened.place(seen, tokens, m, q.device)
                 rows, sketches, asking = Rows(now.all_k, now.all_v), now.sketches[: len(starts)], q[:, :, lead:]
