@@ -5,9 +5,12 @@ Each stands between two comment lines that name it; a test compares. The last re
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import spots
+from spots import short, table
 
 from farfield.bench import records, tables
 from farfield.bench.records import Record
@@ -15,7 +18,7 @@ from farfield.bench.records import Record
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
 RESULTS = ROOT / "results" / "h200"
-SPOT = "<!-- {}: {}, written by docs/kernel_tables.py -->"
+put = partial(spots.put, script="docs/kernel_tables.py")
 
 WIDTHS = (64, 128)
 PASSES = {"forward": "forward", "both": "forward+backward"}
@@ -56,7 +59,7 @@ def floor() -> str:
     heads = {1 << 15: 32, 1 << 17: 16, 1 << 20: 4}
     share = {(r.params["block"], r.tokens, r.passes, r.params["width"]): r.floor["share"] for r in load("fma-floor")}
     body = [
-        [f"{block}, {rank}", f"{_short(n)} x {h}",
+        [f"{block}, {rank}", f"{short(n)} x {h}",
          *(_two(share.get((block, n, passes, width))) for passes in PASSES.values() for width in WIDTHS)]
         for block, rank in ((64, 4), (128, 16)) for n, h in heads.items()
     ]  # fmt: skip
@@ -69,7 +72,7 @@ def against_dense(bench: str) -> str:
     lengths = sorted({r.tokens for r in own})
     ratio = {(r.passes, r.tokens): r.ratio for r in own}
     body = [[p.replace("+", " + "), *(_times(ratio.get((p, n))) for n in lengths)] for p in PASSES.values()]
-    return table(["", *map(_short, lengths)], body)
+    return table(["", *map(short, lengths)], body)
 
 
 def mechanisms() -> str:
@@ -84,7 +87,7 @@ def mechanisms() -> str:
         [name, said, str(width), *(_ratio(found.get((name, passes, width, n))) for n in lengths)]
         for name in MECHANISMS for said, passes in PASSES.items() for width in WIDTHS
     ]  # fmt: skip
-    return table(["mechanism", "passes", "d", *map(_short, lengths)], body)
+    return table(["mechanism", "passes", "d", *map(short, lengths)], body)
 
 
 def choosing() -> str:
@@ -97,7 +100,7 @@ def choosing() -> str:
                  for n in lengths)]
         for name in ("hip", "moba", "ssa", "nsa")
     ]  # fmt: skip
-    return table(["", *map(_short, lengths)], body)
+    return table(["", *map(short, lengths)], body)
 
 
 def opened() -> str:
@@ -111,7 +114,7 @@ def opened() -> str:
             shares = [r.rates["choosing share"] for r in here.values() if "choosing share" in r.rates]
             share = f"{min(shares):.0%} to {max(shares):.0%}" if shares and passes == "forward" else ""
             body.append([said, str(width), *(_times(here[n].ratio) if n in here else "" for n in lengths), share])
-    return table(["passes", "d", *map(_short, lengths), "share of choosing"], body)
+    return table(["passes", "d", *map(short, lengths), "share of choosing"], body)
 
 
 def decoding() -> str:
@@ -125,7 +128,7 @@ def decoding() -> str:
         here = [found.get((name, batch, n)) for name in names]
         took = ["" if r is None else _micro(r.rates["us a layer"]) for r in here]
         state = "" if here[0] is None else tables.size(here[0].rates["state bytes"])
-        body.append([str(batch), _short(n), *took, f"{state} / {tables.size(batch * n * token)}"])
+        body.append([str(batch), short(n), *took, f"{state} / {tables.size(batch * n * token)}"])
     headings = ["sequences", "context", "FMA", "cuDNN", "FlashAttention-2", "bytes of state, FMA / cache"]
     return table(headings, body)
 
@@ -140,7 +143,7 @@ def training() -> str:
         body.append([said, *("" if r is None else f"{r.rates['tokens/s'] / 1e3:.0f}, {(r.memory or 0) / 2**30:.0f} GiB"
                              for r in here)])  # fmt: skip
     checkpointed = {r.tokens for r in found.values() if r.params.get("checkpoint")}
-    return table(["", *(_short(n) + ", checkpointed" * (n in checkpointed) for n in lengths)], body)
+    return table(["", *(short(n) + ", checkpointed" * (n in checkpointed) for n in lengths)], body)
 
 
 def written() -> dict[str, str]:
@@ -157,28 +160,6 @@ def written() -> dict[str, str]:
         "decoding": decoding(),
         "training": training(),
     }
-
-
-def put(page: str, found: Iterable[tuple[str, str]]) -> str:
-    """`page` with the tables in their spots.
-
-    Raises:
-        ValueError: a spot is missing.
-    """
-    for spot, text in found:
-        start, stop = SPOT.format(spot, "start"), SPOT.format(spot, "stop")
-        head, there, rest = page.partition(start)
-        _, ends, tail = rest.partition(stop)
-        if not there or not ends:
-            raise ValueError(f"no spot for a table: the lines {start!r} and {stop!r} must be there")
-        page = f"{head}{start}\n\n{text}\n\n{stop}{tail}"
-    return page
-
-
-def table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *body]
-    page = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return re.sub(r"(?<=\d)%", " %", page)
 
 
 def _ratio(r: Record | None) -> str:
@@ -200,10 +181,6 @@ def _micro(x: float) -> str:
     return f"{x:,.{0 if x >= 30 else 1}f}"
 
 
-def _short(n: int) -> str:
-    return f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" if n >= 1 << 10 else str(n)
-
-
 if __name__ == "__main__":
-    records.write_atomic(PAGE, put(PAGE.read_text(encoding="utf-8"), written().items()))
+    records.write_atomic(PAGE, put(PAGE.read_text(encoding="utf-8"), written()))
     print(PAGE)

@@ -6,11 +6,14 @@ Each stands between two comment lines that name it; a test compares. Runs that w
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import spots
+from spots import short, table
 
 from farfield.bench import recall
 from farfield.bench.compare import merged
@@ -27,7 +30,7 @@ CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of a quarter of 
 REREAD = RESULTS / "compare-csource-lengths.json"  # the same of models of COMPARED
 REASKED = RESULTS / "recall-mqar-changes.json"  # and of those that ASKED is on
 BUCKETS = ("none", "1-128", "128-512", "512-1k", ">1k")
-SPOT = "<!-- {}: {}, written by docs/quality_tables.py -->"
+put = partial(spots.put, script="docs/quality_tables.py")
 
 Models = Mapping[str, Mapping[str, Any]]
 
@@ -116,8 +119,8 @@ def lengths(found: Models) -> str:
     """Bits per byte in longer windows, rows and speed at the longest, state at 128k."""
     all_of_them = sorted({x["length"] for m in found.values() for x in m.get("lengths", ())})
     last = all_of_them[-1]
-    headings = ["attention", *(_short(n) for n in all_of_them), f"rows at {_short(last)}", "state at 128k",
-                f"tokens/s at {_short(last)}"]  # fmt: skip
+    headings = ["attention", *(short(n) for n in all_of_them), f"rows at {short(last)}", "state at 128k",
+                f"tokens/s at {short(last)}"]  # fmt: skip
     body = []
     for label, m in found.items():
         at = {x["length"]: x for x in m.get("lengths", ()) if x.get("overall") is not None}
@@ -148,7 +151,7 @@ def _read(rows: Mapping[tuple[str, str, int], float], shown: Callable[[float | N
     for model, said in dict.fromkeys((model, said) for model, said, _ in rows):
         at = [shown(rows.get((model, said, n))) for n in tested]
         body.append([model, said, *at])
-    return table(["attention", "read with", *(_short(n) for n in tested)], body)
+    return table(["attention", "read with", *(short(n) for n in tested)], body)
 
 
 def choices(path: Path = REREAD) -> str:
@@ -204,21 +207,6 @@ def written() -> dict[str, str]:
     }
 
 
-def put(page: str, tables: Mapping[str, str]) -> str:
-    """`page` with the tables in their spots."""
-    for spot, text in tables.items():
-        start, stop = SPOT.format(spot, "start"), SPOT.format(spot, "stop")
-        between = re.compile(f"{re.escape(start)}.*?{re.escape(stop)}", re.S)
-        page = between.sub(lambda _, text=text, start=start, stop=stop: f"{start}\n\n{text}\n\n{stop}", page)
-    return page
-
-
-def table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
-    page = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)])
-    return re.sub(r"(?<=\d)%", " %", page)
-
-
 def _seeds(m: Mapping[str, Any] | None) -> str:
     return "" if m is None else " / ".join(f"{bits:.3f}" for bits in m["seeds"].values())
 
@@ -229,10 +217,6 @@ def _bits(x: float | None) -> str:
 
 def _whole(x: float | None) -> str:
     return "" if x is None else f"{x:,.0f}"
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ def test_plots_are_those_of_the_record(monkeypatch):
     assert {path.stem for path in (ROOT / "docs" / "plots").iterdir()} == set(plots.figures(models))
 
 
-def test_tables_are_those_of_the_record():
+def test_tables_are_those_of_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
     tables = load(ROOT / "docs" / "quality_tables.py")
     page = tables.PAGE.read_text(encoding="utf-8")
     found = tables.written()
@@ -234,19 +235,20 @@ def test_tables_are_those_of_the_record():
     assert tables.put(page.replace("| near field alone |", "| ? |"), found) == page
 
 
-def test_tables_of_kernels_are_those_of_the_records():
+def test_tables_of_kernels_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
     found = load(ROOT / "docs" / "kernel_tables.py")
     page = found.PAGE.read_text(encoding="utf-8")
-    assert found.put(page, found.written().items()) == page, "run: python docs/kernel_tables.py"
+    assert found.put(page, found.written()) == page, "run: python docs/kernel_tables.py"
     (last,) = [
         r for r in found.load("fma-long") if r.contender == "fma-long" and r.tokens == 1 << 20 and "+" in r.passes
     ]
     assert f"{last.ratio:.0f}x |\n\n<!-- long: stop" in page
     changed = page.replace(f"{last.ratio:.0f}x |\n\n<!-- long: stop", "1x |\n\n<!-- long: stop")
     assert changed != page
-    assert found.put(changed, found.written().items()) == page
+    assert found.put(changed, found.written()) == page
     with pytest.raises(ValueError, match="no spot for a table"):
-        found.put(page.replace("<!-- floor: stop", "<!-- "), found.written().items())
+        found.put(page.replace("<!-- floor: stop", "<!-- "), found.written())
 
 
 def test_there_is_no_other_picture(pictures):
