@@ -22,6 +22,7 @@ from farfield.bench import learning, report, worker
 from farfield.bench.compare import Entry, Settings, compare, merged
 from farfield.cli import app
 from farfield.cli.options import chosen, mixed
+from farfield.train import checkpoint
 
 FMA = {"block": 8, "near": 8, "rank": 4}
 TINY = Settings(steps=4, length=64, width=16, layers=1, heads=2, scored=3)
@@ -375,6 +376,19 @@ def test_a_model_of_two_mechanisms(text, tmp_path):
         assert x["state"] > 0
     assert about["lengths"][0]["tokens"] >= about["lengths"][1]["tokens"] > 0
     assert "32 | 128" in (tmp_path / "run" / "compare.md").read_text()
+
+
+def test_an_entry_says_which_of_its_layers_carry_positions(text, tmp_path):
+    entries = mixed("window:width=8/full:rope_share=0,window:width=8/full,window:rope_share=1,width=8/full", "-a")
+    settings = replace(TINY, layers=4, model={"other_rope_share": 0.25})
+    found, _ = run(text, tmp_path / "run", settings, entries)
+    labels = [about["label"] for about in found["runs"].values()]
+    assert labels == [Entry(*each).label for each in entries]
+    assert labels[0] == "window:width=8/full:rope_share=0"
+    shares = [(0.5, 0), (0.5, 0.25), (1, 0.25)]
+    for about, wanted in zip(found["runs"].values(), shares, strict=True):
+        model = checkpoint.read(tmp_path / "run" / about["checkpoint"]).model
+        assert (model.rope_share, model.other_rope_share) == wanted
 
 
 def seen():

@@ -122,7 +122,9 @@ def test_extend_is_forward_in_any_chunking(name, chunks):
 
 
 @pytest.mark.parametrize("changes", [{"conv": 0}, {"qk_norm": False}, {"rope_share": 0.0}, {"rotate": "layer"},
-                                     {"tie": False}, {"kv_heads": None}, {"log_scale": 30}])  # fmt: skip
+                                     {"tie": False}, {"kv_heads": None}, {"log_scale": 30},
+                                     {"other": "fma", "other_options": OPTIONS["fma"] | {"open": 2},
+                                      "other_rope_share": 0.0, "every": 2}])  # fmt: skip
 @pytest.mark.parametrize("name", DECODERS)
 def test_extend_is_forward_with_other_options(name, changes):
     model, x = decoder(name, **changes), tokens()
@@ -257,6 +259,25 @@ def test_queries_grow_with_the_log_of_their_position():
     assert not torch.equal(a[:, 12:], b[:, 12:])
 
 
+@pytest.mark.parametrize("rotate", ["mechanism", "layer"])
+def test_other_layers_may_carry_no_positions(rotate):
+    """There the order of earlier tokens makes no difference; the layers between stay as they are."""
+    options = {"layers": 4, "every": 2, "conv": 0, "rotate": rotate}
+    both = [decoder("window", other="full", other_rope_share=share, **options) for share in (None, 0.0)]
+    both[1].load_state_dict(both[0].state_dict())
+    x = normal(2, 30, 32)
+    order = torch.cat([torch.randperm(25, generator=torch.Generator().manual_seed(0)), torch.arange(25, 30)])
+    for number in range(4):
+        rotated, without = (model.blocks[number].attention for model in both)
+        if number % 2 == 0:
+            assert torch.equal(without(x), rotated(x))
+            continue
+        exact = without(x)[:, 25:]
+        assert_within(without(x[:, order])[:, 25:], exact, terms=30, units=100)
+        with pytest.raises(AssertionError):
+            assert_within(rotated(x[:, order])[:, 25:], rotated(x)[:, 25:], terms=30, units=1e6)
+
+
 def test_log_scale_refuses_what_it_cannot_count():
     with pytest.raises(ValueError, match="log_scale=1 and causal=True"):
         Attention(16, 2, log_scale=1)
@@ -374,6 +395,13 @@ def test_corruption_hides_the_share_asked_for():
 # ModelConfig
 
 
+def test_a_config_from_before_a_field_takes_its_default():
+    values = config("full", other="window").to_dict()
+    del values["other_rope_share"]
+    model = build(ModelConfig.from_dict(values | {"every": 2}))
+    assert [block.attention.rope.pairs for block in model.blocks] == [2, 2]
+
+
 def test_config_round_trip():
     made = config("full", attention_options={"scale": 0.5}, kind="encoder", vocab=257)
     again = ModelConfig.from_dict(json.loads(json.dumps(made.to_dict())))
@@ -389,6 +417,7 @@ def test_config_round_trip():
         ({"kv_heads": 3}, "kv_heads must divide"),
         ({"layers": 0}, "layers must be a whole number of at least 1"),
         ({"rope_share": 2}, "rope_share"),
+        ({"other_rope_share": -0.5}, "other_rope_share must lie in 0..1, got -0.5"),
         ({"dropout": 1.0}, "dropout"),
         ({"mlp_ratio": 0}, "mlp_ratio"),
         ({"rotate": "never"}, "rotate"),

@@ -36,8 +36,11 @@ NAME = "compare.json"
 FREE = ("scored", "seeds", "again", "lengths")
 """Settings that may differ when a comparison goes on; so may the list of mechanisms."""
 
-PER_RUN = ("attention", "attention_options", "other", "other_options", "kind")
+PER_RUN = ("attention", "attention_options", "other", "other_options", "other_rope_share", "kind")
 """Fields of ModelConfig that tell the runs apart, or say nothing."""
+
+OF_LAYERS = ("rope_share",)
+"""Fields of a model's layers that stand among the options of an entry: "near-field/fma:open=16,rope_share=0"."""
 
 SAMPLE = 1 << 20  # tokens of held-out text at most that all other lengths are scored on
 TOLD = 20.0  # seconds between two lines on the runs under way
@@ -106,7 +109,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Entry:
-    """A mechanism of the comparison, with its options; `other`, if any, is that of every fourth layer."""
+    """A mechanism of the comparison, with its options; `other`, if any, is that of every fourth layer.
+
+    The options of either may hold what OF_LAYERS names, for the layers that attend through it.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -458,11 +464,13 @@ class Comparison:
 
         s = self.settings
         shape = {"width": s.width, "layers": s.layers, "heads": s.heads, "kv_heads": s.kv_heads}
+        options, own = _apart(entry.options)
         if entry.other is not None:
-            shape |= {"other": entry.other[0], "other_options": entry.other[1]}
-        model = ModelConfig(
-            **(shape | dict(known(ModelConfig, s.model or {}))), attention=entry.name, attention_options=entry.options
-        )
+            other_options, others = _apart(entry.other[1])
+            shape |= {"other": entry.other[0], "other_options": other_options}
+            own |= {f"other_{name}": value for name, value in others.items()}
+        shape |= dict(known(ModelConfig, s.model or {})) | own
+        model = ModelConfig(**shape, attention=entry.name, attention_options=options)
         config = TrainConfig(
             text=self.text, valid=self.valid, tokens=s.length, batch=s.batch, steps=steps, dtype=s.dtype,
             compile=s.compile, graph=s.graph, warmup=max(1, min(100, steps // 10)), eval_every=0, eval_windows=1,
@@ -584,6 +592,14 @@ def spread(found: Mapping[str, Any]) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     there = [x for x in values if x is not None]
     return statistics.fmean(there) if there else None
+
+
+def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A mechanism's options, and those that are of its layers."""
+    return (
+        {name: value for name, value in options.items() if name not in OF_LAYERS},
+        {name: value for name, value in options.items() if name in OF_LAYERS},
+    )
 
 
 def _key(entry: Entry, seed: int) -> str:

@@ -27,6 +27,8 @@ class ModelConfig:
         other, other_options, every: every `every`-th block attends through `other` instead; None: no block does.
         rope_share, rope_base: rotary positions, see nn.Rope. Half of the width by default: with all of it rotated
             models learned to copy from afar late or never.
+        other_rope_share: that of the `other` blocks; None: as rope_share. With 0 they carry no positions: the blocks
+            below tell them what stands where.
         log_scale: tokens beyond which queries grow with the log of their position, see nn.Attention; 0: never.
         rotate: "mechanism" or "layer", see nn.Attention.
         qk_norm: unit-RMS q and k with a learned gain.
@@ -50,6 +52,7 @@ class ModelConfig:
     every: int = 4
     rope_share: float = 0.5
     rope_base: float = 10_000.0
+    other_rope_share: float | None = None
     log_scale: int = 0
     rotate: str = "mechanism"
     qk_norm: bool = True
@@ -73,8 +76,10 @@ class ModelConfig:
             )
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"ModelConfig: kv_heads must divide heads={self.heads}, got {self.kv_heads}")
-        if not 0 <= self.rope_share <= 1:
-            raise ValueError(f"ModelConfig: rope_share must lie in 0..1, got {self.rope_share}")
+        for name in ("rope_share", "other_rope_share"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"ModelConfig: {name} must lie in 0..1, got {share}")
         if self.rotate not in ("mechanism", "layer"):
             raise ValueError(f'ModelConfig: rotate must be "mechanism" or "layer", got {self.rotate!r}')
         if not 0 <= self.dropout < 1:

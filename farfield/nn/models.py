@@ -49,6 +49,7 @@ class Transformer(nn.Module):
     def _attention(self, number: int) -> Attention:
         c = self.config
         other = c.other is not None and (number + 1) % c.every == 0
+        rope_share = c.other_rope_share if other and c.other_rope_share is not None else c.rope_share
         return Attention(
             c.width,
             c.heads,
@@ -57,7 +58,7 @@ class Transformer(nn.Module):
             options=c.other_options if other else c.attention_options,
             causal=self.causal,
             conv=c.conv,
-            rope_share=c.rope_share,
+            rope_share=rope_share,
             rope_base=c.rope_base,
             log_scale=c.log_scale,
             qk_norm=c.qk_norm,
