@@ -273,6 +273,67 @@ class ConvPool(Pool):
         return count.unflatten(3, (self.k_bias.shape[1], -1)).sum(4)
 
 
+class DensePool(Pool):
+    """A strided convolution with a full matrix for every token: rows that can hold their tokens side by side.
+
+        row[s] = sum_j token[s c + j] M[j],    c = m / p, on level 1
+        row[s] = sum_j child[2 s + j] W[j],    j < 2, the same matrices on all further levels
+
+    A mean cannot say which of its tokens was which. With other matrices for each token the row's subspaces can: one
+    head may read the first of c tokens and another the second, or one head c of them, a part of the width each. K and
+    V have matrices of their own, each key head too; no bias.
+
+    Tokens that are missing leave their weight to the others of their row, whose sum is then multiplied by c and
+    divided by their number; children likewise, by the tokens that they stand for.
+
+    Cost: a product with D x D for each token and, with all further levels together, for each two rows of level 1.
+
+    Args:
+        heads: G.
+        rank: p.
+        width, value_width: D and E.
+        block: m.
+        strided: start with head h reading the token number h mod c of each row and the child (h / c) mod 2, which is
+            exact attention to every c-th token, shifted by one from head to head. Otherwise start as the mean.
+    """
+
+    def __init__(self, heads: int, rank: int, width: int, value_width: int, block: int, *, strided: bool = False):
+        super().__init__()
+        check_rank(block, rank)
+        each = block // rank
+        h = torch.arange(heads)
+        self.k_leaf, self.v_leaf = (_matrices(h, each, n, strided) for n in (width, value_width))
+        self.k_pair, self.v_pair = (_matrices(h // each, 2, n, strided) for n in (width, value_width))
+
+    def leaf(self, k, v, count, rank):
+        k, v = (x.unflatten(3, (rank, -1)) for x in (k, v))
+        return self._mixed(k, v, None if count is None else count.unflatten(3, (rank, -1)), self.k_leaf, self.v_leaf)
+
+    def parent(self, pairs):
+        k, v = (_segments(x).unflatten(3, (-1, 2)) for x in (pairs.k, pairs.v))
+        count = None if pairs.count is None else _segments(pairs.count).unflatten(3, (-1, 2))
+        return self._mixed(k, v, count, self.k_pair, self.v_pair)
+
+    def _mixed(self, k: Tensor, v: Tensor, count: Tensor | None, k_weight: Tensor, v_weight: Tensor) -> Groups:
+        """Rows of k [B, G, N, p, j, D] and v, which count [B|1, 1, N, p, j] tokens each."""
+        total = None
+        if count is not None:
+            share, total = _shares(count)
+            k, v = (x * (share * count.shape[-1])[..., None] for x in (k, v))
+        k, v = (
+            # one product for each head, j D numbers deep
+            (x.flatten(4).flatten(2, 3) @ weight.to(x.dtype).flatten(1, 2)).unflatten(2, x.shape[2:4])
+            for x, weight in ((k, k_weight), (v, v_weight))
+        )
+        return Groups(k, v, total)
+
+
+def _matrices(place: Tensor, many: int, width: int, strided: bool) -> nn.Parameter:
+    """[heads, many, width, width]: the mean of `many`, or for each head the one that stands at its place."""
+    share = nn.functional.one_hot(place % many, many).float() if strided else torch.full((len(place), many), 1 / many)
+    return nn.Parameter(share[:, :, None, None] * torch.eye(width))
+
+
 # by name, the sizes that a pool's parameters need
 POOLS: dict[str, tuple[str, ...]] = {
     "mean": (),
@@ -280,6 +341,8 @@ POOLS: dict[str, tuple[str, ...]] = {
     "conv": ("width", "levels"),
     "softmax": ("kv_heads", "width"),
     "softmax-whole": ("kv_heads", "width"),
+    "dense": ("kv_heads", "width"),
+    "dense-strided": ("kv_heads", "width"),
 }
 
 
@@ -302,6 +365,10 @@ def make_pool(name: str, block: int, rank: int, sizes: Mapping[str, int | None])
     if name == "conv":
         width = given["width"]
         return ConvPool(rank, width, given.get("value_width", width), block, given["levels"])
+    if name.startswith("dense"):
+        heads, width = given["kv_heads"], given["width"]
+        sizes_of_rows = width, given.get("value_width", width)
+        return DensePool(heads, rank, *sizes_of_rows, block, strided=name == "dense-strided")
     if name.startswith("softmax"):
         return SoftmaxPool(given["kv_heads"], rank, given["width"], whole=name == "softmax-whole")
     return MeanPool()

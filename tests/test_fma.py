@@ -18,7 +18,7 @@ from farfield.testing import oracles
 from farfield.testing.units import assert_within
 
 FAR = {"block": 4, "near": 4, "rank": 2}
-POOLS = ["mean", "learned", "conv", "softmax", "softmax-whole"]
+POOLS = ["mean", "learned", "conv", "softmax", "softmax-whole", "dense"]
 
 
 def draw(tokens, *, batch=1, heads=2, kv_heads=2, width=8, seed=0):
@@ -192,7 +192,7 @@ def test_12_decoding_is_the_forward(pool, sinks, near):
         same(torch.cat(outs, 2), whole)
 
 
-@pytest.mark.parametrize("pool", ["learned", "conv", "softmax"])
+@pytest.mark.parametrize("pool", ["learned", "conv", "softmax", "dense"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_13_pools_start_as_the_mean(pool, causal):
     # a convolution knows no partial groups, which only the noncausal tree has

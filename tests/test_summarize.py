@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from farfield.select import multipole
-from farfield.summarize import ConvPool, FilterPool, MeanPool, SoftmaxPool, summarize
+from farfield.summarize import ConvPool, DensePool, FilterPool, MeanPool, SoftmaxPool, summarize
 from farfield.testing import oracles
 from farfield.testing.inputs import normal
 from farfield.testing.units import assert_within
@@ -90,7 +90,7 @@ def test_constants_pass(pool, tokens):
 @pytest.mark.parametrize("tokens", [96, 101])
 @pytest.mark.parametrize(
     "pool",
-    [FilterPool(G, 4), SoftmaxPool(G, 4, D), ConvPool(4, D, E, 8, 4)],
+    [FilterPool(G, 4), SoftmaxPool(G, 4, D), ConvPool(4, D, E, 8, 4), DensePool(G, 4, D, E, 8)],
     ids=lambda p: type(p).__name__,
 )
 def test_learned_pools_start_as_the_mean_where_groups_are_complete(pool, tokens):
@@ -173,6 +173,47 @@ def test_convolution_makes_every_level_from_the_tokens(tokens):
             assert_within(got, want, terms=width)
 
 
+@pytest.mark.parametrize("tokens", [96, 101])
+@pytest.mark.parametrize(("block", "rank"), [(8, 4), (12, 4), (3, 3)])
+def test_dense_rows_are_sums_of_matrices(tokens, block, rank):
+    """From the definition: a matrix for each token of a row, then for each child; missing ones leave their weight."""
+    each = block // rank
+    pool, rows = randomized(DensePool(G, rank, D, E, block)), rows_of(tokens)
+    assert pool.k_leaf.shape == (G, each, D, D)
+    assert pool.v_pair.shape == (G, 2, E, E)
+    got = summarize(rows, block=block, rank=rank, pool=pool)
+    for x, mine, leaf, pair in (
+        (rows.k, got.k, pool.k_leaf, pool.k_pair),
+        (rows.v, got.v, pool.v_leaf, pool.v_pair),
+    ):
+        below, start = [(x[:, :, t], 1) for t in range(tokens)], 0
+        for level, (width, held) in enumerate(levels_of(tokens, block, rank)):
+            many, matrices = (each, leaf) if level == 0 else (2, pair)
+            made = []
+            for s, held_tokens in enumerate(held):
+                total, number = torch.zeros_like(x[:, :, 0]), len(held_tokens)
+                for j, (child, counted) in enumerate(below[s * many : s * many + many]):
+                    weight = many * counted / max(number, 1)
+                    total += weight * torch.stack([child[:, g] @ matrices[g, j] for g in range(G)], 1)
+                made.append((total, number))
+            want = torch.stack([row for row, _ in made], 2)
+            assert_within(mine[:, :, start : start + len(made)], want, terms=width * D, name=f"width {width}")
+            below, start = made, start + len(made)
+
+
+def test_strided_heads_start_with_every_other_token():
+    """Rows of 2 tokens, 4 heads: on level 1 the first or the second of them, then the first or the second child."""
+    x = Rows(*(normal(1, 4, 96, D, seed=n) for n in (0, 1)))
+    got = summarize(x, block=8, rank=4, pool=DensePool(4, 4, D, D, 8, strided=True).double())
+    for head in range(4):
+        at, child = torch.arange(head % 2, 96, 2), head // 2
+        for tokens, rows in ((x.k, got.k), (x.v, got.v)):
+            below = tokens[0, head, at]
+            assert torch.equal(rows[0, head, :48], below)
+            assert torch.equal(rows[0, head, 48:72], below[child::2])
+            assert torch.equal(rows[0, head, 72:], below[child::2][child::2])
+
+
 def test_the_convolution_is_pytorchs():
     """Conv1d(d -> p d, kernel w, stride w, groups d), the published code's layer, with the same weights."""
     pool, rows = randomized(ConvPool(4, D, E, 8, 4)), rows_of(96)
@@ -191,6 +232,7 @@ POOLS = {
     "softmax": lambda: SoftmaxPool(G, 4, D),
     "softmax-whole": lambda: SoftmaxPool(G, 4, D, whole=True),
     "conv": lambda: ConvPool(4, D, E, 8, 4),
+    "dense": lambda: DensePool(G, 4, D, E, 8),
 }
 
 
@@ -223,8 +265,15 @@ def test_growing_in_pieces_gives_the_same_groups(name, pieces):
 
 @pytest.mark.parametrize(
     "pool",
-    [MeanPool(), FilterPool(1, 2), SoftmaxPool(1, 2, 2), SoftmaxPool(1, 2, 2, whole=True), ConvPool(2, 2, 1, 4, 1)],
-    ids=["mean", "learned", "softmax", "softmax-whole", "conv"],
+    [
+        MeanPool(),
+        FilterPool(1, 2),
+        SoftmaxPool(1, 2, 2),
+        SoftmaxPool(1, 2, 2, whole=True),
+        ConvPool(2, 2, 1, 4, 1),
+        DensePool(1, 2, 2, 1, 4),
+    ],
+    ids=["mean", "learned", "softmax", "softmax-whole", "conv", "dense"],
 )
 def test_gradcheck(pool):
     tokens = 11 if isinstance(pool, ConvPool) else 19  # one level or three, the last group partial
@@ -278,7 +327,7 @@ class Elements(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["mean", "learned", "softmax"])
+@pytest.mark.parametrize("name", ["mean", "learned", "softmax", "dense"])
 def test_work_is_linear(name):
     def work(tokens):
         with Elements() as count:
