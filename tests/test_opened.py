@@ -252,16 +252,28 @@ def test_extend_continues(score, hold, tmp_path):
 
 
 @pytest.mark.parametrize("hold", [1, 2])
-def test_a_whole_prompt_goes_the_way_of_forward(hold, monkeypatch):
-    """On a GPU its kernels; what follows gathers, and reads the same."""
+@pytest.mark.parametrize("chunks", [(70,), (61, 9), (13, 4, 20, 33), (12, 1, 1, 1, 40, 15)], ids=str)
+def test_every_chunking_is_forward(chunks, hold):
     q, k, v = draw(70)
     mech = FMA(**SMALL, open=2, hold=hold, sinks=1).double()
-    whole, forward, calls = mech(q, k, v), mech.forward, []
-    monkeypatch.setattr(mech, "forward", lambda *x, **options: calls.append(x[0].shape[2]) or forward(*x, **options))
-    out, state = mech.extend(q[:, :, :61], k[:, :, :61], v[:, :, :61])
-    rest, _ = mech.extend(q[:, :, 61:], k[:, :, 61:], v[:, :, 61:], state)
-    assert calls == [61]
-    assert_within(torch.cat([out, rest], 2), whole, terms=70)
+    state, outs, at = None, [], 0
+    for n in chunks:
+        out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state)
+        outs.append(out)
+        at += n
+    assert_within(torch.cat(outs, 2), mech(q, k, v), terms=70)
+
+
+def test_a_prompt_is_summarized_once(monkeypatch):
+    q, k, v = draw(70)
+    mech, many = FMA(**SMALL, open=2), []
+    original = mech.pool.grow
+    monkeypatch.setattr(
+        mech.pool, "grow", lambda k, *more, **options: many.append(k.shape[2]) or original(k, *more, **options)
+    )
+    mech.extend(q, k, v)
+    # 70 tokens begin 18 blocks, of which the last and two more are near
+    assert many == [15]
 
 
 def test_a_cropped_plain_state_goes_on():

@@ -455,7 +455,7 @@ def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, toke
     plan = OpenedPlan(field.near, detail, picks, 2 * picks, 1, hold, SCORES.index(score))
     leaves, count = opened_search.chosen(q, k, tree, plan, 0.125)
     if hold > 1:
-        opened.lists_of_runs(leaves, count, tree, plan, tokens)
+        opened.lists_of_runs(leaves, count, tree, plan)
         return
     far, bias = empty(1, kv_heads, tree.rows, width), empty(1, 1, tree.rows, dtype=torch.float32)
     about = q, k, k, far, far, bias, leaves, count

@@ -89,20 +89,20 @@ def masks(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "runs", "hold", "radius", "sinks", "levels", "blocks", "picks", "width", "far_width"]
+    do_not_specialize=["run", "runs", "hold", "radius", "sinks", "levels", "blocks", "picks", "width", "far_width"]
 )
 def run_lists(
     leaves, count, near, near_count, far, far_count,
-    tokens, runs, hold, radius, sinks, levels, blocks, picks, width, far_width,
+    run, runs, hold, radius, sinks, levels, blocks, picks, width, far_width,
     BLOCK: tl.constexpr, RANK: tl.constexpr, PICKS: tl.constexpr, LOCAL: tl.constexpr, BT: tl.constexpr,
     SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The near and far list of each run of queries."""
+    """The near and far list of each run of queries, of which the first is number `run`."""
     unit = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BT + tl.arange(0, BT)
     slot = tl.arange(0, PICKS)[None, :]
     asked = i < runs
-    n = i * hold // BLOCK
+    n = (run + i) * hold // BLOCK
     at = unit * runs + i
     filled = tl.load(count + at, mask=asked, other=0)
     there = slot < filled[:, None]
@@ -150,9 +150,9 @@ def run_lists(
 
 
 def lists_of_runs(
-    leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, tokens: int
+    leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Near and far lists of the runs, index [B, lists, runs, P] and count of each."""
+    """Near and far lists of the runs first, first + 1, ..., index [B, lists, runs, P] and count of each."""
     batch, lists, runs, picks = leaves.shape
     near, hold = plan.near, plan.hold
     radius, sinks = near // tree.block, tree.lead // tree.rank
@@ -164,7 +164,7 @@ def lists_of_runs(
     start(
         run_lists, (-(-runs // size), batch * lists),
         leaves, count, near_index, near_count, far_index, far_count,
-        tokens, runs, hold, radius, tree.lo, tree.levels, tree.blocks, picks, width, far_width,
+        first, runs, hold, radius, tree.lo, tree.levels, tree.blocks, picks, width, far_width,
         tree.block, tree.rank, padded(picks, 1), padded(radius + 1, 1), size, padded(sinks, 1), num_warps=4,
     )  # fmt: skip
     return near_index, near_count, far_index, far_count

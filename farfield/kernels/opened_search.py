@@ -247,7 +247,8 @@ def score_children(
     """The scores of the children of each parent, for the queries that look into it; and the next bits are cleared.
 
     Args:
-        begin: number of the first of `runs` queries.
+        q: of the queries that choose, one a run.
+        begin: number of the first of `runs` runs of `hold` queries.
         below: how many groups of `height` have bits in `next_bits`, 0 for none.
         split: queries of a program, a multiple of 32.
     """
@@ -320,8 +321,7 @@ def score_children(
                 asked = (t < filled) & (r < STACK)
                 behind = tl.load(readers + t, mask=(t >= neighbours) & (t < filled), other=0)
                 i = tl.where(t < neighbours, first + t, behind)
-                token = ((begin + i) * hold).to(tl.int64)
-                q_at = (b * q_b + (u * STACK + r) * q_h + token * q_t)[:, None] * D_UNIT + dims
+                q_at = (b * q_b + (u * STACK + r) * q_h + i.to(tl.int64) * q_t)[:, None] * D_UNIT + dims
                 q_tile = tl.load(q + q_at, mask=asked[:, None] & wide, other=0.0)
                 # which of the groups that the query has kept this one is
                 known = tl.minimum(_far((begin + i) * hold // BLOCK, height + 1, radius), beam)
@@ -411,8 +411,7 @@ def score_every(
     for tile in range(first + tl.program_id(1), tiles, tl.num_programs(1)):
         i = tile * BT + spot
         asked = (i < runs) & (r < STACK)
-        token = ((begin + i) * hold).to(tl.int64)
-        q_at = (b * q_b + (u * STACK + r) * q_h + token * q_t)[:, None] * D_UNIT + dims
+        q_at = (b * q_b + (u * STACK + r) * q_h + i.to(tl.int64) * q_t)[:, None] * D_UNIT + dims
         q_tile = tl.load(q + q_at, mask=asked[:, None] & wide, other=0.0)
         logits = tl.dot(q_tile, sketch.T, input_precision="ieee")
         if TWICE:
@@ -618,9 +617,7 @@ def descend(
             STACK, BT, SLOTS, True,
         )  # fmt: skip
         if LAST and height == 0:
-            _pick(
-                leaves, count, unit * all_runs + begin + i, inside, picks, parent, above, c0, c1, c2, c3, r0, r1, r2, r3
-            )
+            _pick(leaves, count, unit * all_runs + i, inside, picks, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
         else:
             _keep(kept, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
         if not LAST and height == bottom:
@@ -653,7 +650,7 @@ def keep_best(
         STACK, BT, SLOTS, False,
     )  # fmt: skip
     if LAST:
-        _pick(leaves, count, unit * all_runs + begin + i, inside, picks, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
+        _pick(leaves, count, unit * all_runs + i, inside, picks, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
     else:
         _keep(next_kept + (unit * runs + i) * SLOTS, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
         _mark(next_bits, parents, words, unit, i, parent, above, c0, c1, c2, c3)
@@ -697,31 +694,45 @@ def sketches_of(k: Tensor, tree: Tree, detail: int, score: str) -> Sketches:
 
 def chosen(q: Tensor, k: Tensor, tree: Tree, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """leaves [B, lists, T / hold, picks] ascending and how many there are, int32, for each run of queries."""
-    return choose(q, sketches_of(k, tree, plan.detail, SCORES[plan.score]), tree, plan, scale)
+    sketches = sketches_of(k, tree, plan.detail, SCORES[plan.score])
+    return choose(q[:, :, :: plan.hold], sketches, tree, plan, scale)
 
 
-def choose(q: Tensor, sketches: Sketches, tree: Tree, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, width = q.shape
-    kv_heads, runs = sketches.high.shape[1], -(-tokens // plan.hold)
+def split(rows: Tensor, dtype: torch.dtype, score: str) -> Sketches:
+    """Rows [B, G, R, D] in float32 as the search reads them."""
+    high = rows.to(dtype)
+    if score != "mean":
+        # keys as they are
+        return Sketches(high, high, False)
+    return Sketches(high, (rows - high).to(dtype), True)
+
+
+def choose(
+    asking: Tensor, sketches: Sketches, tree: Tree, plan: Plan, scale: float, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The same for runs first, first + 1, ... of which `asking` [B, H, runs, D] holds the queries that choose."""
+    batch, heads, runs, width = asking.shape
+    kv_heads = sketches.high.shape[1]
     lists = kv_heads if plan.shared else heads
-    leaves = torch.empty(batch, lists, runs, plan.picks, dtype=torch.int32, device=q.device)
-    count = torch.empty(batch, lists, runs, dtype=torch.int32, device=q.device)
-    q, q_at = _dense(q)
-    unit = _unit(q, width, *q_at)
-    about = [n // unit for n in q_at], unit, kv_heads, leaves, count
+    leaves = torch.empty(batch, lists, runs, plan.picks, dtype=torch.int32, device=asking.device)
+    count = torch.empty(batch, lists, runs, dtype=torch.int32, device=asking.device)
+    asking, q_at = _dense(asking)
+    unit = _unit(asking, width, *q_at)
+    about = [n // unit for n in q_at], unit, kv_heads
     for begin in range(0, runs, RUNS):
-        _search(q, sketches, tree, plan, scale, begin, min(RUNS, runs - begin), *about)
+        here, *found = (x[:, :, begin : begin + RUNS] for x in (asking, leaves, count))
+        _search(here, sketches, tree, plan, scale, first + begin, *about, *found, runs)
     return leaves, count
 
 
 def _search(
-    q: Tensor, sketches: Sketches, tree: Tree, plan: Plan, scale: float, begin: int, runs: int, q_at: list[int],
-    unit: int, kv_heads: int, leaves: Tensor, count: Tensor,
+    q: Tensor, sketches: Sketches, tree: Tree, plan: Plan, scale: float, begin: int, q_at: list[int],
+    unit: int, kv_heads: int, leaves: Tensor, count: Tensor, all_runs: int,
 ) -> None:  # fmt: skip
-    """The leaves of runs begin .. begin + runs - 1."""
+    """The leaves of runs begin, begin + 1, ..., to where `leaves` and `count` begin."""
     near, detail, picks, beam, _, hold, _, summed = plan
-    batch, heads, _, width = q.shape
-    lists, all_runs = leaves.shape[1:3]
+    batch, heads, runs, width = q.shape
+    lists = leaves.shape[1]
     stack, radius, units = heads // lists, near // tree.block, batch * lists
     stack_tile, slots, words = padded(stack, 1), padded(beam), -(-runs // 32)
     last = (begin + runs - 1) * hold // tree.block

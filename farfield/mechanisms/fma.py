@@ -62,6 +62,8 @@ from farfield.summarize import (
 )
 from farfield.types import Layout, Partial, Rows
 
+PIECE = 1 << 14  # queries at once that open groups each for itself
+
 
 @dataclass(frozen=True)
 class Level:
@@ -401,7 +403,7 @@ class FMA(Mechanism):
         scale = self._scale(q)
         chosen = on_gpu.choose(q, k, tree, plan, scale)
         if self.hold % on_gpu.TILE == 0:
-            near, listed = on_gpu.lists(*chosen, tree, plan, q.shape[2])
+            near, listed = on_gpu.lists(*chosen, tree, plan)
             return opened.attend_runs(q, Rows(k, v), far, near, listed, self.hold, self.block, self.rank, scale).out
         return on_gpu.attend(q, k, v, (far.k, far.v, far.bias), chosen, tree, plan, scale)
 
@@ -602,36 +604,26 @@ class FMA(Mechanism):
         """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
         m = self.block
         seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
-        # a prompt from its first token on: kernels read what each query opens, of a state it would be gathered
-        out = self.forward(q, k, v, rotary=rotary) if self.open and not seen else None
         new_k, new_v = k, v
         k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         sinks = (state.sink_k, state.sink_v) if seen >= self.sinks else (k[:, :, : self.sinks], v[:, :, : self.sinks])
         levels, grown = self._grow(k, v, state, tokens)
-
-        # a query block reads one list: further blocks must start where the tree's do
-        here, last = seen // m, (tokens - 1) // m
-        lead = seen - here * m if last > here else 0
         if rotary is not None:
             q = rotary(q, torch.arange(seen, tokens, device=q.device))
-        q = torch.nn.functional.pad(q, (0, 0, lead, 0)) if lead else q
-        q_block = m if last > here else q.shape[2]
-        at = torch.arange(first * m, tokens, device=q.device)
+        here, last = seen // m, (tokens - 1) // m
         far, starts = self._far_rows(levels, sinks, k, v, rotary)
         self._reach(len(starts), last + 1)
         now = FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
         if isinstance(state, OpenedState):
-            now = self._remember(now, state, q[:, :, lead:], new_k, new_v, rotary)
-            if out is not None:
-                return out, now
+            now = self._remember(now, state, q, new_k, new_v, rotary)
             if self.open and levels:
-                where = opened.place(seen, tokens, m, q.device)
-                rows, sketches, asking = Rows(now.all_k, now.all_v), now.sketches[: len(starts)], q[:, :, lead:]
-                if self.hold > 1:
-                    asking = now.askers[:, :, torch.arange(seen, tokens, device=q.device) // self.hold]
-                return self._attend_opened(q[:, :, lead:], rows, far, sketches, where, starts, seen, asking=asking)[
-                    0
-                ], now
+                return self._open_further(q, now, far, starts), now
+
+        # a query block reads one list: further blocks must start where the tree's do
+        lead = seen - here * m if last > here else 0
+        q = torch.nn.functional.pad(q, (0, 0, lead, 0)) if lead else q
+        q_block = m if last > here else q.shape[2]
+        at = torch.arange(first * m, tokens, device=q.device)
         near_list, far_list = self._lists(starts, last + 1, q.device, here, first)
         near = _layout(near_list, q, k, q_block, m, causal=True)
         sources = [(Rows(k if rotary is None else rotary(k, at), v, end=at if first else None), near)]
@@ -640,6 +632,57 @@ class FMA(Mechanism):
         position = torch.arange(seen - lead, tokens, device=q.device) if seen else None
         out = attend(q, sources, scale=self.scale, position=position).out[:, :, lead:]
         return out, now
+
+    def _open_further(self, q: Tensor, now: OpenedState, far: Rows, starts: Sequence[int]) -> Tensor:
+        """Opened attention of the last tokens of `now`; q is rotated."""
+        seen = now.tokens - q.shape[2]
+        rows, sketches = Rows(now.all_k, now.all_v), now.sketches[: len(starts)]
+        found = self._quickly_further(q, rows, far, sketches, now.askers, seen)
+        if found is not None:
+            return found
+        asking = q
+        if self.hold > 1:
+            asking = now.askers[:, :, torch.arange(seen, now.tokens, device=q.device) // self.hold]
+        where = opened.place(seen, now.tokens, self.block, q.device)
+        return self._attend_opened(q, rows, far, sketches, where, starts, seen, asking=asking)[0]
+
+    def _quickly_further(
+        self, q: Tensor, tokens: Rows, far: Rows, sketches: Sequence[opened.Sketch], askers: Tensor, seen: int
+    ) -> Tensor | None:
+        """`_quickly` for the queries from position `seen` on, by the sketches of all blocks before."""
+        self._check_opening()
+        blocks, plan, scale = sketches[0].rows.shape[2], self.plan(), self._scale(q)
+        tree = Tree(self.block, self.rank, blocks, len(sketches), True, self.sinks, blocks * self.block)
+        runs = self.hold % on_gpu.TILE == 0
+        step = q.shape[2] if runs else PIECE
+        if self.score not in on_gpu.SCORES or on_gpu.refusal(q[:, :, :step], tokens.k, tokens.v, tree, plan):
+            return None
+        if not runs and torch.is_grad_enabled() and any(x.requires_grad for x in (q, tokens.k, tokens.v, far.k, far.v)):
+            # the kernels' backward is for all queries at once, from the first token on
+            if seen:
+                return None
+            step = q.shape[2]
+        # tiles and runs start where the tokens' do
+        lead = seen % (self.hold if runs else on_gpu.TILE)
+        q, start = torch.nn.functional.pad(q, (0, 0, lead, 0)), seen - lead
+        asking = q if self.hold == 1 else askers[:, :, start // self.hold :]
+        seen_by, _ = opened.told(self.score, sketches)
+        chosen = on_gpu.choose_from(asking, seen_by, tree, plan, scale, start // self.hold)
+        if runs:
+            lists = on_gpu.lists(*chosen, tree, plan, start // self.hold)
+            position = torch.arange(start, start + q.shape[2], device=q.device)
+            out = opened.attend_runs(
+                q, tokens, far, *lists, self.hold, self.block, self.rank, scale, position=position
+            ).out
+            return out[:, :, lead:]
+        rows = far.k, far.v, far.bias
+        outs = []
+        for at in range(0, q.shape[2], step):
+            here = slice(at // self.hold, -(-(at + step) // self.hold))
+            part = chosen[0][:, :, here], chosen[1][:, :, here]
+            asked = q[:, :, at : at + step]
+            outs.append(on_gpu.attend(asked, tokens.k, tokens.v, rows, part, tree, plan, scale, start + at))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, 2))[:, :, lead:]
 
     def _remember(self, now: FMAState, before: OpenedState, q: Tensor, k: Tensor, v: Tensor, rotary) -> OpenedState:
         """`now` with all tokens, those of the new q (rotated), k and v too, and sketches of all summarized blocks."""
@@ -698,8 +741,7 @@ class FMA(Mechanism):
             oldest = max(2 * ((last >> (height + 1)) - radius[height + 1]), level.first)
             # groups that are not there yet cannot be forgotten
             oldest = min(oldest, level.first + level.k.shape[2] // self.rank)
-            oldest = level.first if isinstance(state, OpenedState) else oldest
-            levels.append(level.after(oldest - level.first, self.rank))
+            levels.append(level if isinstance(state, OpenedState) else level.after(oldest - level.first, self.rank))
         tokens = (first - state.first) * self.block
         return replace(
             state,

@@ -72,14 +72,34 @@ def choose(
     return leaves, count
 
 
+def choose_from(
+    asking: Float[Tensor, "B H runs D"],
+    rows: Float[Tensor, "B G R D"],
+    tree: Tree,
+    plan: Plan,
+    scale: float,
+    first: int,
+) -> tuple[Int[Tensor, "B lists runs k"], Int[Tensor, "B lists runs"]]:
+    """`choose` for runs first, first + 1, ..., by sketches that there are already.
+
+    Args:
+        asking: the query of each run that chooses.
+        rows: `told` of select.opened, of the groups of `tree`.
+    """
+    from farfield.kernels import opened_search
+
+    sketches = opened_search.split(rows, asking.dtype, SCORES[plan.score])
+    return opened_search.choose(asking.detach(), sketches, tree, plan, scale, first)
+
+
 def lists(
-    leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, tokens: int
+    leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, first: int = 0
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The near and far lists of runs of queries, each as index [B, lists, runs, P] and count."""
+    """The near and far lists of runs first, first + 1, ... of queries, each as index [B, lists, runs, P] and count."""
     if eager(leaves, count):
-        near, near_count, far, far_count = _listed(leaves, count, tree, plan, tokens)
+        near, near_count, far, far_count = _listed(leaves, count, tree, plan, first)
     else:
-        near, near_count, far, far_count = _lists(leaves, count, list(tree), list(plan), tokens)
+        near, near_count, far, far_count = _lists(leaves, count, list(tree), list(plan), first)
     return (near, near_count), (far, far_count)
 
 
@@ -92,18 +112,25 @@ def attend(
     tree: Tree,
     plan: Plan,
     scale: float,
+    begin: int = 0,
 ) -> Float[Tensor, "B H T D"]:
     """Each query's near tokens, the tokens of what it opened, and the summaries of all else, under one softmax.
 
-    Differentiable in q, k, v and in the far rows.
+    Differentiable in q, k, v and in the far rows, if the first query is the first token.
 
     Args:
+        k, v: all tokens [B, G, S, D], S at least begin + T.
         far: keys, values [B, G, R, D] and biases [1|B, 1|G, R] of the summaries, in the order of `tree`.
-        chosen: of `choose`.
+        chosen: of `choose` or `choose_from`.
+        begin: position of the first query, a multiple of TILE.
     """
     if plan.hold > 1:
         leaves, count = (x.repeat_interleave(plan.hold, 2)[:, :, : q.shape[2]] for x in chosen)
         chosen = leaves, count
+    if begin:
+        from farfield.kernels import attend_opened
+
+        return attend_opened.forward(q, k, v, *far, *chosen, tree, plan.near, scale, begin=begin)[0]
     return _attend(q, k, v, *far, *chosen, list(tree), list(plan), scale)[0]
 
 
@@ -132,21 +159,22 @@ def _(q, k, tree, plan, scale):
 
 @custom_op("farfield::opened_runs", mutates_args=())
 def _lists(
-    leaves: Tensor, count: Tensor, tree: Sequence[int], plan: Sequence[int], tokens: int
+    leaves: Tensor, count: Tensor, tree: Sequence[int], plan: Sequence[int], first: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _listed(leaves, count, _tree(tree), Plan(*plan), tokens)
+    return _listed(leaves, count, _tree(tree), Plan(*plan), first)
 
 
-def _listed(
-    leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _listed(leaves: Tensor, count: Tensor, tree: Tree, plan: Plan, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from farfield.kernels import opened, plans
 
-    return plans.plainly(opened.lists_of_runs, (leaves, count), tree, plan, tokens)
+    if first:
+        # a recording would be for this length alone
+        return opened.lists_of_runs(leaves, count, tree, plan, first)
+    return plans.plainly(opened.lists_of_runs, (leaves, count), tree, plan)
 
 
 @_lists.register_fake
-def _(leaves, count, tree, plan, tokens):
+def _(leaves, count, tree, plan, first):
     widths = list_widths(_tree(tree), Plan(*plan).near, leaves.shape[3])
     near, far = (leaves.new_empty(*count.shape, n) for n in widths)
     return near, torch.empty_like(count), far, torch.empty_like(count)

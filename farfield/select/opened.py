@@ -629,6 +629,8 @@ def attend_runs(
     block: int,
     rank: int,
     scale: float,
+    *,
+    position: Int[Tensor, " T"] | None = None,
 ) -> Partial:
     """Attention of runs of `hold` queries, each over its own near and far list [B, G or H, runs, P]."""
     batch, heads, many, width = q.shape
@@ -641,7 +643,7 @@ def attend_runs(
     near = Layout(index, count, hold, block, many, len(tokens), True)
     # what is far and listed is past
     listed = Layout(far_index, far_count, hold, rank, many, len(far), False)
-    found = attend(asking, [(tokens, near), (far, listed)], scale=scale)
+    found = attend(asking, [(tokens, near), (far, listed)], scale=scale, position=position)
     return Partial(found.out.reshape(batch, heads, many, -1), found.lse.reshape(batch, heads, many))
 
 

@@ -109,10 +109,22 @@ def test_lists_of_runs(name, monkeypatch):
     levels, radius = mech._levels(blocks)
     tree = mech._tree(tokens, blocks, levels, radius[0])
     chosen = opened_search.chosen(q, k, tree, mech.plan(), 0.25)
-    lists = kernels.lists_of_runs(*chosen, tree, mech.plan(), tokens)
+    lists = kernels.lists_of_runs(*chosen, tree, mech.plan())
     for (index, count), name in zip((lists[:2], lists[2:]), ("near", "far"), strict=True):
         want, wanted = (x[:, :, ::64] for x in found[name])
         assert torch.equal(count, wanted)
         used = torch.arange(want.shape[3]) < wanted[..., None]
         got = index[..., : want.shape[3]]
         assert torch.equal(got.masked_fill(~used, -1), want.masked_fill(~used, -1))
+    # those of a chunk, by the sketches that there are already
+    sketches = opened_search.sketches_of(k, tree, mech.detail, options["score"])
+    monkeypatch.setattr(opened_search, "RUNS", 7)
+    some, many = opened_search.choose(q[:, :, 9 * 64 :: 64], sketches, tree, mech.plan(), 0.25, 9)
+    assert torch.equal(many, chosen[1][:, :, 9:])
+    used = torch.arange(mech.open) < many[..., None]
+    assert torch.equal(some[used], chosen[0][:, :, 9:][used])
+    parts = kernels.lists_of_runs(some, many, tree, mech.plan(), 9)
+    for part, count, whole, all_ in (*parts[:2], *lists[:2]), (*parts[2:], *lists[2:]):
+        assert torch.equal(count, all_[:, :, 9:])
+        used = torch.arange(part.shape[3]) < count[..., None]
+        assert torch.equal(part[used], whole[:, :, 9:][used])
