@@ -318,7 +318,7 @@ def _filters(
     # the pool is linear: what it makes of unit rows are its filters
     unit = torch.eye(2 * rank, dtype=dtype, device=device).view(1, 1, 2, rank, -1).expand(-1, kv_heads, -1, -1, -1)
     with torch.no_grad():
-        found = pool.parent(Groups(unit, unit))
+        found = pool.parent(Groups(unit, unit), 1)
     return torch.stack([found.k[0, :, 0], found.v[0, :, 0]]).contiguous()
 
 

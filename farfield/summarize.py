@@ -69,8 +69,11 @@ class Pool(nn.Module):
         """Level 1 from blocks of tokens: k [B, G, N, m, D], v [B, G, N, m, E], count [B|1, 1, N, m] of 0 and 1."""
         raise NotImplementedError
 
-    def parent(self, pairs: Groups) -> Groups:
-        """The next level from groups 0 and 1, 2 and 3, ... (an even number)."""
+    def parent(self, pairs: Groups, height: int) -> Groups:
+        """The next level from groups 0 and 1, 2 and 3, ... (an even number).
+
+        height: that of the new level; level 1 has 0.
+        """
         raise NotImplementedError
 
     def grow(
@@ -99,7 +102,7 @@ class Pool(nn.Module):
             children = new if old is None else old.join(new)
             even = len(children) // 2 * 2
             waiting.append(children.cut(even) if even < len(children) else None)
-            new = self.parent(children.cut(0, even))
+            new = self.parent(children.cut(0, even), len(levels))
         return levels, waiting
 
 
@@ -113,7 +116,7 @@ class MeanPool(Pool):
         k, v = (torch.einsum("bgnpt,bhnptd->bhnpd", share, x.unflatten(3, (rank, -1))) for x in (k, v))
         return Groups(k, v, total)
 
-    def parent(self, pairs):
+    def parent(self, pairs, height):
         count = None if pairs.count is None else _segments(pairs.count)
         return self.leaf(_segments(pairs.k), _segments(pairs.v), count, pairs.k.shape[3])
 
@@ -143,7 +146,7 @@ class FilterPool(MeanPool):
         mean = torch.eye(rank, device=self.gate.device).repeat_interleave(2, 1) / 2
         return mean + self.gate * (self.logits.softmax(-1) - mean), mean
 
-    def parent(self, pairs):
+    def parent(self, pairs, height):
         rank = pairs.k.shape[3]
         filters, mean = self.filters()
         filters = filters.to(pairs.k.dtype)[:, None, :, None]  # [2, 1, G, 1, p, 2p]
@@ -199,7 +202,7 @@ class SoftmaxPool(Pool):
         k, v = (torch.einsum("bgnpt,bgnptd->bgnpd", weights, x) for x in (k, v))
         return Groups(k, v, None if count is None else count.sum(-1))
 
-    def parent(self, pairs):
+    def parent(self, pairs, height):
         if not self.whole:
             count = None if pairs.count is None else _segments(pairs.count)
             return self.leaf(_segments(pairs.k), _segments(pairs.v), count, pairs.k.shape[3])
@@ -277,7 +280,7 @@ class DensePool(Pool):
     """A strided convolution with a full matrix for every token: rows that can hold their tokens side by side.
 
         row[s] = sum_j token[s c + j] M[j],    c = m / p, on level 1
-        row[s] = sum_j child[2 s + j] W[j],    j < 2, the same matrices on all further levels
+        row[s] = sum_j child[2 s + j] W[l, j], j < 2, on level l + 1; from level 4 on always the matrices of level 4
 
     A mean cannot say which of its tokens was which. With other matrices for each token the row's subspaces can: one
     head may read the first of c tokens and another the second, or one head c of them, a part of the width each. K and
@@ -293,26 +296,33 @@ class DensePool(Pool):
         rank: p.
         width, value_width: D and E.
         block: m.
-        strided: start with head h reading the token number h mod c of each row and the child (h / c) mod 2, which is
-            exact attention to every c-th token, shifted by one from head to head. Otherwise start as the mean.
+        strided: start with single tokens, which differ from head to head: of each row of level 1 head h has token
+            h mod c, and of its children on level l + 1 the one that bit l - 1 of h / c says. While a row stands for at
+            most as many tokens as there are heads, one of them has each. Otherwise start as the mean.
     """
+
+    apart = 3  # levels of parents that have matrices of their own
 
     def __init__(self, heads: int, rank: int, width: int, value_width: int, block: int, *, strided: bool = False):
         super().__init__()
         check_rank(block, rank)
         each = block // rank
         h = torch.arange(heads)
-        self.k_leaf, self.v_leaf = (_matrices(h, each, n, strided) for n in (width, value_width))
-        self.k_pair, self.v_pair = (_matrices(h // each, 2, n, strided) for n in (width, value_width))
+        self.k_leaf, self.v_leaf = (nn.Parameter(_matrices(h, each, n, strided)) for n in (width, value_width))
+        self.k_pair, self.v_pair = (
+            nn.Parameter(torch.stack([_matrices(h // each >> bit, 2, n, strided) for bit in range(self.apart)]))
+            for n in (width, value_width)
+        )
 
     def leaf(self, k, v, count, rank):
         k, v = (x.unflatten(3, (rank, -1)) for x in (k, v))
         return self._mixed(k, v, None if count is None else count.unflatten(3, (rank, -1)), self.k_leaf, self.v_leaf)
 
-    def parent(self, pairs):
+    def parent(self, pairs, height):
         k, v = (_segments(x).unflatten(3, (-1, 2)) for x in (pairs.k, pairs.v))
         count = None if pairs.count is None else _segments(pairs.count).unflatten(3, (-1, 2))
-        return self._mixed(k, v, count, self.k_pair, self.v_pair)
+        level = min(height, self.apart) - 1
+        return self._mixed(k, v, count, self.k_pair[level], self.v_pair[level])
 
     def _mixed(self, k: Tensor, v: Tensor, count: Tensor | None, k_weight: Tensor, v_weight: Tensor) -> Groups:
         """Rows of k [B, G, N, p, j, D] and v, which count [B|1, 1, N, p, j] tokens each."""
@@ -328,10 +338,10 @@ class DensePool(Pool):
         return Groups(k, v, total)
 
 
-def _matrices(place: Tensor, many: int, width: int, strided: bool) -> nn.Parameter:
+def _matrices(place: Tensor, many: int, width: int, strided: bool) -> Tensor:
     """[heads, many, width, width]: the mean of `many`, or for each head the one that stands at its place."""
     share = nn.functional.one_hot(place % many, many).float() if strided else torch.full((len(place), many), 1 / many)
-    return nn.Parameter(share[:, :, None, None] * torch.eye(width))
+    return share[:, :, None, None] * torch.eye(width)
 
 
 # by name, the sizes that a pool's parameters need

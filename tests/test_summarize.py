@@ -177,10 +177,11 @@ def test_convolution_makes_every_level_from_the_tokens(tokens):
 @pytest.mark.parametrize(("block", "rank"), [(8, 4), (12, 4), (3, 3)])
 def test_dense_rows_are_sums_of_matrices(tokens, block, rank):
     """From the definition: a matrix for each token of a row, then for each child; missing ones leave their weight."""
+    tokens *= 3  # more levels than have matrices of their own
     each = block // rank
     pool, rows = randomized(DensePool(G, rank, D, E, block)), rows_of(tokens)
     assert pool.k_leaf.shape == (G, each, D, D)
-    assert pool.v_pair.shape == (G, 2, E, E)
+    assert pool.v_pair.shape == (3, G, 2, E, E)
     got = summarize(rows, block=block, rank=rank, pool=pool)
     for x, mine, leaf, pair in (
         (rows.k, got.k, pool.k_leaf, pool.k_pair),
@@ -188,7 +189,7 @@ def test_dense_rows_are_sums_of_matrices(tokens, block, rank):
     ):
         below, start = [(x[:, :, t], 1) for t in range(tokens)], 0
         for level, (width, held) in enumerate(levels_of(tokens, block, rank)):
-            many, matrices = (each, leaf) if level == 0 else (2, pair)
+            many, matrices = (each, leaf) if level == 0 else (2, pair[min(level - 1, 2)])
             made = []
             for s, held_tokens in enumerate(held):
                 total, number = torch.zeros_like(x[:, :, 0]), len(held_tokens)
@@ -201,17 +202,20 @@ def test_dense_rows_are_sums_of_matrices(tokens, block, rank):
             below, start = made, start + len(made)
 
 
-def test_strided_heads_start_with_every_other_token():
-    """Rows of 2 tokens, 4 heads: on level 1 the first or the second of them, then the first or the second child."""
-    x = Rows(*(normal(1, 4, 96, D, seed=n) for n in (0, 1)))
-    got = summarize(x, block=8, rank=4, pool=DensePool(4, 4, D, D, 8, strided=True).double())
-    for head in range(4):
-        at, child = torch.arange(head % 2, 96, 2), head // 2
-        for tokens, rows in ((x.k, got.k), (x.v, got.v)):
-            below = tokens[0, head, at]
-            assert torch.equal(rows[0, head, :48], below)
-            assert torch.equal(rows[0, head, 48:72], below[child::2])
-            assert torch.equal(rows[0, head, 72:], below[child::2][child::2])
+@pytest.mark.parametrize("rank", [8, 4])
+def test_strided_heads_start_with_single_tokens(rank):
+    """8 heads: rows of up to 8 tokens are there token by token, one in each head."""
+    x, each = Rows(*(normal(1, 8, 200, D, seed=n) for n in (0, 1))), 8 // rank
+    pool = DensePool(8, rank, D, D, 8, strided=True).double()
+    got, start, many = summarize(x, block=8, rank=rank, pool=pool), 0, each
+    while start < len(got) and many <= 8:
+        rows = 200 // (8 * many // each) * rank
+        for head in range(8):
+            at = torch.arange(rows) * many + head % many
+            assert torch.equal(got.k[0, head, start : start + rows], x.k[0, head, at])
+            assert torch.equal(got.v[0, head, start : start + rows], x.v[0, head, at])
+        start, many = start + -(-200 // (8 * many // each)) * rank, 2 * many
+    assert many == 16
 
 
 def test_the_convolution_is_pytorchs():
