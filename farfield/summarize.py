@@ -284,7 +284,8 @@ class DensePool(Pool):
 
     A mean cannot say which of its tokens was which. With other matrices for each token the row's subspaces can: one
     head may read the first of c tokens and another the second, or one head c of them, a part of the width each. K and
-    V have matrices of their own, each key head too; no bias.
+    V have matrices of their own, each key head too; no bias. What is learned is their distance from the start, as a
+    multiple of 1 / sqrt(c D) (1 / sqrt(2 D) for children).
 
     Tokens that are missing leave their weight to the others of their row, whose sum is then multiplied by c and
     divided by their number; children likewise, by the tokens that they stand for.
@@ -302,29 +303,34 @@ class DensePool(Pool):
     """
 
     apart = 3  # levels of parents that have matrices of their own
+    leaf_start: Tensor  # [G, c] of 0 and 1: the tokens whose mean a head starts with
+    pair_start: Tensor  # [3, G, 2], children
 
     def __init__(self, heads: int, rank: int, width: int, value_width: int, block: int, *, strided: bool = False):
         super().__init__()
         check_rank(block, rank)
         each = block // rank
         h = torch.arange(heads)
-        self.k_leaf, self.v_leaf = (nn.Parameter(_matrices(h, each, n, strided)) for n in (width, value_width))
-        self.k_pair, self.v_pair = (
-            nn.Parameter(torch.stack([_matrices(h // each >> bit, 2, n, strided) for bit in range(self.apart)]))
-            for n in (width, value_width)
-        )
+        bits = torch.stack([h // each >> bit for bit in range(self.apart)])
+        for name, place, many in (("leaf", h, each), ("pair", bits, 2)):
+            start = nn.functional.one_hot(place % many, many).float()
+            start = start if strided else torch.ones_like(start)
+            self.register_buffer(f"{name}_start", start, persistent=False)
+        self.k_leaf, self.v_leaf = (nn.Parameter(torch.zeros(heads, each, n, n)) for n in (width, value_width))
+        self.k_pair, self.v_pair = (nn.Parameter(torch.zeros(self.apart, heads, 2, n, n)) for n in (width, value_width))
 
     def leaf(self, k, v, count, rank):
         k, v = (x.unflatten(3, (rank, -1)) for x in (k, v))
-        return self._mixed(k, v, None if count is None else count.unflatten(3, (rank, -1)), self.k_leaf, self.v_leaf)
+        count = None if count is None else count.unflatten(3, (rank, -1))
+        return self._mixed(k, v, count, self.leaf_start, self.k_leaf, self.v_leaf)
 
     def parent(self, pairs, height):
         k, v = (_segments(x).unflatten(3, (-1, 2)) for x in (pairs.k, pairs.v))
         count = None if pairs.count is None else _segments(pairs.count).unflatten(3, (-1, 2))
         level = min(height, self.apart) - 1
-        return self._mixed(k, v, count, self.k_pair[level], self.v_pair[level])
+        return self._mixed(k, v, count, self.pair_start[level], self.k_pair[level], self.v_pair[level])
 
-    def _mixed(self, k: Tensor, v: Tensor, count: Tensor | None, k_weight: Tensor, v_weight: Tensor) -> Groups:
+    def _mixed(self, k: Tensor, v: Tensor, count: Tensor | None, start: Tensor, *learned: Tensor) -> Groups:
         """Rows of k [B, G, N, p, j, D] and v, which count [B|1, 1, N, p, j] tokens each."""
         total = None
         if count is not None:
@@ -332,16 +338,18 @@ class DensePool(Pool):
             k, v = (x * (share * count.shape[-1])[..., None] for x in (k, v))
         k, v = (
             # one product for each head, j D numbers deep
-            (x.flatten(4).flatten(2, 3) @ weight.to(x.dtype).flatten(1, 2)).unflatten(2, x.shape[2:4])
-            for x, weight in ((k, k_weight), (v, v_weight))
+            (x.flatten(4).flatten(2, 3) @ _matrices(start, y).to(x.dtype).flatten(1, 2)).unflatten(2, x.shape[2:4])
+            for x, y in zip((k, v), learned, strict=True)
         )
         return Groups(k, v, total)
 
 
-def _matrices(place: Tensor, many: int, width: int, strided: bool) -> Tensor:
-    """[heads, many, width, width]: the mean of `many`, or for each head the one that stands at its place."""
-    share = nn.functional.one_hot(place % many, many).float() if strided else torch.full((len(place), many), 1 / many)
-    return share[:, :, None, None] * torch.eye(width)
+def _matrices(start: Float[Tensor, "G j"], learned: Float[Tensor, "G j D D"]) -> Float[Tensor, "G j D D"]:
+    """The mean of those that `start` says, and what is learned on top."""
+    many, width = learned.shape[1:3]
+    share = start / start.sum(-1, keepdim=True)
+    eye = torch.eye(width, dtype=start.dtype, device=start.device)
+    return share[:, :, None, None] * eye + learned / math.sqrt(many * width)
 
 
 # by name, the sizes that a pool's parameters need

@@ -182,10 +182,15 @@ def test_dense_rows_are_sums_of_matrices(tokens, block, rank):
     pool, rows = randomized(DensePool(G, rank, D, E, block)), rows_of(tokens)
     assert pool.k_leaf.shape == (G, each, D, D)
     assert pool.v_pair.shape == (3, G, 2, E, E)
+
+    def matrices(learned):
+        many, width = learned.shape[-3:-1]
+        return torch.eye(width).double() / many + learned / (many * width) ** 0.5
+
     got = summarize(rows, block=block, rank=rank, pool=pool)
     for x, mine, leaf, pair in (
-        (rows.k, got.k, pool.k_leaf, pool.k_pair),
-        (rows.v, got.v, pool.v_leaf, pool.v_pair),
+        (rows.k, got.k, matrices(pool.k_leaf), matrices(pool.k_pair)),
+        (rows.v, got.v, matrices(pool.v_leaf), matrices(pool.v_pair)),
     ):
         below, start = [(x[:, :, t], 1) for t in range(tokens)], 0
         for level, (width, held) in enumerate(levels_of(tokens, block, rank)):
