@@ -299,7 +299,8 @@ class DensePool(Pool):
         block: m.
         strided: start with single tokens, which differ from head to head: of each row of level 1 head h has token
             h mod c, and of its children on level l + 1 the one that bit l - 1 of h / c says. While a row stands for at
-            most as many tokens as there are heads, one of them has each. Otherwise start as the mean.
+            most as many tokens as there are heads, one of them has each; beyond, which one is drawn at random.
+            Otherwise start as the mean.
     """
 
     apart = 3  # levels of parents that have matrices of their own
@@ -311,11 +312,14 @@ class DensePool(Pool):
         check_rank(block, rank)
         each = block // rank
         h = torch.arange(heads)
-        bits = torch.stack([h // each >> bit for bit in range(self.apart)])
-        for name, place, many in (("leaf", h, each), ("pair", bits, 2)):
-            start = nn.functional.one_hot(place % many, many).float()
-            start = start if strided else torch.ones_like(start)
-            self.register_buffer(f"{name}_start", start, persistent=False)
+        # drawn from where the generator stands, so other in each layer, without moving it: all else is drawn as ever
+        with torch.random.fork_rng(devices=[]):
+            place = h % each if each <= heads else torch.randperm(each)[:heads]
+            drawn = torch.randint(2, (self.apart, heads))
+        bits = [h // each >> n & 1 if each << n < heads else drawn[n] for n in range(self.apart)]
+        for name, chosen, many in (("leaf", place, each), ("pair", torch.stack(bits), 2)):
+            start = nn.functional.one_hot(chosen, many).float()
+            self.register_buffer(f"{name}_start", start if strided else torch.ones_like(start))
         self.k_leaf, self.v_leaf = (nn.Parameter(torch.zeros(heads, each, n, n)) for n in (width, value_width))
         self.k_pair, self.v_pair = (nn.Parameter(torch.zeros(self.apart, heads, 2, n, n)) for n in (width, value_width))
 

@@ -223,6 +223,23 @@ def test_strided_heads_start_with_single_tokens(rank):
     assert many == 16
 
 
+def test_strided_heads_draw_what_they_have_no_number_for():
+    """Other tokens in each layer, without a change to what else is drawn, and kept in a checkpoint."""
+    torch.manual_seed(0)
+    want = torch.rand(5)
+    torch.manual_seed(0)
+    pools = [DensePool(4, 2, D, D, 16, strided=True), None, DensePool(4, 2, D, D, 16, strided=True)]
+    assert torch.equal(torch.rand(5), want)
+    pools[1] = DensePool(4, 2, D, D, 16, strided=True)
+    starts = [pool.pair_start.tolist() for pool in pools]
+    assert starts[0] == starts[2] != starts[1]
+    for pool in pools:
+        assert (pool.leaf_start.sum(-1) == 1).all()
+        assert (pool.leaf_start.sum(0) <= 1).all()  # 4 of the 8 tokens of a row
+    pools[1].load_state_dict(pools[0].state_dict())
+    assert pools[1].pair_start.tolist() == starts[0]
+
+
 def test_the_convolution_is_pytorchs():
     """Conv1d(d -> p d, kernel w, stride w, groups d), the published code's layer, with the same weights."""
     pool, rows = randomized(ConvPool(4, D, E, 8, 4)), rows_of(96)
