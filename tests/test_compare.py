@@ -379,16 +379,18 @@ def test_a_model_of_two_mechanisms(text, tmp_path):
 
 
 def test_an_entry_says_which_of_its_layers_carry_positions(text, tmp_path):
-    entries = mixed("window:width=8/full:rope_share=0,window:width=8/full,window:rope_share=1,width=8/full", "-a")
+    entries = mixed(
+        "window:width=8/full:rope_share=0,every=2,window:width=8/full,window:rope_share=1,width=8/full", "-a"
+    )
     settings = replace(TINY, layers=4, model={"other_rope_share": 0.25})
     found, _ = run(text, tmp_path / "run", settings, entries)
     labels = [about["label"] for about in found["runs"].values()]
     assert labels == [Entry(*each).label for each in entries]
-    assert labels[0] == "window:width=8/full:rope_share=0"
-    shares = [(0.5, 0), (0.5, 0.25), (1, 0.25)]
+    assert labels[0] == "window:width=8/full:rope_share=0,every=2"
+    shares = [(0.5, 0, 2), (0.5, 0.25, 4), (1, 0.25, 4)]
     for about, wanted in zip(found["runs"].values(), shares, strict=True):
         model = checkpoint.read(tmp_path / "run" / about["checkpoint"]).model
-        assert (model.rope_share, model.other_rope_share) == wanted
+        assert (model.rope_share, model.other_rope_share, model.every) == wanted
 
 
 def seen():

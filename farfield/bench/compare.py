@@ -36,11 +36,13 @@ NAME = "compare.json"
 FREE = ("scored", "seeds", "again", "lengths")
 """Settings that may differ when a comparison goes on; so may the list of mechanisms."""
 
-PER_RUN = ("attention", "attention_options", "other", "other_options", "other_rope_share", "kind")
+PER_RUN = ("attention", "attention_options", "other", "other_options", "other_rope_share", "every", "kind")
 """Fields of ModelConfig that tell the runs apart, or say nothing."""
 
-OF_LAYERS = ("rope_share",)
-"""Fields of a model's layers that stand among the options of an entry: "near-field/fma:open=16,rope_share=0"."""
+OF_LAYERS = {"rope_share": "rope_share"}
+OF_OTHERS = {"rope_share": "other_rope_share", "every": "every"}
+"""Fields of ModelConfig that stand among the options of an entry's mechanisms: "near-field/fma:open=4,rope_share=0".
+"""
 
 SAMPLE = 1 << 20  # tokens of held-out text at most that all other lengths are scored on
 TOLD = 20.0  # seconds between two lines on the runs under way
@@ -111,7 +113,7 @@ class Settings:
 class Entry:
     """A mechanism of the comparison, with its options; `other`, if any, is that of every fourth layer.
 
-    The options of either may hold what OF_LAYERS names, for the layers that attend through it.
+    The options may hold what OF_LAYERS and OF_OTHERS name, for the layers that attend through it.
     """
 
     name: str
@@ -464,11 +466,11 @@ class Comparison:
 
         s = self.settings
         shape = {"width": s.width, "layers": s.layers, "heads": s.heads, "kv_heads": s.kv_heads}
-        options, own = _apart(entry.options)
+        options, own = _apart(entry.options, OF_LAYERS)
         if entry.other is not None:
-            other_options, others = _apart(entry.other[1])
+            other_options, of_others = _apart(entry.other[1], OF_OTHERS)
             shape |= {"other": entry.other[0], "other_options": other_options}
-            own |= {f"other_{name}": value for name, value in others.items()}
+            own |= of_others
         shape |= dict(known(ModelConfig, s.model or {})) | own
         model = ModelConfig(**shape, attention=entry.name, attention_options=options)
         config = TrainConfig(
@@ -594,12 +596,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(there) if there else None
 
 
-def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A mechanism's options, and those that are of its layers."""
-    return (
-        {name: value for name, value in options.items() if name not in OF_LAYERS},
-        {name: value for name, value in options.items() if name in OF_LAYERS},
-    )
+def _apart(options: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A mechanism's options, and the fields of ModelConfig among them."""
+    own = {name: value for name, value in options.items() if name not in names}
+    return own, {field: options[name] for name, field in names.items() if name in options}
 
 
 def _key(entry: Entry, seed: int) -> str:
