@@ -125,6 +125,11 @@ class Mechanism(nn.Module):
         """
         raise NotImplementedError(f"{self.name}: no decode state; call forward on the whole sequence")
 
+    def auxiliary(self, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None) -> Float[Tensor, ""] | None:
+        """What weights of the mechanism minimize that the output has no gradient for, such as those of a score that
+        selects; None where there are none. Arguments as the forward's; no gradient for them."""
+        return None
+
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The paper's formula, literally: dense, slow, float64 in the tests, sharing nothing with forward."""
         raise NotImplementedError

@@ -452,6 +452,46 @@ def test_compiled_blocks_leave_their_mechanisms_as_written(monkeypatch):
     model.loss(ids[:, :-1], ids[:, 1:])
 
 
+@pytest.mark.parametrize("changes", [{}, {"checkpoint": True}, {"rotate": "layer"}], ids=str)
+def test_a_learned_score_is_taught_by_its_own_loss(config, tmp_path, changes):
+    """And nothing else is: one step later only its weights differ from those of a step without."""
+    options = {"block": 8, "near": 8, "rank": 4, "open": 1, "score": "learned"}
+    model = model_config(attention="fma", attention_options=options, layers=2, **changes)
+    found = []
+    for weight in (0.0, 0.5):
+        made = config(tokens=64, steps=1, clip=0, optimizer="adamw", auxiliary=weight, out=str(tmp_path / str(weight)))
+        found.append(run(model, made))
+    without, some = (weights(result) for result in found)
+    taught = {name for name in without if not torch.equal(without[name], some[name])}
+    assert taught == {f"blocks.{n}.attention.mechanism.spread" for n in range(2)}
+    assert all(torch.equal(without[name], torch.full_like(without[name], 0.5)) for name in taught)
+    assert found[1].history[0]["loss"] == found[0].history[0]["loss"]
+
+
+def test_what_mechanisms_minimize_is_there_once_a_forward_and_compiled_too():
+    options = {"block": 8, "near": 8, "rank": 4, "open": 1, "score": "learned"}
+    model, ids = (
+        Decoder(model_config(attention="fma", attention_options=options, layers=2)),
+        torch.randint(256, (2, 65)),
+    )
+    model.loss(ids[:, :-1], ids[:, 1:])
+    assert model.auxiliary() is None
+    model.teach()
+    model.loss(ids[:, :-1], ids[:, 1:])
+    own = model.auxiliary()
+    assert own is not None
+    assert own > 0
+    assert model.auxiliary() is None
+    with compiled(model, backend="aot_eager"):
+        model.loss(ids[:, :-1], ids[:, 1:])
+        assert torch.allclose(model.auxiliary(), own)
+    with torch.no_grad():
+        model.loss(ids[:, :-1], ids[:, 1:])
+    assert model.auxiliary() is None
+    with pytest.raises(NotImplementedError, match="packed documents"):
+        model.loss(ids[:, :-1], ids[:, 1:], torch.zeros(2, 64, dtype=torch.long))
+
+
 @pytest.mark.parametrize("name", mechanisms.names())
 def test_muon_gets_the_matrices_of_the_blocks_only(name):
     options = {"pool": "learned"} if name == "fma" else {}

@@ -78,6 +78,9 @@ def train(
     schedule: Annotated[str | None, in_recipe("linear", "linear, cosine or constant.")] = None,
     decay: Annotated[float | None, in_recipe(0.6, "Share of the steps that linear decays over.")] = None,
     clip: Annotated[float | None, in_recipe(1.0, "Largest gradient norm; 0 for none.")] = None,
+    auxiliary: Annotated[
+        float | None, in_recipe(0.0, "Weight of what mechanisms minimize, as a learned score.")
+    ] = None,
     dtype: Annotated[str | None, in_recipe("float32", "float32, or bfloat16 for autocast.")] = None,
     compile: Annotated[
         bool | None, in_recipe("no-compile", "torch.compile around the mechanisms.", "--compile/--no-compile")

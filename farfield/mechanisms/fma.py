@@ -467,6 +467,14 @@ class FMA(Mechanism):
             summed=self.segments == "sum",
         )
 
+    def auxiliary(self, q, k, v, *, rotary=None):
+        if self.score != "learned":
+            return None
+        if rotary is not None:
+            at = torch.arange(q.shape[2], device=q.device)
+            q, k = rotary(q, at), rotary(k, at)
+        return self.score_loss(q, k)
+
     def _held(self, q: Tensor) -> Tensor:
         """For each query the one that chooses for it."""
         return q if self.hold == 1 else q[:, :, :: self.hold].repeat_interleave(self.hold, 2)[:, :, : q.shape[2]]

@@ -108,6 +108,9 @@ class Attention(nn.Module):
         self.gain = nn.Parameter(torch.full((heads,), 1.6)) if qk_norm else None
         self.spare = max(SPARE, getattr(self.mechanism, "rewind", 0))
         self.inside = rotate == "mechanism" and self.mechanism.supports.rotary
+        # whether a forward with gradients leaves behind what the mechanism itself minimizes
+        self.teaching = False
+        self.taught: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "B T W"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
         """Attention of every token. `group` as in Mechanism.forward: the convolution keeps documents apart too."""
@@ -123,6 +126,10 @@ class Attention(nn.Module):
     def attended(self, q: Tensor, k: Tensor, v: Tensor, group: Tensor | None, rotary: Rotary | None) -> Tensor:
         """The mechanism's own part of `forward`."""
         with _plain(q):
+            if self.teaching and torch.is_grad_enabled():
+                if group is not None:
+                    raise NotImplementedError("Attention: what a mechanism minimizes itself is not of packed documents")
+                self.taught = self.mechanism.auxiliary(q, k, v, rotary=rotary)
             return self.mechanism(q, k, v, group=group, rotary=rotary)
 
     def extend(self, x: Float[Tensor, "B T W"], state: LayerState | None = None) -> tuple[Tensor, LayerState]:

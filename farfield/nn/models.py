@@ -92,6 +92,20 @@ class Transformer(nn.Module):
         """The output layer's matrix; the embedding's where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
+    def teach(self, on: bool = True) -> None:
+        """From now on forwards with gradients make what `auxiliary` returns; of packed documents it is refused."""
+        for block in self.blocks:
+            cast(Block, block).attention.teaching = on
+
+    def auxiliary(self) -> Tensor | None:
+        """The sum of what the layers' mechanisms minimize themselves (Mechanism.auxiliary), once for each forward after
+        `teach`; None where none does."""
+        layers = [cast(Block, block).attention for block in self.blocks]
+        found: list[Tensor] = [layer.taught for layer in layers if layer.taught is not None]
+        for layer in layers:
+            layer.taught = None
+        return torch.stack(found).sum() if found else None
+
     def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(

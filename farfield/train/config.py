@@ -44,6 +44,8 @@ class TrainConfig:
         schedule: after warm-up "linear" (flat, then linear to 0), "cosine" (to 0) or "constant".
         decay: share of the steps that the linear schedule decays over.
         clip: largest gradient norm; 0 for none.
+        auxiliary: weight of what mechanisms minimize themselves (Mechanism.auxiliary: FMA's learned score), which is
+            added to the loss that is minimized, not to the one that is told; 0: not at all.
         mask_share: share of the tokens hidden from an encoder.
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
         compile: torch.compile the blocks, all of them but the mechanisms.
@@ -74,6 +76,7 @@ class TrainConfig:
     schedule: str = "linear"
     decay: float = 0.6
     clip: float = 1.0
+    auxiliary: float = 0.0
     mask_share: float = 0.15
     dtype: str = "float32"
     compile: bool = False
@@ -108,7 +111,7 @@ class TrainConfig:
         for name in ("held_out", "decay", "mask_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"TrainConfig: {name} must be above 0 and at most 1, got {getattr(self, name)}")
-        for name in ("lr", "rest_lr", "clip", "weight_decay"):
+        for name in ("lr", "rest_lr", "clip", "weight_decay", "auxiliary"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"TrainConfig: {name} must not be negative, got {value}")

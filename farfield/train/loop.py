@@ -109,6 +109,7 @@ def fit(
     _check_vocab(model_config, data)
     torch.manual_seed(config.seed)
     model = build(model_config).to(device)
+    model.teach(config.auxiliary > 0)
     optimizers = Optimizers(model, config)
     step = _resume(run, model, optimizers, config, data) if resume else _start(run)
     graph = config.graph and device.type == "cuda"
@@ -131,7 +132,8 @@ def fit(
         for inputs, targets in zip(batches[::2], batches[1::2], strict=True):
             with autocast(device, config.dtype):
                 loss = model.loss(inputs, targets) / config.accumulate
-            loss.backward()
+            own = model.auxiliary() if config.auxiliary else None
+            (loss if own is None else loss + config.auxiliary / config.accumulate * own).backward()
             found.append(loss.detach())
         if config.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
