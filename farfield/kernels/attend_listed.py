@@ -9,6 +9,8 @@ queries, so that these parts never take more than PARTS bytes.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from torch import Tensor
 from farfield.kernels import attend_listed_hopper
 from farfield.kernels.attend import LN2, LOG2E, _dense, lists_of, padded, soften
 from farfield.kernels.replay import start
-from farfield.kernels.transpose import counted, counts, piece_of, placed, transpose
+from farfield.kernels.transpose import Readers, counted, counts, piece_of, placed, transpose
 from farfield.ops.attend import Call
 
 PARTS = 1 << 30  # bytes
@@ -27,20 +29,61 @@ WIDEST = 128
 ROWS = 128  # queries of a tile, the heads of a unit counted apart
 AT_ONCE = 8  # parts that the second launch asks for together
 
+
+class Beside(NamedTuple):
+    """Blocks end with rows that only some of their readers read.
+
+    Args:
+        words: [B, U, T, P] int32, for each entry; its reader reads rows own + x * each and further `each` of the block
+            if bit x is set, x < 31.
+        bias: [B, G, S] float32, of all rows; it is added to q . k, before the scale.
+        own: rows of a block that all its readers read.
+    """
+
+    words: Tensor
+    bias: Tensor
+    own: int
+    each: int
+
+
 VARIES = ["base", "seg_b", "seg_u", "rep_b", "rep_u", "most", "pieces", "units", "total", "first", "rows", "row_blocks"]
 VARIES += ["picks", "q_b", "q_h", "q_t", "k_b", "k_h", "k_r", "v_b", "v_h", "v_r"]
 
 
+@triton.jit
+def read_beside(word, row, OWN: tl.constexpr, EACH: tl.constexpr):
+    """Whether readers of these words read these rows of their block."""
+    bit = tl.minimum(tl.maximum(row - OWN, 0) // EACH, 31)
+    return (row < OWN) | (((word >> bit) & 1) != 0)
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "all_tokens", "picks", "total"])
+def hand_out(
+    words, place, count, handed, tokens, first, all_tokens, picks, total, SIZE: tl.constexpr
+):  # fmt: skip
+    """The words of the entries of queries first .. first + tokens - 1, each at its entry's place."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    line = at // picks
+    used = at % picks < tl.load(count + line, mask=at < total, other=0)
+    query = line // tokens * all_tokens + first + line % tokens
+    word = tl.load(words + query * picks + at % picks, mask=used, other=0)
+    tl.store(handed + tl.load(place + at, mask=used, other=0), word, mask=used)
+
+
 @triton.jit(do_not_specialize=VARIES)
 def read_blocks(
-    q, k, v, parts, masses, start, reader, key,
+    q, k, v, parts, masses, start, reader, key, words, bias,
     base, seg_b, seg_u, rep_b, rep_u, most, pieces, units, total, first, rows, row_blocks, picks,
     q_b, q_h, q_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
     D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    OWN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """What each reader of a block, or of a piece of it, gets from it: parts and log2 masses, at the reader's place."""
+    """What each reader of a block, or of a piece of it, gets from it: parts and log2 masses, at the reader's place.
+
+    With OWN, `words` at the reader's place and `bias` are those of `Beside`.
+    """
     pid = tl.program_id(0).to(tl.int64)
     unit, x = pid // (row_blocks + pieces), pid % (row_blocks + pieces)
     b, u = unit // units, unit % units
@@ -84,6 +127,8 @@ def read_blocks(
             peak = tl.full([ROWS], float("-inf"), tl.float32)
             mass = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, E_TILE], tl.float32)
+            if OWN:
+                word = tl.load(words + spot, mask=asked, other=0)
             for begin in range(0, K_BLOCK, BK):
                 at = m * K_BLOCK + begin + inside
                 there = at < rows
@@ -91,11 +136,14 @@ def read_blocks(
                 v_tile = tl.load(
                     v + (at * v_r)[:, None] * E_UNIT + values, mask=there[:, None] & (values < E), other=0.0
                 )
-                scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E)
+                scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
                 seen = there[None, :]
                 if CAUSAL:
                     seen = seen & (at[None, :] <= token[:, None])
-                scores = tl.where(seen, scores, float("-inf"))
+                if OWN:
+                    scores += tl.load(bias + (b * (units // REPEAT) + g) * rows + at, mask=there, other=0.0)[None, :]
+                    seen = seen & read_beside(word[:, None], (begin + inside)[None, :], OWN, EACH)
+                scores = tl.where(seen, scores * (scale * LOG2E), float("-inf"))
                 peak, mass, acc = soften(peak, mass, acc, scores, v_tile)
         acc *= (1.0 / tl.where(mass > 0, mass, 1.0))[:, None]
         part_at = parts + place[:, None] * E + values
@@ -167,7 +215,9 @@ def wants(call: Call) -> bool:
     return bool(call.q.numel()) and call.q.shape[2] >= FEWEST and lists_of(call)[1] <= 64
 
 
-def attend_listed(call: Call, begun: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def attend_listed(
+    call: Call, begun: tuple[Tensor, Tensor] | None = None, beside: Beside | None = None
+) -> tuple[Tensor, Tensor]:
     """out [B, H, T, E] and lse [B, H, T]; the contract is ops.attend's. `begun`: those of other rows, to be joined."""
     q, (k,), (v,), _, _, _, _, _, (index,), (count,), (plan,), scale = call
     batch, heads, tokens, width = q.shape
@@ -197,16 +247,19 @@ def attend_listed(call: Call, begun: tuple[Tensor, Tensor] | None = None) -> tup
         seg_b, seg_u = found.strides
         # units that share lists have parts of their own, one behind the other
         rep_b, rep_u = 0 if seg_b else 1 if seg_u else units, 0 if seg_u else 1
+        words = None if beside is None else handed_out(beside.words, found, filled, first)
         if gathered:
-            attend_listed_hopper.read(call, found, parts, masses, units, stack, first, many)
+            attend_listed_hopper.read(call, found, parts, masses, units, stack, first, many, words, beside)
         else:
             start(
                 read_blocks, (batch * units * (row_blocks + found.pieces),),
-                q, k, v, parts, masses, found.start, found.reader, found.key, found.base, seg_b, seg_u, rep_b, rep_u,
+                q, k, v, parts, masses, found.start, found.reader, found.key, words, beside and beside.bias,
+                found.base, seg_b, seg_u, rep_b, rep_u,
                 found.most, found.pieces, units, listed.numel(), first, rows, row_blocks, picks,
                 *[n // d_unit for n in (*q_at, *k_at)], *[n // e_unit for n in v_at], scale,
                 stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal), width, value_width, d_tile,
-                e_tile, d_unit, e_unit, BQ=tile, BK=min(plan.k_block, 64),
+                e_tile, d_unit, e_unit, BQ=tile, BK=min(plan.k_block, 64), OWN=beside.own if beside else 0,
+                EACH=beside.each if beside else 1,
                 num_warps=4 if max(d_tile, e_tile, plan.k_block) <= 64 else 8, num_stages=2,
             )  # fmt: skip
         # by measurement on an H200
@@ -218,6 +271,18 @@ def attend_listed(call: Call, begun: tuple[Tensor, Tensor] | None = None) -> tup
             AT_ONCE=min(AT_ONCE, padded(picks, 1)), num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+def handed_out(words: Tensor, found: Readers, count: Tensor, first: int) -> Tensor:
+    """`Beside.words` of queries from `first` on, whose lists are `found`, in the order of the sort."""
+    tokens, all_tokens, picks = count.shape[2], *words.shape[2:]
+    assert found.place is not None
+    handed = torch.empty_like(found.reader)
+    total = count.numel() * picks
+    start(
+        hand_out, (-(-total // 1024),), words, found.place, count, handed, tokens, first, all_tokens, picks, total, 1024
+    )  # fmt: skip
+    return handed
 
 
 def at_once(call: Call) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from farfield.kernels import attend_listed_backward_hopper as hopper
 from farfield.kernels.attend import LOG2E, _dense, lists_of, padded
-from farfield.kernels.attend_listed import FEWEST, _unit, piece_size
+from farfield.kernels.attend_listed import FEWEST, Beside, _unit, handed_out, piece_size, read_beside
 from farfield.kernels.hopper import descriptor
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import WHOLE, counted, counts, piece_of, placed, transpose
@@ -66,13 +66,14 @@ VARIES += ["picks", "q_b", "q_h", "q_t", "d_b", "d_h", "d_t", "k_b", "k_h", "k_r
 
 @triton.jit(do_not_specialize=VARIES)
 def read_blocks_backward(
-    q, k, v, d_out, delta, shift, parts, d_k, d_v, piece_k, piece_v, start, reader, key,
+    q, k, v, d_out, delta, shift, parts, d_k, d_v, d_bias, piece_k, piece_v, piece_bias,
+    start, reader, key, words, bias,
     base, seg_b, seg_u, most, pieces, units, tokens, first, all_tokens, rows, row_blocks, picks,
     q_b, q_h, q_t, d_b, d_h, d_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
     D_UNIT: tl.constexpr, E_UNIT: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    ROWS_GRAD: tl.constexpr, QUERY_GRAD: tl.constexpr, ADD: tl.constexpr,
+    ROWS_GRAD: tl.constexpr, QUERY_GRAD: tl.constexpr, ADD: tl.constexpr, OWN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a part of BK rows of a block (ROWS_GRAD), or each reader's share of dq from all of it."""
     CUTS: tl.constexpr = K_BLOCK // BK if ROWS_GRAD else 1
@@ -100,6 +101,9 @@ def read_blocks_backward(
         v_tile = tl.load(v + (at * v_r)[:, None] * E_UNIT + values, mask=there[:, None] & (values < E), other=0.0)
         dk = tl.zeros([BK, D_TILE], tl.float32)
         dv = tl.zeros([BK, E_TILE], tl.float32)
+        db = tl.zeros([BK], tl.float32)
+    if OWN:
+        bias += (b * (units // REPEAT) + g) * rows
     for tile in range(low, high, BQ):
         spot = tile + row // STACK_TILE
         asked = (spot < high) & (head < STACK)
@@ -113,17 +117,24 @@ def read_blocks_backward(
         lowered = tl.load(shift + line, mask=asked, other=float("inf"))
         less = tl.load(delta + line, mask=asked, other=0.0)
         place = (unit * tokens * picks + entry) * STACK + head
+        if OWN:
+            word = tl.load(words + spot, mask=asked, other=0)
         if ROWS_GRAD:
             # [BK, BQ * STACK_TILE]: rows down, so that dv and dk are products of what lies in registers
-            scores = tl.dot(k_tile, q_tile.T, input_precision="ieee") * (scale * LOG2E)
+            scores = tl.dot(k_tile, q_tile.T, input_precision="ieee")
             seen = there[:, None] & asked[None, :]
             if CAUSAL:
                 seen = seen & (at[:, None] <= token[None, :])
-            weights = tl.where(seen, tl.exp2(scores - lowered[None, :]), 0.0)
+            if OWN:
+                scores += tl.load(bias + at, mask=there, other=0.0)[:, None]
+                seen = seen & read_beside(word[None, :], (cut * BK + inside)[:, None], OWN, EACH)
+            weights = tl.where(seen, tl.exp2(scores * (scale * LOG2E) - lowered[None, :]), 0.0)
             dv += tl.dot(weights.to(d_tile.dtype), d_tile, input_precision="ieee")
             d_scores = weights * (tl.dot(v_tile, d_tile.T, input_precision="ieee") - less[None, :])
             small = d_scores.to(q_tile.dtype)
             dk += tl.dot(small, q_tile, input_precision="ieee")
+            if d_bias is not None:
+                db += tl.sum(d_scores, 1)
             if QUERY_GRAD:
                 share = tl.dot(tl.trans(small), k_tile, input_precision="ieee")
         else:
@@ -135,11 +146,14 @@ def read_blocks_backward(
                 v_tile = tl.load(
                     v + (at * v_r)[:, None] * E_UNIT + values, mask=there[:, None] & (values < E), other=0.0
                 )
-                scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * (scale * LOG2E)
+                scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
                 seen = there[None, :] & asked[:, None]
                 if CAUSAL:
                     seen = seen & (at[None, :] <= token[:, None])
-                weights = tl.where(seen, tl.exp2(scores - lowered[:, None]), 0.0)
+                if OWN:
+                    scores += tl.load(bias + at, mask=there, other=0.0)[None, :]
+                    seen = seen & read_beside(word[:, None], (begin + inside)[None, :], OWN, EACH)
+                weights = tl.where(seen, tl.exp2(scores * (scale * LOG2E) - lowered[:, None]), 0.0)
                 d_scores = weights * (tl.dot(d_tile, v_tile.T, input_precision="ieee") - less[:, None])
                 share += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
         if QUERY_GRAD:
@@ -151,8 +165,15 @@ def read_blocks_backward(
             to = ((unit * pieces + piece) * K_BLOCK + cut * BK + inside)[:, None]
             tl.store(piece_k + to * D + dims, dk, mask=dims < D)
             tl.store(piece_v + to * E + values, dv, mask=values < E)
+            if d_bias is not None:
+                tl.store(piece_bias + (unit * pieces + piece) * K_BLOCK + cut * BK + inside, db)
         else:
             to = (unit * rows + at)[:, None]
+            if d_bias is not None:
+                bias_at = d_bias + unit * rows + at
+                if ADD:
+                    db += tl.load(bias_at, mask=there, other=0.0)
+                tl.store(bias_at, db, mask=there)
             if ADD:
                 dk += tl.load(d_k + to * D + dims, mask=there[:, None] & (dims < D), other=0.0)
                 dv += tl.load(d_v + to * E + values, mask=there[:, None] & (values < E), other=0.0)
@@ -164,7 +185,7 @@ def read_blocks_backward(
 
 @triton.jit(do_not_specialize=["seg_b", "seg_u", "most", "pieces", "units", "rows", "row_blocks"])
 def join_pieces(
-    d_k, d_v, piece_k, piece_v, start, seg_b, seg_u, most, pieces, units, rows, row_blocks,
+    d_k, d_v, d_bias, piece_k, piece_v, piece_bias, start, seg_b, seg_u, most, pieces, units, rows, row_blocks,
     K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr,
     BK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -183,16 +204,23 @@ def join_pieces(
         mask_k, mask_v = there[:, None] & (dims < D), there[:, None] & (values < E)
         dk = tl.zeros([BK, D_TILE], tl.float32)
         dv = tl.zeros([BK, E_TILE], tl.float32)
+        db = tl.zeros([BK], tl.float32)
         if ADD:
             dk += tl.load(d_k + to * D + dims, mask=mask_k, other=0.0)
             dv += tl.load(d_v + to * E + values, mask=mask_v, other=0.0)
+            if d_bias is not None:
+                db += tl.load(d_bias + unit * rows + at, mask=there, other=0.0)
         own = 2 * (low - tl.load(start)) // most
         for piece in range(own, own + (high - low + most - 1) // most):
             of = ((unit * pieces + piece) * K_BLOCK + cut * BK + inside)[:, None]
             dk += tl.load(piece_k + of * D + dims, mask=dims < D, other=0.0)
             dv += tl.load(piece_v + of * E + values, mask=values < E, other=0.0)
+            if d_bias is not None:
+                db += tl.load(piece_bias + (unit * pieces + piece) * K_BLOCK + cut * BK + inside)
         tl.store(d_k + to * D + dims, dk.to(d_k.dtype.element_ty), mask=mask_k)
         tl.store(d_v + to * E + values, dv.to(d_v.dtype.element_ty), mask=mask_v)
+        if d_bias is not None:
+            tl.store(d_bias + unit * rows + at, db, mask=there)
 
 
 @triton.jit(do_not_specialize=["units", "tokens", "first", "all_tokens", "picks", "list_b", "list_u", "total"])
@@ -217,13 +245,27 @@ def join_queries(
 
 
 def attend_listed_backward(
-    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, folded: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, folded: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, for calls that attend_listed.wants.
 
     Args:
         folded: q holds so many query heads of a key head, one behind the other, of which each reads its own block up to
             itself too; for calls that attend_own.wants.
+    """
+    return gradients(call, d_out, d_lse, out, lse, folded)[:3]
+
+
+def gradients(
+    call: Call, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, folded: int = 0,
+    beside: Beside | None = None, bias_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q, k and v, and of the biases of `beside` if they are asked for, not scaled.
+
+    Args:
+        folded: q holds so many query heads of a key head, one behind the other, of which each reads its own block up to
+            itself too; for calls that attend_own.wants.
+        beside: what blocks end with; their rows are all there.
     """
     q, (k,), (v,), _, _, _, _, _, (index,), (count,), (plan,), scale = call
     batch, heads, tokens, width = q.shape
@@ -263,6 +305,8 @@ def attend_listed_backward(
     dtype = torch.float32 if add or units != kv_heads else q.dtype
     d_k = made(batch, units, rows, width, dtype=dtype, device=q.device)
     d_v = made(batch, units, rows, value_width, dtype=dtype, device=q.device)
+    d_bias = made(batch, units, rows, dtype=torch.float32, device=q.device) if bias_grad else None
+    own, each = (beside.own, beside.each) if beside else (0, 1)
     own_parts = own_start = None
     line = split = per = 0
     if folded:
@@ -279,11 +323,12 @@ def attend_listed_backward(
         start(
             hopper.read_blocks_backward_hopper, (batch * units * tile_rows,),
             q, k, v, d_out, own_shift, own_delta, token, descriptor(own_parts[None, None], tiles.queries), own_parts,
-            d_k, d_v, own_shift, own_shift, own_start, token, 0, 0, 0, WHOLE, 0, units, per, line, rows, tile_rows, 0,
+            d_k, d_v, None, own_shift, own_shift, None, own_start, token, None, None,
+            0, 0, 0, WHOLE, 0, units, per, line, rows, tile_rows, 0,
             q_at[0] // 8, line * q_at[2] // 8, q_at[2] // 8, d_at[0] // 8, line * d_at[2] // 8, d_at[2] // 8,
             *[n // 8 for n in (*k_at, *v_at)], scale,
             STACK=folded, REPEAT=1, K_BLOCK=tiles.rows, ROWS=tiles.rows, CAUSAL=True, D=width, BQ=tiles.queries,
-            STAGES=tiles.stages, ADD=False, WARPS=tiles.warps, num_warps=tiles.warps,
+            STAGES=tiles.stages, ADD=False, WARPS=tiles.warps, OWN=0, EACH_ROWS=1, num_warps=tiles.warps,
         )  # fmt: skip
     whole = step == plan.k_block
     for first in range(0, tokens, chunk):
@@ -294,10 +339,12 @@ def attend_listed_backward(
             found = counted(listed, filled, row_blocks, most)
         else:
             (found,) = transpose([listed], [filled], [row_blocks], [True], [most])
-            found = placed(found, listed.shape, row_blocks) if tiles is not None else found
+            found = placed(found, listed.shape, row_blocks) if tiles is not None or beside else found
+        words = None if beside is None else handed_out(beside.words, found, filled, first)
         seg_b, seg_u = found.strides
         held = batch * units * found.pieces * plan.k_block
         piece_k, piece_v = (delta.new_empty(max(held, 1), n) for n in (width, value_width))
+        piece_bias = delta.new_empty(max(held, 1)) if bias_grad else None
         if tiles is not None:
             token = torch.empty_like(found.reader)
             start(
@@ -306,11 +353,13 @@ def attend_listed_backward(
             start(
                 hopper.read_blocks_backward_hopper, (cuts * batch * units * (row_blocks + found.pieces),),
                 q, k, v, d_out, shift, delta, token, descriptor(parts[None, None], tiles.queries), parts, d_k, d_v,
-                piece_k, piece_v, found.start, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
+                d_bias, piece_k, piece_v, piece_bias, found.start, found.key, words, beside and beside.bias,
+                found.base, seg_b, seg_u, found.most, found.pieces, units,
                 many * picks, tokens, rows, row_blocks, part_rows,
                 *[n // 8 for n in (*q_at, *d_at, *k_at, *v_at)], scale,
                 STACK=stack, REPEAT=heads // kv_heads, K_BLOCK=plan.k_block, ROWS=step, CAUSAL=bool(plan.causal),
-                D=width, BQ=tiles.queries, STAGES=tiles.stages, ADD=add, WARPS=tiles.warps, num_warps=tiles.warps,
+                D=width, BQ=tiles.queries, STAGES=tiles.stages, ADD=add, WARPS=tiles.warps, OWN=own, EACH_ROWS=each,
+                num_warps=tiles.warps,
             )  # fmt: skip
         else:
             tile = max(1, (64 if max(d_tile, e_tile) <= 64 else 32) // stack_tile)
@@ -318,18 +367,20 @@ def attend_listed_backward(
                 programs = batch * units * (row_blocks + found.pieces) * (plan.k_block // step if of_rows else 1)
                 start(
                     read_blocks_backward, (programs,),
-                    q, k, v, d_out, delta, shift, parts, d_k, d_v, piece_k, piece_v,
-                    found.start, found.reader, found.key, found.base, seg_b, seg_u, found.most, found.pieces, units,
+                    q, k, v, d_out, delta, shift, parts, d_k, d_v, d_bias, piece_k, piece_v, piece_bias,
+                    found.start, found.reader, found.key, words, beside and beside.bias,
+                    found.base, seg_b, seg_u, found.most, found.pieces, units,
                     many, first, tokens, rows, row_blocks, picks, *[n // d_unit for n in q_at],
                     *[n // e_unit for n in d_at], *[n // d_unit for n in k_at], *[n // e_unit for n in v_at], scale,
                     stack, stack_tile, heads // kv_heads, plan.k_block, bool(plan.causal), width, value_width, d_tile,
                     e_tile, d_unit, e_unit, BQ=tile, BK=step, ROWS_GRAD=of_rows, QUERY_GRAD=of_queries, ADD=add,
-                    num_warps=8, num_stages=2,
+                    OWN=own, EACH=each, num_warps=8, num_stages=2,
                 )  # fmt: skip
         if found.pieces:
             start(
                 join_pieces, (plan.k_block // step * batch * units * row_blocks,),
-                d_k, d_v, piece_k, piece_v, found.start, seg_b, seg_u, found.most, found.pieces, units, rows,
+                d_k, d_v, d_bias, piece_k, piece_v, piece_bias,
+                found.start, seg_b, seg_u, found.most, found.pieces, units, rows,
                 row_blocks, plan.k_block, width, value_width, d_tile, e_tile, step, ADD=add, num_warps=8,
             )  # fmt: skip
         total, some = batch * heads * many, max(1, 2048 // d_tile)
@@ -349,7 +400,8 @@ def attend_listed_backward(
             )  # fmt: skip
     if units != kv_heads:
         d_k, d_v = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (d_k, d_v))
-    return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
+        d_bias = None if d_bias is None else d_bias.unflatten(1, (kv_heads, -1)).sum(2)
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_bias
 
 
 def at_once(call: Call) -> bool:

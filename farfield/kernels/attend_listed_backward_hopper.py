@@ -80,7 +80,7 @@ def _name(
 @gluon.jit
 def _gather(
     q_tile, d_tile, shift_place, delta_place, named, q, d_out, shift, delta, q_h, q_t, d_h, d_t, at, last,
-    STACK: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
+    word_place, words, STACK: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """Copy the rows of a tile whose tokens are known; those past the last reader come as 0."""
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -104,6 +104,8 @@ def _gather(
     line = named.load(flat) * STACK + row % STACK
     async_copy.async_copy_global_to_shared(shift_place, shift + line, mask=there)
     async_copy.async_copy_global_to_shared(delta_place, delta + line, mask=there)
+    if OWN:
+        async_copy.async_copy_global_to_shared(word_place, words + at + row // STACK, mask=there)
 
 
 VARIES = ["base", "seg_b", "seg_u", "most", "pieces", "units", "per", "all_tokens", "rows", "row_blocks", "part_rows"]
@@ -112,11 +114,13 @@ VARIES += ["q_b", "q_h", "q_t", "d_b", "d_h", "d_t", "k_b", "k_h", "k_r", "v_b",
 
 @gluon.jit(do_not_specialize=VARIES)
 def read_blocks_backward_hopper(
-    q, k, v, d_out, shift, delta, token, parts, loose, d_k, d_v, piece_k, piece_v, start, key,
+    q, k, v, d_out, shift, delta, token, parts, loose, d_k, d_v, d_bias, piece_k, piece_v, piece_bias,
+    start, key, words, bias,
     base, seg_b, seg_u, most, pieces, units, per, all_tokens, rows, row_blocks, part_rows,
     q_b, q_h, q_t, d_b, d_h, d_t, k_b, k_h, k_r, v_b, v_h, v_r, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, K_BLOCK: gl.constexpr, ROWS: gl.constexpr, CAUSAL: gl.constexpr,
     D: gl.constexpr, BQ: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr, WARPS: gl.constexpr,
+    OWN: gl.constexpr, EACH_ROWS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of ROWS rows of a block, or of what a piece of its readers adds to them, and each reader's dq."""
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BQ, 16])
@@ -167,6 +171,8 @@ def read_blocks_backward_hopper(
         shift_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
         delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
         token_ring = gl.allocate_shared_memory(gl.int32, [NAMES, BQ], plain)
+        # of those that read rows beside theirs
+        word_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BQ], plain)
 
         g = u
         if STACK == 1:
@@ -198,14 +204,19 @@ def read_blocks_backward_hopper(
         for t in gl.static_range(STAGES - 1):
             _gather(
                 q_ring.index(t).reshape([BQ, D]), d_ring.index(t), shift_ring.index(t), delta_ring.index(t),
-                token_ring.index(t), q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last, STACK, BQ, D,
-                WARPS,
+                token_ring.index(t), q, d_out, shift, delta, q_h, q_t, d_h, d_t, first + t * EACH, last,
+                word_ring.index(t), words, STACK, BQ, D, WARPS, OWN,
             )  # fmt: skip
             _name(token_ring, t + STAGES - 1, token, first + (t + STAGES - 1) * EACH, last, STACK, BQ, WARPS)
             async_copy.commit_group()
 
         acc_k = gl.zeros([ROWS, D], gl.float32, wide)
         acc_v = gl.zeros([ROWS, D], gl.float32, wide)
+        acc_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score))
+        number = cut * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, score))
+        bit = gl.minimum(gl.maximum(number - OWN, 0) // EACH_ROWS, 31)
+        if OWN:
+            more = gl.load(bias + (unit // REPEAT).to(gl.int64) * rows + m * K_BLOCK + number)
         factor = scale * LOG2E
         # the first row that a query may stand before; readers ascend
         edge = gl.where(row0 + ROWS > rows, EVERY, row0 + ROWS - 1)
@@ -226,7 +237,13 @@ def read_blocks_backward_hopper(
             d_product = warpgroup_mma(v_tile, d_tile.permute((1, 0)), d_weights, use_acc=False, is_async=True)
             lowered = shift_ring.index(s).load(of_query)
             scores = warpgroup_mma_wait(1, deps=[product])
+            if OWN:
+                scores += more[:, None]
             weights = gl.exp2(scores * factor - lowered[None, :])
+            if OWN:
+                word = word_ring.index(s).load(of_query)
+                reads = (number < OWN)[:, None] | (((word[None, :] >> bit[:, None]) & 1) != 0)
+                weights = gl.where(reads, weights, 0.0)
             if masking:
                 asking = token_ring.index(t % NAMES).load(of_query)
                 each = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, score))
@@ -239,7 +256,10 @@ def read_blocks_backward_hopper(
             sum_of_v = warpgroup_mma(operand, d_tile, acc_v, is_async=True)
             d_weights = warpgroup_mma_wait(1, deps=[d_product])
             less = delta_ring.index(s).load(of_query)
-            d_scores = (weights * (d_weights - less[None, :])).to(dtype)
+            d_scores = weights * (d_weights - less[None, :])
+            if d_bias is not None:
+                acc_bias += gl.sum(d_scores, 1)
+            d_scores = d_scores.to(dtype)
             d_operand = gl.convert_layout(d_scores, left)
             sum_of_k = warpgroup_mma(d_operand, q_tile, acc_k, is_async=True)
             ds_tile.store(d_scores)
@@ -253,7 +273,7 @@ def read_blocks_backward_hopper(
                 _gather(
                     q_ring.index(to).reshape([BQ, D]), d_ring.index(to), shift_ring.index(to), delta_ring.index(to),
                     token_ring.index(ahead % NAMES), q, d_out, shift, delta, q_h, q_t, d_h, d_t,
-                    first + ahead * EACH, last, STACK, BQ, D, WARPS,
+                    first + ahead * EACH, last, word_ring.index(to), words, STACK, BQ, D, WARPS, OWN,
                 )  # fmt: skip
                 _name(
                     token_ring, (ahead + STAGES - 1) % NAMES, token, first + (ahead + STAGES - 1) * EACH, last, STACK,
@@ -293,6 +313,8 @@ def read_blocks_backward_hopper(
             to = ((unit * pieces + piece).to(gl.int64) * K_BLOCK - m * K_BLOCK + below)[:, None] * D + of_row
             gl.store(piece_k + to, acc_k)
             gl.store(piece_v + to, acc_v)
+            if d_bias is not None:
+                gl.store(piece_bias + (unit * pieces + piece).to(gl.int64) * K_BLOCK + number, acc_bias)
         else:
             to = (unit.to(gl.int64) * rows + below)[:, None] * D + of_row
             kept = (below < rows)[:, None]
@@ -301,6 +323,11 @@ def read_blocks_backward_hopper(
                 acc_v += gl.load(d_v + to, mask=kept, other=0.0).to(gl.float32)
             gl.store(d_k + to, acc_k.to(d_k.dtype.element_ty), mask=kept)
             gl.store(d_v + to, acc_v.to(d_v.dtype.element_ty), mask=kept)
+            if d_bias is not None:
+                bias_at = d_bias + unit.to(gl.int64) * rows + m * K_BLOCK + number
+                if ADD:
+                    acc_bias += gl.load(bias_at)
+                gl.store(bias_at, acc_bias)
 
 
 JOIN_VARIES = ["units", "tokens", "first", "all_tokens", "picks", "row_blocks", "seg_b", "seg_u"]

@@ -12,7 +12,7 @@ and runs are of one size, but for the ends of blocks.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -48,6 +48,9 @@ from farfield.kernels.hopper import (
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import Readers
 from farfield.ops.attend import Call
+
+if TYPE_CHECKING:
+    from farfield.kernels.attend_listed import Beside
 
 TOLD = gl.constexpr(4)  # runs that the loading warp may be ahead of the computing ones, as long as most are empty
 GROUPS = 2  # of computing warps, with tiles of 64 rows each; `read_blocks_hopper` starts so many
@@ -214,6 +217,16 @@ def _hide(scores, row, token, least, rows, layout: gl.constexpr, BK: gl.constexp
 
 
 @gluon.jit
+def _choose(scores, word, bias, row, layout: gl.constexpr, BK: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr):
+    """Scores of the rows from `row` of a block on with their biases, -inf where a reader does not read them."""
+    at = row + gl.arange(0, BK, gl.SliceLayout(0, layout))
+    more = gl.load(bias + at)
+    bit = gl.minimum(gl.maximum(at - OWN, 0) // EACH, 31)
+    seen = (at < OWN)[None, :] | (((word[:, None] >> bit[None, :]) & 1) != 0)
+    return gl.where(seen, scores + more[None, :], float("-inf"))
+
+
+@gluon.jit
 def _take_turn(turns, number, GROUP: gl.constexpr):
     """Products of two groups come in turn, so that each takes the exponentials of the last while the other's run."""
     mbarrier.wait(turns.index(GROUP), (number + 1 - GROUP) & 1)
@@ -224,8 +237,9 @@ def _compute(
     given, rings,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    REPEAT: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr,
 ):  # fmt: skip
-    parts, loose, masses, reader, items, first, picks, rows, scale = given
+    parts, loose, masses, reader, words, bias, items, first, picks, rows, scale = given
     (
         told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full, v_full, k_empty, v_empty, turns,
     ) = rings  # fmt: skip
@@ -244,10 +258,13 @@ def _compute(
     columns = gl.arange(0, E, gl.SliceLayout(0, across))[None, :]
     message, turn, subs = 0, 0, 0
     for _item in range(gl.program_id(0), items, gl.num_programs(0)):
-        count, block, _, begin = _told(told, told_full, told_empty, message, FOUR)
+        count, block, segment, begin = _told(told, told_full, told_empty, message, FOUR)
         sync()
         mbarrier.arrive(told_empty.index(message % TOLD), count=1)
         message += 1
+        bias_at = bias
+        if OWN:
+            bias_at += (segment // REPEAT).to(gl.int64) * rows + block // 2 * K_BLOCK
         if count > 0:
             tiles = (count * STACK + 64 * TOGETHER - 1) // (64 * TOGETHER) * TOGETHER
             if not STREAM:
@@ -268,6 +285,10 @@ def _compute(
                     token = first + gl.load(reader + begin + line // STACK, mask=line < count * STACK, other=0) // picks
                     front = gl.minimum(j * 64, count * STACK - 1) // STACK
                     least = first + gl.load(reader + begin + front) // picks
+                word = token
+                if OWN:
+                    line = j * 64 + gl.arange(0, 64, per_row)
+                    word = gl.load(words + begin + line // STACK, mask=line < count * STACK, other=0)
                 slot = (subs + j) % SLOTS
                 mbarrier.wait(q_full.index(slot), (subs + j) // SLOTS & 1)
                 # the copies were ordinary writes to shared memory; the tensor cores read it another way
@@ -294,6 +315,8 @@ def _compute(
                     sync()
                     mbarrier.arrive(q_empty.index((subs + j - GROUPS) % SLOTS), count=1)
                 scores = _hide(scores, row, token, least, rows, score, BK, CAUSAL)
+                if OWN:
+                    scores = _choose(scores, word, bias_at, 0, score, BK, OWN, EACH)
                 peak = gl.max(scores, 1) * factor
                 base = gl.where(peak == float("-inf"), 0.0, peak)
                 weights = gl.exp2(scores * factor - base[:, None])
@@ -314,6 +337,8 @@ def _compute(
                         scores = warpgroup_mma_wait(1, deps=[product])
                         report(k_empty, s)
                         scores = _hide(scores, row + n * BK, token, least, rows, score, BK, CAUSAL)
+                        if OWN:
+                            scores = _choose(scores, word, bias_at, n * BK, score, BK, OWN, EACH)
                         weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
                         # ptxas moves the next wait in front of the exponentials, but nothing across a branch: this one
                         # has ended long ago
@@ -363,10 +388,11 @@ VARIES = ["items", "units", "first", "picks", "rows", "q_b", "q_h", "q_t"]
 
 @gluon.jit(do_not_specialize=VARIES)
 def read_blocks_hopper(
-    q, k, v, parts, loose, masses, runs, reader, items, units, first, picks, rows, q_b, q_h, q_t, scale,
+    q, k, v, parts, loose, masses, runs, reader, words, bias, items, units, first, picks, rows, q_b, q_h, q_t, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    ROWS: gl.constexpr, TOGETHER: gl.constexpr, LOADING: gl.constexpr, COMPUTING: gl.constexpr,
+    ROWS: gl.constexpr, TOGETHER: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr,
+    LOADING: gl.constexpr, COMPUTING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -401,14 +427,18 @@ def read_blocks_hopper(
         mbarrier.init(v_empty.index(s), count=GROUPS)
     fence_async_shared()
 
-    computing = parts, loose, masses, reader, items, first, picks, rows, scale
+    computing = parts, loose, masses, reader, words, bias, items, first, picks, rows, scale
     rings = (
         told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full, v_full, k_empty, v_empty, turns
     )  # fmt: skip
     # constants stay constants only where they are written into the call
     gl.warp_specialize([
-        (_compute, (computing, rings, 0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL)),
-        (_compute, (computing, rings, 1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL)),
+        (_compute, (
+            computing, rings, 0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL, REPEAT, OWN, EACH,
+        )),
+        (_compute, (
+            computing, rings, 1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL, REPEAT, OWN, EACH,
+        )),
         (_gather, (
             q, told, wanted, q_ring, told_full, told_empty, q_full, q_empty, items,
             STACK, D, ROWS, TOGETHER,
@@ -466,9 +496,14 @@ def wants(call: Call, units: int, stack: int) -> bool:
 
 
 def read(
-    call: Call, found: Readers, parts: Tensor, masses: Tensor, units: int, stack: int, first: int, many: int
-) -> None:
-    """What each reader of a block gets from it, of queries first .. first + many - 1."""
+    call: Call, found: Readers, parts: Tensor, masses: Tensor, units: int, stack: int, first: int, many: int,
+    words: Tensor | None = None, beside: Beside | None = None,
+) -> None:  # fmt: skip
+    """What each reader of a block gets from it, of queries first .. first + many - 1.
+
+    Args:
+        words: those of `beside`, in the order of the sort.
+    """
     q, k, v, index, plan = call.q, call.k[0], call.v[0], call.index[0], call.plans[0]
     batch, heads, _, width = q.shape
     rows, picks = k.shape[2], index.shape[3]
@@ -492,9 +527,11 @@ def read(
     start(
         read_blocks_hopper, (min(items, processors(q.device)),),
         q, descriptor(k, tile), descriptor(v, tile), descriptor(parts[None, None], 64), parts, masses, runs,
-        found.reader, items, units, first, picks, rows, *[n // ALIGNED for n in q.stride()[:3]], call.scale,
+        found.reader, *((words, beside.bias) if beside else (found.reader, masses)), items, units, first, picks, rows,
+        *[n // ALIGNED for n in q.stride()[:3]], call.scale,
         STACK=stack, REPEAT=heads // stack // k.shape[1], GROUPS=GROUPS, K_BLOCK=plan.k_block, BK=tile,
         D=width, E=width, SLOTS=tiles.slots, STAGES=tiles.stages, CAUSAL=bool(plan.causal), ROWS=lines,
-        TOGETHER=GROUPS if stream else 1, LOADING=tiles.loading, COMPUTING=computing, num_warps=4,
+        TOGETHER=GROUPS if stream else 1, OWN=beside.own if beside else 0, EACH=beside.each if beside else 1,
+        LOADING=tiles.loading, COMPUTING=computing, num_warps=4,
         maxnreg=each,
     )  # fmt: skip

@@ -1,8 +1,16 @@
 """What each query of opened FMA reads beside the groups that it opens, from the choice of kernels.opened_search.
 
-Masks: one bit for each query and group, words of 32 groups of one level, sinks first. A bit is set where the query
-reads the summary: the group is listed or its parent is opened, and it is not opened itself. Beside them each tile's
-list of the pieces of the far buffer that any of its queries reads.
+A query opens blocks, and with them all groups that they lie in and that are far. So it reads two kinds of summaries:
+
+- siblings: of an opened group whose parent is far too, and so opened, the other half, unless that is opened itself.
+  Whatever a query opens, the siblings that it reads with a block are among one for each level, those of the groups that
+  the block lies in. They are kept as further rows of the block (`set_beside`), and which of them a query reads there is
+  a word for each of its entries (`paths`), bit h for level h. What several blocks of a list share, one of them reads.
+- listed groups: at most two a level, whose parent is no far group of the query's block, and the sinks. All queries of a
+  block have the same (`listed`). One word a query says which of them it has opened: bit 2 h + x for group x of level h,
+  bit 30 for the sinks. Every opened block lies in one of them.
+
+So what is read, and what is in memory, grows as tokens times levels.
 """
 
 from __future__ import annotations
@@ -12,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels.attend import padded
-from farfield.kernels.opened_search import _below, _far
+from farfield.kernels.opened_search import _far
 from farfield.kernels.replay import start
 from farfield.ops.opened import Plan, list_widths
 from farfield.ops.pool import Tree
@@ -25,67 +33,93 @@ def _or(a, b):
     return a | b
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles", "blocks", "radius", "sinks", "levels", "picks", "words", "entries"])
-def masks(
-    leaves, count, bits, touched, entry_row, entry_bit, entry_count,
-    tokens, tiles, blocks, radius, sinks, levels, picks, words, entries,
-    BLOCK: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr, PICKS: tl.constexpr, BT: tl.constexpr,
+@triton.jit(do_not_specialize=["begin", "tokens", "radius", "levels", "picks", "total"])
+def paths(
+    leaves, count, words, opened, begin, tokens, radius, levels, picks, total,
+    BLOCK: tl.constexpr, PICKS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """The bits of a tile's queries, those that any of them has, and a list of the pieces of GROUPS groups with any."""
-    pid = tl.program_id(0).to(tl.int64)
-    tile, unit = (pid % tiles).to(tl.int32), pid // tiles
-    n = tile * BT // BLOCK
-    line, slot = tl.arange(0, BT), tl.arange(0, PICKS)
-    i = tile * BT + line
-    at = unit * tokens + i
-    number = tl.load(count + at, mask=i < tokens, other=0)
-    there = slot[None, :] < number[:, None]
-    leaf = tl.load(leaves + at[:, None] * picks + slot[None, :], mask=there, other=0)
-    bits_at = bits + unit * words * tokens + i
-    touched += unit * words * tiles + tile
-    entry_row += pid * entries
-    entry_bit += pid * entries
-    filled, first, base = 0, 0, 0
-    for level in range(levels + 1):
-        # the sinks first, as if they were a level
-        height = level - 1
-        if level == 0:
-            here = tl.where(n > radius, (sinks + RANK - 1) // RANK, 0)
-            groups = (sinks + RANK - 1) // RANK
-            above = 0
-        else:
-            here, above = _far(n, height, radius), _far(n, height + 1, radius)
-            groups = blocks >> height
-        for w in range((here + 31) // 32):
-            listed = _below(here - 32 * w) & ~_below(2 * above - 32 * w)
-            if level == 0:
-                zero = tl.max((there & (leaf == 0)).to(tl.int32), 1)
-                seen = tl.where((zero == 0) & (i < tokens), listed, 0)
-            else:
-                own, parent = leaf >> height, leaf >> (height + 1)
-                mine = tl.where(there & (own // 32 == w), 1 << (own % 32), 0)
-                mine = tl.reduce(mine, 1, _or)
-                theirs = there & (parent // 16 == w) & (parent < above)
-                halves = tl.reduce(tl.where(theirs, 1 << (parent % 16), 0), 1, _or)
-                # every bit twice
-                halves = (halves | (halves << 8)) & 0x00FF00FF
-                halves = (halves | (halves << 4)) & 0x0F0F0F0F
-                halves = (halves | (halves << 2)) & 0x33333333
-                halves = (halves | (halves << 1)) & 0x55555555
-                seen = ((halves | (halves << 1)) | listed) & ~mine
-                seen = tl.where(i < tokens, seen, 0)
-            tl.store(bits_at + (base + w) * tokens.to(tl.int64), seen, mask=i < tokens)
-            some = tl.reduce(seen, 0, _or)
-            tl.store(touched + (base + w) * tiles, some)
-            for s in range(32 // GROUPS):
-                field = (some >> (s * GROUPS)) & (-1 if GROUPS == 32 else (1 << GROUPS) - 1)
-                if field != 0:
-                    tl.store(entry_row + filled, (first + 32 * w + s * GROUPS) * RANK)
-                    tl.store(entry_bit + filled, (base + w) * 32 + s * GROUPS)
-                    filled += 1
-        first += groups
-        base += (groups + 31) // 32
-    tl.store(entry_count + pid, filled)
+    """The words of each query's entries, and its own."""
+    at = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    slot = tl.arange(0, PICKS)[None, :]
+    n = ((begin + at % tokens) // BLOCK).to(tl.int32)
+    filled = tl.load(count + at, mask=at < total, other=0)
+    there = slot < filled[:, None]
+    leaf_at = leaves + at[:, None] * picks + slot
+    leaf = tl.load(leaf_at, mask=there, other=0)
+    before = tl.load(leaf_at - 1, mask=there & (slot > 0), other=-1)
+    after = tl.load(leaf_at + 1, mask=slot + 1 < filled[:, None], other=-1)
+    # of several leaves of one group the one next to where the sibling's would stand
+    before, after = leaf ^ before, leaf ^ after
+    word = tl.zeros([BT, PICKS], tl.int32)
+    stop = tl.zeros([BT, PICKS], tl.int32)
+    for height in range(levels):
+        far = leaf >> (height + 1) < _far(n, height + 1, radius)[:, None]
+        alone = tl.where((leaf >> height) & 1 != 0, before, after) >> (height + 1) != 0
+        word |= tl.where(far & alone, 1 << height, 0)
+        stop += far.to(tl.int32)
+    tl.store(words + at[:, None] * picks + slot, word, mask=there)
+    # the one group of which it is a part that is far while its parent is not
+    place = 2 * stop + (leaf >> stop) - 2 * _far(n[:, None], stop + 1, radius)
+    mine = tl.where(there, tl.where(leaf == 0, 1 << 30, 0) | tl.where(stop < levels, 1 << (place & 31), 0), 0)
+    tl.store(opened + at, tl.reduce(mine, 1, _or), mask=at < total)
+
+
+@triton.jit
+def listed(slot, n, radius, blocks, levels, sinks, RANK: tl.constexpr):
+    """Of slots of block n's list: the group's number in the far buffer, whether there is one, and its bit.
+
+    The groups of sinks come first, then two slots a level.
+    """
+    lead = (sinks + RANK - 1) // RANK
+    height, x = tl.maximum(slot - lead, 0) >> 1, (slot - lead) & 1
+    group = 2 * _far(n, height + 1, radius) + x
+    there = (group < _far(n, height, radius)) & (height < levels)
+    before = tl.zeros_like(slot)
+    for h in range(levels):
+        before += tl.where(h < height, blocks >> h, 0)
+    sink = slot < lead
+    row = tl.where(sink, slot, lead + before + group)
+    return row, tl.where(sink, n > radius, there), tl.where(sink, 30, 2 * height + x)
+
+
+SETTING = ["kv_heads", "keys", "blocks", "levels", "lead"]
+SETTING += ["k_b", "k_h", "k_r", "v_b", "v_h", "v_r", "far_b", "bias_b", "bias_h"]
+
+
+@triton.jit(do_not_specialize=SETTING)
+def set_beside(
+    k, v, far_k, far_v, bias, to_k, to_v, to_bias,
+    kv_heads, keys, blocks, levels, lead, k_b, k_h, k_r, v_b, v_h, v_r, far_b, bias_b, bias_h, scale,
+    BLOCK: tl.constexpr, RANK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, UNIT: tl.constexpr,
+    ALL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ALL rows for each block: its tokens, and the siblings of the groups that it lies in, level by level."""
+    pid, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, g = unit // kv_heads, unit % kv_heads
+    leaf = pid // (ALL // ROWS)
+    row = pid % (ALL // ROWS) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, D_TILE)
+    wide = (dims < D)[None, :]
+    height, rest = tl.maximum(row - BLOCK, 0) // RANK, tl.maximum(row - BLOCK, 0) % RANK
+    token = leaf.to(tl.int64) * BLOCK + row
+    own = row < BLOCK
+    before = tl.zeros([ROWS], tl.int32)
+    for h in range(levels):
+        before += tl.where(h < height, blocks >> h, 0)
+    group = (leaf >> height) ^ 1
+    there = (own == 0) & (height < levels) & (group < (blocks >> height))
+    from_ = lead + (before + group).to(tl.int64) * RANK + rest
+    own_mask, far_mask = (own & (token < keys))[:, None] & wide, there[:, None] & wide
+    k_at = k + (b * k_b + g * k_h) * UNIT + (token * k_r)[:, None] * UNIT + dims
+    v_at = v + (b * v_b + g * v_h) * UNIT + (token * v_r)[:, None] * UNIT + dims
+    far_at = unit * far_b + from_[:, None] * D + dims
+    k_tile = tl.load(k_at, mask=own_mask, other=0.0) + tl.load(far_k + far_at, mask=far_mask, other=0.0)
+    v_tile = tl.load(v_at, mask=own_mask, other=0.0) + tl.load(far_v + far_at, mask=far_mask, other=0.0)
+    more = tl.load(bias + b * bias_b + g * bias_h + from_, mask=there, other=0.0).to(tl.float32) / scale
+    to = (unit * blocks + leaf) * ALL + row
+    tl.store(to_k + to[:, None] * D + dims, k_tile, mask=wide)
+    tl.store(to_v + to[:, None] * D + dims, v_tile, mask=wide)
+    tl.store(to_bias + to, more)
 
 
 @triton.jit(
