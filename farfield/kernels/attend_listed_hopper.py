@@ -287,8 +287,8 @@ def _compute(
                     least = first + gl.load(reader + begin + front) // picks
                 word = token
                 if OWN:
-                    line = j * 64 + gl.arange(0, 64, per_row)
-                    word = gl.load(words + begin + line // STACK, mask=line < count * STACK, other=0)
+                    reading = j * 64 + gl.arange(0, 64, per_row)
+                    word = gl.load(words + begin + reading // STACK, mask=reading < count * STACK, other=0)
                 slot = (subs + j) % SLOTS
                 mbarrier.wait(q_full.index(slot), (subs + j) // SLOTS & 1)
                 # the copies were ordinary writes to shared memory; the tensor cores read it another way

@@ -16,7 +16,7 @@ from farfield.ops.pool import Tree
 SCORES = ("peak", "mean")  # of select.opened.SCORES, those that there are kernels for
 RANKS = (1, 2, 4, 8, 16, 32)
 MOST = 64  # groups opened, and looked into on a level
-LONGEST = 1 << 16  # tokens where each query, or few together, have lists of their own
+LEVELS = 15  # where each query, or few together, have lists of their own: 2 bits each in a word
 TILE = 64  # queries that read what is opened as they read what is near, if they choose together
 
 
@@ -56,8 +56,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | No
         return f"takes {MOST} groups and query heads of a key head at most"
     if not tree.complete or not q.shape[0] * q.shape[1]:
         return "takes causal sequences, at least one of them"
-    if q.shape[2] > LONGEST and plan.hold % TILE:
-        return f"takes {LONGEST} tokens where fewer than {TILE} queries choose together, got {q.shape[2]}"
+    if tree.levels > LEVELS and plan.hold % TILE:
+        return f"takes {LEVELS} levels where fewer than {TILE} queries choose together, got {tree.levels}"
     return None
 
 
