@@ -325,8 +325,8 @@ def _opened(
         kv_heads, k.shape[2], tree.blocks, tree.levels, tree.lead, *at[3:], scale,
         tree.block, tree.rank, width, padded(width), unit, rows, 64, num_warps=4,
     )  # fmt: skip
-    # lists that are shared: each key head a batch element of its own
-    if lists == kv_heads:
+    # lists that heads share: each key head a batch element of its own
+    if lists == kv_heads != heads:
         q = q.reshape(batch * kv_heads, heads // kv_heads, tokens, width)
         beside_k, beside_v = (x.flatten(0, 1)[:, None] for x in (beside_k, beside_v))
         leaves, count, words = (x.flatten(0, 1)[:, None] for x in (leaves, count, words))

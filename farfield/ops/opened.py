@@ -188,15 +188,21 @@ def list_widths(tree: Tree, near: int, picks: int) -> tuple[int, int]:
     return width, tree.lead // tree.rank + sum(2 + min(picks, n) for n in [*groups[1:], 0])
 
 
+def _at_once(function, inputs: Sequence[Tensor], *options):
+    """kernels.plans.plainly without a recording."""
+    return function(*inputs, *options)
+
+
 @custom_op("farfield::attend_opened", mutates_args=())
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, bias: Tensor, leaves: Tensor, count: Tensor,
     tree: Sequence[int], plan: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels import attend_opened
+    from farfield.kernels import attend_opened, plans
 
-    about = Plan(*plan)
-    return attend_opened.forward(q, k, v, far_k, far_v, bias, leaves, count, _tree(tree), about.near, scale)
+    given = q, k, v, far_k, far_v, bias, leaves, count
+    how = plans.plainly if q.shape[2] <= plans.LONGEST else _at_once
+    return how(attend_opened.forward, given, _tree(tree), Plan(*plan).near, scale)
 
 
 @_attend.register_fake
@@ -209,11 +215,12 @@ def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, bias: Tensor, leaves: Tensor,
     count: Tensor, out: Tensor, lse: Tensor, tree: Sequence[int], plan: Sequence[int], scale: float, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels import attend_opened
+    from farfield.kernels import attend_opened, plans
 
-    return attend_opened.backward(
-        d_out, q, k, v, far_k, far_v, bias, leaves, count, out, lse, _tree(tree), Plan(*plan).near, scale, bias_grad
-    )
+    # what is copied is not recorded
+    given = d_out.contiguous(), q, k, v, far_k, far_v, bias, leaves, count, out, lse
+    how = plans.plainly if q.shape[2] <= plans.LONGEST else _at_once
+    return how(attend_opened.backward, given, _tree(tree), Plan(*plan).near, scale, bias_grad)
 
 
 @_backward.register_fake

@@ -67,6 +67,10 @@ def test_choice_and_attention(name, monkeypatch):
     about = q, k, v, far.far_k.detach().half(), far.far_v.detach().half(), far.bias.float(), leaves, count
     out, lse = attend_opened.forward(*about, tree, near, 0.25)
     assert_within(out, exact.detach(), terms=tokens)
+    # queries of a chunk of the sequence
+    q_, leaves_, count_ = (x[:, :, 320:] for x in (q, leaves, count))
+    behind, _ = attend_opened.forward(q_, *about[1:6], leaves_, count_, tree, near, 0.25, 320)
+    assert_within(behind, exact.detach()[:, :, 320:], terms=tokens)
     grads = attend_opened.backward(d_out, *about, out, lse, tree, near, 0.25, True)
     d_q, d_k, d_v, d_far_k, d_far_v, d_bias = (x.double() for x in grads)
     through = torch.autograd.grad([far.far_k, far.far_v], pooled, [d_far_k, d_far_v])
