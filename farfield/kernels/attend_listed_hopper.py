@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from farfield.kernels.attend_listed import Beside
 
 TOLD = gl.constexpr(4)  # runs that the loading warp may be ahead of the computing ones, as long as most are empty
+STAY = True
 GROUPS = 2  # of computing warps, with tiles of 64 rows each; `read_blocks_hopper` starts so many
 ROWS = 512  # of q in a run: readers, the heads of a unit counted apart
 
@@ -150,7 +151,7 @@ def _load(
     k, v, told, k_ring, v_ring, told_full, told_empty, k_full, v_full, k_empty, v_empty, reader, items, units,
     first, picks, rows,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    CAUSAL: gl.constexpr, STREAM: gl.constexpr,
 ):  # fmt: skip
     """Keys and values of the runs, by one warp: a block that is one tile once, a larger one for every GROUPS tiles."""
     FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
@@ -162,11 +163,11 @@ def _load(
         message += 1
         b, g = segment // units, segment % units // REPEAT
         passes = gl.where(count > 0, 1, 0)
-        if K_BLOCK > 64:
+        if STREAM:
             passes = (count * STACK + 64 * GROUPS - 1) // (64 * GROUPS)
         for j in range(passes):
             steps = gl.to_tensor(1)
-            if K_BLOCK > 64:
+            if STREAM:
                 steps = _steps(
                     reader, block, begin, count, (j + 1) * 64 * GROUPS, first, picks, rows, STACK, K_BLOCK, BK, CAUSAL
                 )
@@ -237,7 +238,7 @@ def _compute(
     given, rings,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    REPEAT: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr,
+    STREAM: gl.constexpr, REPEAT: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr,
 ):  # fmt: skip
     parts, loose, masses, reader, words, bias, items, first, picks, rows, scale = given
     (
@@ -251,7 +252,6 @@ def _compute(
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, across)
     FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    STREAM: gl.constexpr = K_BLOCK > 64
     TOGETHER: gl.constexpr = GROUPS if STREAM else 1
     dtype: gl.constexpr = q_ring.dtype
     factor = scale * LOG2E
@@ -391,7 +391,7 @@ def read_blocks_hopper(
     q, k, v, parts, loose, masses, runs, reader, words, bias, items, units, first, picks, rows, q_b, q_h, q_t, scale,
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    ROWS: gl.constexpr, TOGETHER: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr,
+    STREAM: gl.constexpr, ROWS: gl.constexpr, TOGETHER: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr,
     LOADING: gl.constexpr, COMPUTING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -434,10 +434,10 @@ def read_blocks_hopper(
     # constants stay constants only where they are written into the call
     gl.warp_specialize([
         (_compute, (
-            computing, rings, 0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL, REPEAT, OWN, EACH,
+            computing, rings, 0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL, STREAM, REPEAT, OWN, EACH,
         )),
         (_compute, (
-            computing, rings, 1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL, REPEAT, OWN, EACH,
+            computing, rings, 1, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL, STREAM, REPEAT, OWN, EACH,
         )),
         (_gather, (
             q, told, wanted, q_ring, told_full, told_empty, q_full, q_empty, items,
@@ -445,7 +445,7 @@ def read_blocks_hopper(
         )),
         (_load, (
             k, v, told, k_ring, v_ring, told_full, told_empty, k_full, v_full, k_empty, v_empty, reader, items,
-            units, first, picks, rows, STACK, REPEAT, GROUPS, K_BLOCK, BK, CAUSAL,
+            units, first, picks, rows, STACK, REPEAT, GROUPS, K_BLOCK, BK, CAUSAL, STREAM,
         )),
         (_look_up, (
             told, wanted, told_full, told_empty, runs, reader, items, units, first, picks, q_b, q_h, q_t,
@@ -472,6 +472,8 @@ class Tiles(NamedTuple):
 TILES = {
     **{(64, rows, False): Tiles(16) for rows in (16, 32, 64)},
     **{(128, rows, False): Tiles(9) for rows in (16, 32, 64)},
+    (64, 128, False): Tiles(14),
+    (128, 128, False): Tiles(5),
     (64, 128, True): Tiles(8, 3),
     (128, 128, True): Tiles(5),
 }
@@ -508,7 +510,7 @@ def read(
     batch, heads, _, width = q.shape
     rows, picks = k.shape[2], index.shape[3]
     row_blocks, tile = -(-rows // plan.k_block), plan.k_block if plan.k_block <= 64 else TILE[width]
-    stream = plan.k_block > 64
+    stream = plan.k_block > (tile if beside and STAY else 64)
     tiles = TILES[width, tile, stream]
     # where blocks are copied anew for every tile of queries anyway, short runs are shared out better
     lines = ROWS // 2 if stream else ROWS
@@ -530,7 +532,7 @@ def read(
         found.reader, *((words, beside.bias) if beside else (found.reader, masses)), items, units, first, picks, rows,
         *[n // ALIGNED for n in q.stride()[:3]], call.scale,
         STACK=stack, REPEAT=heads // stack // k.shape[1], GROUPS=GROUPS, K_BLOCK=plan.k_block, BK=tile,
-        D=width, E=width, SLOTS=tiles.slots, STAGES=tiles.stages, CAUSAL=bool(plan.causal), ROWS=lines,
+        D=width, E=width, SLOTS=tiles.slots, STAGES=tiles.stages, CAUSAL=bool(plan.causal), STREAM=stream, ROWS=lines,
         TOGETHER=GROUPS if stream else 1, OWN=beside.own if beside else 0, EACH=beside.each if beside else 1,
         LOADING=tiles.loading, COMPUTING=computing, num_warps=4,
         maxnreg=each,
