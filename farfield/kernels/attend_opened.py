@@ -399,7 +399,7 @@ def backward(
         q, k, v, far_k, far_v, bias, opened.words, out, lse, d_out, d_q, delta, parts_k, parts_v,
         parts if bias_grad else None,
         heads, lists, 0, tokens, tokens, tiles, radius, tree.blocks, tree.levels, tree.lo, slots, *at, *d_at, scale,
-        repeat, tree.block, tree.rank, width, wide, unit, TILE, TILE, piece, num_warps=4, num_stages=2,
+        repeat, tree.block, tree.rank, width, wide, unit, TILE, TILE, piece, num_warps=4 if wide <= 64 else 8, num_stages=2,
     )  # fmt: skip
     start(
         near_rows, (tiles * batch * kv_heads,),
