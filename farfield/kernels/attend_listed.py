@@ -141,7 +141,9 @@ def read_blocks(
                 if CAUSAL:
                     seen = seen & (at[None, :] <= token[:, None])
                 if OWN:
-                    scores += tl.load(bias + (b * (units // REPEAT) + g) * rows + at, mask=there, other=0.0)[None, :]
+                    scores += tl.load(bias + unit // (REPEAT if STACK == 1 else 1) * rows + at, mask=there, other=0.0)[
+                        None, :
+                    ]
                     seen = seen & read_beside(word[:, None], (begin + inside)[None, :], OWN, EACH)
                 scores = tl.where(seen, scores * (scale * LOG2E), float("-inf"))
                 peak, mass, acc = soften(peak, mass, acc, scores, v_tile)

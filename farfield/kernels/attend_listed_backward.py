@@ -103,7 +103,7 @@ def read_blocks_backward(
         dv = tl.zeros([BK, E_TILE], tl.float32)
         db = tl.zeros([BK], tl.float32)
     if OWN:
-        bias += (b * (units // REPEAT) + g) * rows
+        bias += unit // (REPEAT if STACK == 1 else 1) * rows
     for tile in range(low, high, BQ):
         spot = tile + row // STACK_TILE
         asked = (spot < high) & (head < STACK)

@@ -216,7 +216,7 @@ def read_blocks_backward_hopper(
         number = cut * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, score))
         bit = gl.minimum(gl.maximum(number - OWN, 0) // EACH_ROWS, 31)
         if OWN:
-            more = gl.load(bias + (unit // REPEAT).to(gl.int64) * rows + m * K_BLOCK + number)
+            more = gl.load(bias + (unit // (REPEAT if STACK == 1 else 1)).to(gl.int64) * rows + m * K_BLOCK + number)
         factor = scale * LOG2E
         # the first row that a query may stand before; readers ascend
         edge = gl.where(row0 + ROWS > rows, EVERY, row0 + ROWS - 1)

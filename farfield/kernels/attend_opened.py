@@ -155,10 +155,10 @@ def near_far_queries(
         acc = tl.dot(small, k_tile, acc, input_precision="ieee")
         part = ((b * heads + h) * tiles + tile) * width + step * FAR + tl.arange(0, FAR)
         part_at = part[:, None] * D + dims
-        tl.store(parts_k + part_at, tl.dot(small.T, q_tile, input_precision="ieee") * scale, mask=wide[None, :])
-        tl.store(
-            parts_v + part_at, tl.dot(weights.to(d_tile.dtype).T, d_tile, input_precision="ieee"), mask=wide[None, :]
-        )
+        dk = tl.dot(small.T, q_tile, input_precision="ieee") * scale
+        tl.store(parts_k + part_at, dk.to(parts_k.dtype.element_ty), mask=wide[None, :])
+        dv = tl.dot(weights.to(d_tile.dtype).T, d_tile, input_precision="ieee")
+        tl.store(parts_v + part_at, dv.to(parts_v.dtype.element_ty), mask=wide[None, :])
         if parts_bias is not None:
             tl.store(parts_bias + part, tl.sum(d_scores, 0))
     to = d_q + place[:, None] * D + dims
@@ -252,9 +252,9 @@ def far_gradients(
     each, dims, rest = tl.arange(0, AT_ONCE), tl.arange(0, D_TILE), tl.arange(0, RANK)
     # [parts, rows, D]
     wide = (dims < D)[None, None, :]
-    dk = tl.zeros([RANK, D_TILE], tl.float32)
-    dv = tl.zeros([RANK, D_TILE], tl.float32)
-    db = tl.zeros([RANK], tl.float32)
+    dk = tl.zeros([AT_ONCE, RANK, D_TILE], tl.float32)
+    dv = tl.zeros([AT_ONCE, RANK, D_TILE], tl.float32)
+    db = tl.zeros([AT_ONCE, RANK], tl.float32)
 
     # as a sibling
     first = (group ^ 1) << height
@@ -264,10 +264,10 @@ def far_gradients(
         row = ((unit * blocks + leaf) * ALL + BLOCK + height * RANK)[:, None] + rest[None, :]
         mask = (leaf < stop)[:, None, None] & wide
         at = row[:, :, None] * D + dims[None, None, :]
-        dk += tl.sum(tl.load(beside_k + at, mask=mask, other=0.0).to(tl.float32), 0)
-        dv += tl.sum(tl.load(beside_v + at, mask=mask, other=0.0).to(tl.float32), 0)
+        dk += tl.load(beside_k + at, mask=mask, other=0.0).to(tl.float32)
+        dv += tl.load(beside_v + at, mask=mask, other=0.0).to(tl.float32)
         if d_bias is not None:
-            db += tl.sum(tl.load(beside_bias + row, mask=(leaf < stop)[:, None], other=0.0), 0)
+            db += tl.load(beside_bias + row, mask=(leaf < stop)[:, None], other=0.0)
 
     # as one of a list
     slot = tl.where(sink, place, lead + 2 * height + group % 2)
@@ -282,16 +282,16 @@ def far_gradients(
             row = ((head * tiles + tile) * width + slot * RANK)[:, None] + rest[None, :]
             mask = (tile < stop)[:, None, None] & wide
             at = row[:, :, None] * D + dims[None, None, :]
-            dk += tl.sum(tl.load(parts_k + at, mask=mask, other=0.0), 0)
-            dv += tl.sum(tl.load(parts_v + at, mask=mask, other=0.0), 0)
+            dk += tl.load(parts_k + at, mask=mask, other=0.0).to(tl.float32)
+            dv += tl.load(parts_v + at, mask=mask, other=0.0).to(tl.float32)
             if d_bias is not None:
-                db += tl.sum(tl.load(parts_bias + row, mask=(tile < stop)[:, None], other=0.0), 0)
+                db += tl.load(parts_bias + row, mask=(tile < stop)[:, None], other=0.0)
     row = unit * far_rows + place.to(tl.int64) * RANK + rest
     to = row[:, None] * D + dims
-    tl.store(d_k + to, dk.to(d_k.dtype.element_ty), mask=(dims < D)[None, :])
-    tl.store(d_v + to, dv.to(d_v.dtype.element_ty), mask=(dims < D)[None, :])
+    tl.store(d_k + to, tl.sum(dk, 0).to(d_k.dtype.element_ty), mask=(dims < D)[None, :])
+    tl.store(d_v + to, tl.sum(dv, 0).to(d_v.dtype.element_ty), mask=(dims < D)[None, :])
     if d_bias is not None:
-        tl.store(d_bias + row, db)
+        tl.store(d_bias + row, tl.sum(db, 0))
 
 
 class Opened(NamedTuple):
@@ -393,13 +393,14 @@ def backward(
     tiles, repeat, radius = -(-tokens // TILE), heads // kv_heads, near // tree.block
     delta, wide, piece, slots = torch.empty_like(lse), padded(width), _piece(tree.rank), _slots(tree)
     parts = torch.empty(batch * heads * tiles, -(-slots * tree.rank // piece) * piece, dtype=lse.dtype, device=q.device)
-    parts_k, parts_v = (parts.new_empty(*parts.shape, width) for _ in range(2))
+    parts_k, parts_v = (q.new_empty(*parts.shape, width) for _ in range(2))
     start(
         near_far_queries, (tiles * batch * heads,),
         q, k, v, far_k, far_v, bias, opened.words, out, lse, d_out, d_q, delta, parts_k, parts_v,
         parts if bias_grad else None,
         heads, lists, 0, tokens, tokens, tiles, radius, tree.blocks, tree.levels, tree.lo, slots, *at, *d_at, scale,
-        repeat, tree.block, tree.rank, width, wide, unit, TILE, TILE, piece, num_warps=4 if wide <= 64 else 8, num_stages=2,
+        repeat, tree.block, tree.rank, width, wide, unit, TILE, TILE, piece,
+        num_warps=4 if wide <= 64 else 8, num_stages=2,
     )  # fmt: skip
     start(
         near_rows, (tiles * batch * kv_heads,),
