@@ -276,6 +276,65 @@ class ConvPool(Pool):
         return count.unflatten(3, (self.k_bias.shape[1], -1)).sum(4)
 
 
+class StridedPool(Pool):
+    """Each row is one token of its segment, another one in each head: exact attention to a part of the tokens, of which
+    the heads together miss little, as those of dilated attention (LongNet, arXiv:2307.02486).
+
+    Of each row's c tokens on level 1 head h has token h mod c; of its two children on level l + 1 the one that bit
+    l - 1 of h / c says. While a row stands for at most as many tokens as there are heads, one of them has each. Beyond,
+    which one is drawn at random when the pool is made, other ones in each layer, and kept in checkpoints. No
+    parameters.
+
+    A row that lacks its token or child is the mean of what there is.
+
+    Args:
+        heads: G.
+        rank: p.
+        block: m.
+    """
+
+    levels = 48  # that there are choices for: more than there can be
+    leaf_place: Tensor  # [G]
+    pair_place: Tensor  # [levels, G]
+
+    def __init__(self, heads: int, rank: int, block: int):
+        super().__init__()
+        leaf, pair = _places(heads, rank, block, self.levels)
+        self.register_buffer("leaf_place", leaf)
+        self.register_buffer("pair_place", pair)
+
+    def leaf(self, k, v, count, rank):
+        k, v = (x.unflatten(3, (rank, -1)) for x in (k, v))
+        return self._chosen(k, v, None if count is None else count.unflatten(3, (rank, -1)), self.leaf_place)
+
+    def parent(self, pairs, height):
+        k, v = (_segments(x).unflatten(3, (-1, 2)) for x in (pairs.k, pairs.v))
+        count = None if pairs.count is None else _segments(pairs.count).unflatten(3, (-1, 2))
+        return self._chosen(k, v, count, self.pair_place[height - 1])
+
+    def _chosen(self, k: Tensor, v: Tensor, count: Tensor | None, place: Tensor) -> Groups:
+        """Rows of k [B, G, N, p, j, D] and v, which count [B|1, 1, N, p, j] tokens each."""
+        if count is None:
+            at = place[:, None, None, None, None]
+            return Groups(*(x.take_along_dim(at[None], 4).squeeze(4) for x in (k, v)))
+        share, total = _shares(count)
+        own = nn.functional.one_hot(place, count.shape[-1])[:, None, None].to(share.dtype)
+        share = torch.where(((count > 0) & (own > 0)).any(-1, keepdim=True), own, share)
+        k, v = (torch.einsum("bgnpj,bgnpjd->bgnpd", share.expand(x.shape[0], -1, -1, -1, -1), x) for x in (k, v))
+        return Groups(k, v, total)
+
+
+def _places(heads: int, rank: int, block: int, levels: int) -> tuple[Int[Tensor, " G"], Int[Tensor, "levels G"]]:
+    """Which token of a row each head begins with, and which child on each level above; see StridedPool."""
+    check_rank(block, rank)
+    each, h = block // rank, torch.arange(heads)
+    # drawn from where the generator stands, so other in each layer, without moving it: all else is drawn as ever
+    with torch.random.fork_rng(devices=[]):
+        leaf = h % each if each <= heads else torch.randperm(each)[:heads]
+        drawn = torch.randint(2, (levels, heads))
+    return leaf, torch.stack([h // each >> n & 1 if each << n < heads else drawn[n] for n in range(levels)])
+
+
 class DensePool(Pool):
     """A strided convolution with a full matrix for every token: rows that can hold their tokens side by side.
 
@@ -297,10 +356,7 @@ class DensePool(Pool):
         rank: p.
         width, value_width: D and E.
         block: m.
-        strided: start with single tokens, which differ from head to head: of each row of level 1 head h has token
-            h mod c, and of its children on level l + 1 the one that bit l - 1 of h / c says. While a row stands for at
-            most as many tokens as there are heads, one of them has each; beyond, which one is drawn at random.
-            Otherwise start as the mean.
+        strided: start as StridedPool; otherwise as the mean.
     """
 
     apart = 3  # levels of parents that have matrices of their own
@@ -309,16 +365,10 @@ class DensePool(Pool):
 
     def __init__(self, heads: int, rank: int, width: int, value_width: int, block: int, *, strided: bool = False):
         super().__init__()
-        check_rank(block, rank)
         each = block // rank
-        h = torch.arange(heads)
-        # drawn from where the generator stands, so other in each layer, without moving it: all else is drawn as ever
-        with torch.random.fork_rng(devices=[]):
-            place = h % each if each <= heads else torch.randperm(each)[:heads]
-            drawn = torch.randint(2, (self.apart, heads))
-        bits = [h // each >> n & 1 if each << n < heads else drawn[n] for n in range(self.apart)]
-        for name, chosen, many in (("leaf", place, each), ("pair", torch.stack(bits), 2)):
-            start = nn.functional.one_hot(chosen, many).float()
+        leaf, pair = _places(heads, rank, block, self.apart)
+        for name, place, many in (("leaf", leaf, each), ("pair", pair, 2)):
+            start = nn.functional.one_hot(place, many).float()
             self.register_buffer(f"{name}_start", start if strided else torch.ones_like(start))
         self.k_leaf, self.v_leaf = (nn.Parameter(torch.zeros(heads, each, n, n)) for n in (width, value_width))
         self.k_pair, self.v_pair = (nn.Parameter(torch.zeros(self.apart, heads, 2, n, n)) for n in (width, value_width))
@@ -363,6 +413,7 @@ POOLS: dict[str, tuple[str, ...]] = {
     "conv": ("width", "levels"),
     "softmax": ("kv_heads", "width"),
     "softmax-whole": ("kv_heads", "width"),
+    "strided": ("kv_heads",),
     "dense": ("kv_heads", "width"),
     "dense-strided": ("kv_heads", "width"),
 }
@@ -387,6 +438,8 @@ def make_pool(name: str, block: int, rank: int, sizes: Mapping[str, int | None])
     if name == "conv":
         width = given["width"]
         return ConvPool(rank, width, given.get("value_width", width), block, given["levels"])
+    if name == "strided":
+        return StridedPool(given["kv_heads"], rank, block)
     if name.startswith("dense"):
         heads, width = given["kv_heads"], given["width"]
         sizes_of_rows = width, given.get("value_width", width)

@@ -18,7 +18,7 @@ from farfield.testing import oracles
 from farfield.testing.units import assert_within
 
 FAR = {"block": 4, "near": 4, "rank": 2}
-POOLS = ["mean", "learned", "conv", "softmax", "softmax-whole", "dense"]
+POOLS = ["mean", "learned", "conv", "softmax", "softmax-whole", "dense", "strided"]
 
 
 def draw(tokens, *, batch=1, heads=2, kv_heads=2, width=8, seed=0):
@@ -97,7 +97,7 @@ def test_04_equal_logits_give_running_means(tokens, near):
     same(FMA(block=4, near=near, rank=2, causal=False)(0 * q, k, v), mean)
 
 
-@pytest.mark.parametrize("pool", ["mean", "learned", "softmax", "softmax-whole"])
+@pytest.mark.parametrize("pool", ["mean", "learned", "softmax", "softmax-whole", "strided"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_05_constant_values_pass(pool, causal):
     q, k, v = draw(53)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from farfield.select import multipole
-from farfield.summarize import ConvPool, DensePool, FilterPool, MeanPool, SoftmaxPool, summarize
+from farfield.summarize import ConvPool, DensePool, FilterPool, MeanPool, SoftmaxPool, StridedPool, summarize
 from farfield.testing import oracles
 from farfield.testing.inputs import normal
 from farfield.testing.units import assert_within
@@ -76,7 +76,7 @@ def test_the_far_layout_fits_the_pyramid(tokens, radius, causal):
 @pytest.mark.parametrize("tokens", [96, 101])
 @pytest.mark.parametrize(
     "pool",
-    [MeanPool(), FilterPool(G, 4), SoftmaxPool(G, 4, D), SoftmaxPool(G, 4, D, whole=True)],
+    [MeanPool(), FilterPool(G, 4), SoftmaxPool(G, 4, D), SoftmaxPool(G, 4, D, whole=True), StridedPool(G, 4, 8)],
     ids=lambda p: type(p).__name__,
 )
 def test_constants_pass(pool, tokens):
@@ -207,11 +207,18 @@ def test_dense_rows_are_sums_of_matrices(tokens, block, rank):
             below, start = made, start + len(made)
 
 
+STRIDED = {
+    "strided": StridedPool,
+    "dense": lambda heads, rank, block: DensePool(heads, rank, D, D, block, strided=True),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
 @pytest.mark.parametrize("rank", [8, 4])
-def test_strided_heads_start_with_single_tokens(rank):
+def test_strided_heads_hold_single_tokens(name, rank):
     """8 heads: rows of up to 8 tokens are there token by token, one in each head."""
     x, each = Rows(*(normal(1, 8, 200, D, seed=n) for n in (0, 1))), 8 // rank
-    pool = DensePool(8, rank, D, D, 8, strided=True).double()
+    pool = STRIDED[name](8, rank, 8).double()
     got, start, many = summarize(x, block=8, rank=rank, pool=pool), 0, each
     while start < len(got) and many <= 8:
         rows = 200 // (8 * many // each) * rank
@@ -223,21 +230,43 @@ def test_strided_heads_start_with_single_tokens(rank):
     assert many == 16
 
 
-def test_strided_heads_draw_what_they_have_no_number_for():
+@pytest.mark.parametrize("name", STRIDED)
+def test_strided_heads_draw_what_they_have_no_number_for(name):
     """Other tokens in each layer, without a change to what else is drawn, and kept in a checkpoint."""
     torch.manual_seed(0)
     want = torch.rand(5)
     torch.manual_seed(0)
-    pools = [DensePool(4, 2, D, D, 16, strided=True), None, DensePool(4, 2, D, D, 16, strided=True)]
+    first = STRIDED[name](4, 2, 16)
     assert torch.equal(torch.rand(5), want)
-    pools[1] = DensePool(4, 2, D, D, 16, strided=True)
-    starts = [pool.pair_start.tolist() for pool in pools]
-    assert starts[0] == starts[2] != starts[1]
-    for pool in pools:
-        assert (pool.leaf_start.sum(-1) == 1).all()
-        assert (pool.leaf_start.sum(0) <= 1).all()  # 4 of the 8 tokens of a row
-    pools[1].load_state_dict(pools[0].state_dict())
-    assert pools[1].pair_start.tolist() == starts[0]
+    second = STRIDED[name](4, 2, 16)
+    x = Rows(normal(1, 4, 640, D), normal(1, 4, 640, D, seed=1))
+
+    def held(pool):
+        """The tokens of level 1 by head: two rows of 8 a group; and the rows above."""
+        got = summarize(x, block=16, rank=2, pool=pool)
+        at = (got.k[0, :, :1] == x.k[0, :, :8]).all(-1).int()
+        assert (at.sum(-1) == 1).all()
+        return at.argmax(-1).tolist(), got.k[:, :, 80:]
+
+    (own, above), (others, _) = held(first), held(second)
+    assert len(set(own)) == len(set(others)) == 4
+    assert own != others
+    second.load_state_dict(first.state_dict())
+    again, coarser = held(second)
+    assert again == own
+    assert torch.equal(coarser, above)
+
+
+def test_strided_rows_that_lack_their_token_are_means():
+    """101 tokens: a row of 2 and a parent of 1, of which each head has the first or the second."""
+    x = rows_of(101)
+    got = summarize(x, block=8, rank=4, pool=StridedPool(2, 4, 8))
+    for tokens, mine in ((x.k, got.k), (x.v, got.v)):
+        # token 100 stands alone on level 1, in row 50; rows 51 and the next stand for nothing
+        assert torch.equal(mine[:, :, 50], tokens[:, :, 100])
+        assert torch.equal(mine[:, :, 49], torch.stack([tokens[:, 0, 98], tokens[:, 1, 99]], 1))
+        # of level 2 it is the only child there is
+        assert torch.equal(mine[:, :, 52 + 25], tokens[:, :, 100])
 
 
 def test_the_convolution_is_pytorchs():
@@ -259,6 +288,7 @@ POOLS = {
     "softmax-whole": lambda: SoftmaxPool(G, 4, D, whole=True),
     "conv": lambda: ConvPool(4, D, E, 8, 4),
     "dense": lambda: DensePool(G, 4, D, E, 8),
+    "strided": lambda: StridedPool(G, 4, 8),
 }
 
 
@@ -298,8 +328,9 @@ def test_growing_in_pieces_gives_the_same_groups(name, pieces):
         SoftmaxPool(1, 2, 2, whole=True),
         ConvPool(2, 2, 1, 4, 1),
         DensePool(1, 2, 2, 1, 4),
+        StridedPool(1, 2, 4),
     ],
-    ids=["mean", "learned", "softmax", "softmax-whole", "conv", "dense"],
+    ids=["mean", "learned", "softmax", "softmax-whole", "conv", "dense", "strided"],
 )
 def test_gradcheck(pool):
     tokens = 11 if isinstance(pool, ConvPool) else 19  # one level or three, the last group partial
@@ -353,7 +384,7 @@ class Elements(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["mean", "learned", "softmax", "dense"])
+@pytest.mark.parametrize("name", ["mean", "learned", "softmax", "dense", "strided"])
 def test_work_is_linear(name):
     def work(tokens):
         with Elements() as count:

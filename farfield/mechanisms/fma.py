@@ -181,8 +181,9 @@ class FMA(Mechanism):
         near: tokens read one by one to each side at least; a multiple of `block`. The paper has near = block.
         rank: p, rows of a group; divides `block`.
         pool: "mean"; "learned" (FilterPool: child -> parent filters); "conv" (ConvPool: the paper's); "softmax" and
-            "softmax-whole" (SoftmaxPool over segments or over whole groups); "dense" and "dense-strided" (DensePool: a
-            matrix for each token of a row, starting as the mean or as every so many-th token); or a Pool.
+            "softmax-whole" (SoftmaxPool over segments or over whole groups); "strided" (StridedPool: every so many-th
+            token, another one in each head); "dense" and "dense-strided" (DensePool: a matrix for each token of a row,
+            starting as the mean or as strided); or a Pool.
         sinks: the first tokens of each document are read one by one by every later query; at most `block`.
         queries: "kept", or "pooled" for the O(n) form (noncausal).
         rewind: tokens that `state.crop` can go back across summaries; the state grows by as many tokens.
@@ -203,8 +204,8 @@ class FMA(Mechanism):
         level_bias: a learned number for each key head and level, added to the logits of its summaries. It starts at 0,
             or at the number that is given, such as -1 for a model that was trained without summaries.
         kv_heads, width, value_width, levels: G, D, E and the number of levels, for what has parameters:
-            learned (kv_heads), softmax (kv_heads, width), dense (kv_heads, width, value_width), conv (width,
-            value_width, levels), level_bias (kv_heads, levels), score="learned" (kv_heads, width).
+            learned and strided (kv_heads), softmax (kv_heads, width), dense (kv_heads, width, value_width), conv
+            (width, value_width, levels), level_bias (kv_heads, levels), score="learned" (kv_heads, width).
     """
 
     paper = Paper(
