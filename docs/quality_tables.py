@@ -22,8 +22,27 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "results" / "h200"
 COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar.json"
-OWN = ("full", "window", "near-field", "fma", "fma-opened")  # mechanisms of the first table of COMPARED
+OWN = ("full", "window", "near-field", "fma", "fma-opened")  # mechanisms of the first two tables of COMPARED
+NEAR, PLAIN, OPENED = "near-field:near=128", "fma:rank=16,near=128", "fma:rank=4,near=128,open=16,beam=32"
+FRAME = ("full", PLAIN, "fma:rank=4,near=128,open=4,beam=16", NEAR)  # in both
+FIRST = (  # the rest of OWN is in the second: other pools, ranks, widths and numbers of opened groups
+    *FRAME,
+    "window:width=512",
+    "window:width=256",
+    f"{PLAIN}/full",
+    f"{PLAIN}/{OPENED}",
+    f"{PLAIN}/{OPENED},rope_share=0",
+    f"{NEAR}/full",
+    f"{NEAR}/full:rope_share=0",
+    f"{NEAR}/{OPENED}",
+    f"{NEAR}/{OPENED},rope_share=0",
+    "fma-opened:rank=4,near=128,open=16,beam=32,detail=16,score=mean",
+    "fma-opened:rank=4,near=128,open=4,beam=16,detail=16,score=peak",
+)
 SHORT = RESULTS / "compare-mechanisms.json"  # all mechanisms, with a quarter of the bytes
+LONG = RESULTS / "compare-csource-long.json"  # twice the bytes
+WIDE = RESULTS / "compare-csource-32k.json"  # windows of 32,768
+PASSED = RESULTS / "recall-passkey.json"
 BESIDE = ("full", "fma:rank=16,near=128", "window:width=512")  # models that the others are shown beside
 NOVELS = RESULTS / "compare-novels.json"  # five novels, and one held out
 CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of a quarter of the bytes read with other fields
@@ -42,6 +61,9 @@ def name(label: str) -> str:
         return f"{name(first)}; every fourth layer {name(other).removeprefix('fma, ')}"
     kind, _, given = label.partition(":")
     options = dict(pair.split("=") for pair in given.split(",") if pair)
+    if options.pop("rope_share", None) == "0":
+        rest = ",".join(f"{k}={v}" for k, v in options.items())
+        return f"{name(f'{kind}:{rest}' if rest else kind)}, no rotation"
     # `fma-opened` was a control of the time of the first records: fma with these options
     if kind == "fma-opened" or (kind == "fma" and options.get("open", "0") != "0"):
         said = f"fma, {options['open']} groups opened"
@@ -53,7 +75,7 @@ def name(label: str) -> str:
     if kind == "window":
         return f"window {options['width']}"
     if kind == "near-field":
-        return "near field alone"
+        return "near field alone" if options.get("near", "128") == "128" else f"near field alone, near {options['near']}"
     if kind == "fma":
         more = [f"{_rows(options['rank'])} a group"] if options.get("rank", "16") != "16" else []
         more += [f"near {options['near']}"] if options.get("near", "128") != "128" else []
@@ -76,7 +98,12 @@ def models(path: Path = COMPARED) -> dict[str, dict[str, Any]]:
 
 def of_fma(found: Models) -> dict[str, Mapping[str, Any]]:
     """FMA, full attention, windows and near fields."""
-    return {label: m for label, m in found.items() if m["attention"] in OWN}
+    return {label: m for label, m in found.items() if label in FIRST}
+
+
+def swept(found: Models) -> dict[str, Mapping[str, Any]]:
+    """FMA with other options, and what it is shown beside."""
+    return {label: m for label, m in found.items() if m["attention"] in OWN and (label in FRAME or label not in FIRST)}
 
 
 def others(found: Models) -> dict[str, Mapping[str, Any]]:
@@ -134,24 +161,56 @@ def lengths(found: Models) -> str:
 
 
 def changed(path: Path = CHANGED) -> str:
-    """Bits per byte in longer windows, as trained and with other fields."""
+    """Bits per byte in longer windows, as trained and with other fields; each seed's where there are several."""
+    rows: dict[tuple[str, str, int], list[str]] = {}
+    for model, _, scored in _parts(path):
+        for x in (x for x in scored if x["group"] == "length" and x.get("overall") is not None):
+            read = "as trained" if x["label"] == "plain" else x["label"]
+            rows.setdefault((model, read, x["length"]), []).append(_bits(x["overall"]))
+    return _read({at: " / ".join(each) for at, each in rows.items()})
+
+
+def _parts(path: Path) -> list[tuple[str, int, list[dict[str, Any]]]]:
+    """Model, seed and what was found of each part of a record of trained models."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    parts = [(name(x["checkpoint"][1]), x["found"]) for key, x in found.items() if key != "env"]
-    rows = {
-        (model, "as trained" if x["label"] == "plain" else x["label"], x["length"]): x["overall"]
-        for model, scored in parts for x in scored if x["group"] == "length" and x.get("overall") is not None
-    }  # fmt: skip
-    return _read(rows, _bits)
+    parts = ((x["checkpoint"], x["found"]) for key, x in found.items() if key != "env")
+    return sorted(((name(label), seed, scored) for (_, label, seed), scored in parts), key=lambda part: part[1])
 
 
-def _read(rows: Mapping[tuple[str, str, int], float], shown: Callable[[float | None], str]) -> str:
+def _read(rows: Mapping[tuple[str, str, int], str]) -> str:
     """What models give by what they were read with and by length."""
     tested = sorted({n for _, _, n in rows})
     body = []
     for model, said in dict.fromkeys((model, said) for model, said, _ in rows):
-        at = [shown(rows.get((model, said, n))) for n in tested]
-        body.append([model, said, *at])
+        body.append([model, said, *(rows.get((model, said, n), "") for n in tested)])
     return table(["attention", "read with", *(short(n) for n in tested)], body)
+
+
+def kept(path: Path = REREAD) -> str:
+    """Bytes of the states that decoding keeps, and tokens a second, by length."""
+    found = {(model, x["group"], x["label"], x["length"]): x for model, _, scored in _parts(path) for x in scored}
+    states = {model: x["state"] for (model, group, _, _), x in found.items() if group == "state" and x.get("state")}
+    fast = {(model, n): x["speed"] for (model, group, read, n), x in found.items()
+            if group == "length" and x.get("speed") and read.startswith(("as trained", "64 queries"))}  # fmt: skip
+    tested = sorted({n for _, n in fast})
+    body = [[model, f"{state / 2**20:,.1f} MiB", *(_whole(fast.get((model, n))) for n in tested)]
+            for model, state in states.items()]  # fmt: skip
+    return table(["attention", "state at 128k", *(f"tokens/s at {short(n)}" for n in tested)], body)
+
+
+def others_read(path: Path = REREAD) -> str:
+    """Models whose every fourth layer is another one, with another choice in these layers; each seed's bits."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    read: dict[str, float] = {}
+    for model, _, scored in _parts(path):
+        for x in scored:
+            if x["group"] == "choice" and x["label"].startswith("every") and x.get("overall") is not None:
+                rows.setdefault(x["label"], {}).setdefault(model, []).append(_bits(x["overall"]))
+                read[x["label"]] = x["rows"]
+    models = list(dict.fromkeys(model for each in rows.values() for model in each))
+    body = [[label, _whole(read[label]), *(" / ".join(each.get(model, ())) for model in models)]
+            for label, each in rows.items()]  # fmt: skip
+    return table(["read with", "rows", *models], body)
 
 
 def choices(path: Path = REREAD) -> str:
@@ -181,11 +240,10 @@ def answers(path: Path = ASKED) -> str:
 def asked(path: Path = REASKED) -> str:
     """Share of right answers of trained models that were read with other fields."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    rows = {
-        (name(part["checkpoint"][1]), x["label"], x["length"]): x["accuracy"]
+    return _read({
+        (name(part["checkpoint"][1]), x["label"], x["length"]): f"{x['accuracy']:.1%}"
         for part in found.values() for x in part["found"] if x.get("accuracy") is not None
-    }  # fmt: skip
-    return _read(rows, lambda x: "" if x is None else f"{x:.1%}")
+    })  # fmt: skip
 
 
 def written() -> dict[str, str]:
