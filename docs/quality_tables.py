@@ -45,9 +45,8 @@ WIDE = RESULTS / "compare-csource-32k.json"  # windows of 32,768
 PASSED = RESULTS / "recall-passkey.json"
 BESIDE = ("full", "fma:rank=16,near=128", "window:width=512")  # models that the others are shown beside
 NOVELS = RESULTS / "compare-novels.json"  # five novels, and one held out
-CHANGED = RESULTS / "compare-mechanisms-lengths.json"  # models of a quarter of the bytes read with other fields
-REREAD = RESULTS / "compare-csource-lengths.json"  # the same of models of COMPARED
-REASKED = RESULTS / "recall-mqar-changes.json"  # and of those that ASKED is on
+REREAD = RESULTS / "compare-csource-lengths.json"  # models of COMPARED read with other fields
+REASKED = RESULTS / "recall-mqar-changes.json"  # the same of those that ASKED is on
 BUCKETS = ("none", "1-128", "128-512", "512-1k", ">1k")
 put = partial(spots.put, script="docs/quality_tables.py")
 
@@ -160,7 +159,7 @@ def lengths(found: Models) -> str:
     return table(headings, body)
 
 
-def changed(path: Path = CHANGED) -> str:
+def reread(path: Path = REREAD) -> str:
     """Bits per byte in longer windows, as trained and with other fields; each seed's where there are several."""
     rows: dict[tuple[str, str, int], list[str]] = {}
     for model, _, scored in _parts(path):
@@ -257,8 +256,7 @@ def written() -> dict[str, str]:
         "novel-copies": copies(novels),
         "mechanisms": scores(mechanisms, models(SHORT)),
         "mechanism-copies": copies(mechanisms),
-        "changed": changed(),
-        "reread": changed(REREAD),
+        "reread": reread(),
         "choices": choices(),
         "asked": asked(),
         "answers": answers(),
