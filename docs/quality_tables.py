@@ -6,7 +6,7 @@ Each stands between two comment lines that name it; a test compares. Runs that w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -74,7 +74,8 @@ def name(label: str) -> str:
     if kind == "window":
         return f"window {options['width']}"
     if kind == "near-field":
-        return "near field alone" if options.get("near", "128") == "128" else f"near field alone, near {options['near']}"
+        near = options.get("near", "128")
+        return "near field alone" if near == "128" else f"near field alone, near {near}"
     if kind == "fma":
         more = [f"{_rows(options['rank'])} a group"] if options.get("rank", "16") != "16" else []
         more += [f"near {options['near']}"] if options.get("near", "128") != "128" else []

@@ -278,6 +278,21 @@ def test_other_layers_may_carry_no_positions(rotate):
             assert_within(rotated(x[:, order])[:, 25:], rotated(x)[:, 25:], terms=30, units=1e6)
 
 
+def test_log_scale_of_other_layers_alone():
+    plain, all_of_them, others = (
+        decoder("window", other="full", layers=4, every=2, **given)
+        for given in ({}, {"log_scale": 12}, {"other_log_scale": 12})
+    )
+    for model in (all_of_them, others):
+        model.load_state_dict(plain.state_dict())
+    x = normal(2, 30, 32)
+    for number in range(4):
+        wanted = all_of_them if number % 2 else plain
+        layers = (model.blocks[number].attention for model in (others, wanted))
+        assert torch.equal(*(layer(x) for layer in layers))
+    assert not torch.equal(plain.blocks[1].attention(x), others.blocks[1].attention(x))
+
+
 def test_log_scale_refuses_what_it_cannot_count():
     with pytest.raises(ValueError, match="log_scale=1 and causal=True"):
         Attention(16, 2, log_scale=1)
@@ -418,6 +433,7 @@ def test_config_round_trip():
         ({"layers": 0}, "layers must be a whole number of at least 1"),
         ({"rope_share": 2}, "rope_share"),
         ({"other_rope_share": -0.5}, "other_rope_share must lie in 0..1, got -0.5"),
+        ({"other_log_scale": -8}, "other_log_scale must be None or a whole number of at least 0, got -8"),
         ({"dropout": 1.0}, "dropout"),
         ({"mlp_ratio": 0}, "mlp_ratio"),
         ({"rotate": "never"}, "rotate"),

@@ -36,7 +36,9 @@ NAME = "compare.json"
 FREE = ("scored", "seeds", "again", "lengths")
 """Settings that may differ when a comparison goes on; so may the list of mechanisms."""
 
-PER_RUN = ("attention", "attention_options", "other", "other_options", "other_rope_share", "every", "kind")
+PER_RUN = (
+    "attention", "attention_options", "other", "other_options", "other_rope_share", "other_log_scale", "every", "kind",
+)  # fmt: skip
 """Fields of ModelConfig that tell the runs apart, or say nothing."""
 
 OF_LAYERS = {"rope_share": "rope_share"}

@@ -30,6 +30,8 @@ class ModelConfig:
         other_rope_share: that of the `other` blocks; None: as rope_share. With 0 they carry no positions: the blocks
             below tell them what stands where.
         log_scale: tokens beyond which queries grow with the log of their position, see nn.Attention; 0: never.
+        other_log_scale: that of the `other` blocks; None: as log_scale. Alone it leaves out blocks that read as many rows
+            at any length.
         rotate: "mechanism" or "layer", see nn.Attention.
         qk_norm: unit-RMS q and k with a learned gain.
         conv: width of the short depthwise convolution before q, k and v; 0 for none. Centred in an encoder.
@@ -54,6 +56,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     other_rope_share: float | None = None
     log_scale: int = 0
+    other_log_scale: int | None = None
     rotate: str = "mechanism"
     qk_norm: bool = True
     conv: int = 4
@@ -68,6 +71,8 @@ class ModelConfig:
         for name, low in least.items():
             if (value := getattr(self, name)) < low or value != int(value):
                 raise ValueError(f"ModelConfig: {name} must be a whole number of at least {low}, got {value}")
+        if (n := self.other_log_scale) is not None and (n < 0 or n != int(n)):
+            raise ValueError(f"ModelConfig: other_log_scale must be None or a whole number of at least 0, got {n}")
         if self.width % self.heads:
             near = self.heads * max(1, round(self.width / self.heads))
             raise ValueError(

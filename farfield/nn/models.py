@@ -50,6 +50,7 @@ class Transformer(nn.Module):
         c = self.config
         other = c.other is not None and (number + 1) % c.every == 0
         rope_share = c.other_rope_share if other and c.other_rope_share is not None else c.rope_share
+        log_scale = c.other_log_scale if other and c.other_log_scale is not None else c.log_scale
         return Attention(
             c.width,
             c.heads,
@@ -60,7 +61,7 @@ class Transformer(nn.Module):
             conv=c.conv,
             rope_share=rope_share,
             rope_base=c.rope_base,
-            log_scale=c.log_scale,
+            log_scale=log_scale,
             qk_norm=c.qk_norm,
             rotate=c.rotate,
         )
