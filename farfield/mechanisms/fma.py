@@ -49,10 +49,10 @@ from farfield.ring import FMARing
 from farfield.select import opened
 from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii, tree_lists
 from farfield.summarize import (
-    FilterPool,
     Groups,
     MeanPool,
     Pool,
+    StridedPool,
     check_rank,
     make_pool,
     pyramid,
@@ -237,6 +237,11 @@ class FMA(Mechanism):
             },
             tokens=90,
             block=4,
+        ),
+        Case(
+            options={"block": 8, "near": 8, "rank": 2, "sinks": 3, "pool": "strided", "kv_heads": 2},
+            tokens=150,
+            block=8,
         ),
         Case(
             options={"block": 8, "near": 8, "rank": 2, "causal": False, "open": 1, "shared": False},
@@ -925,8 +930,8 @@ class FMA(Mechanism):
         return (first + end - 1).double() / 2
 
     def reference(self, q, k, v):
-        if not isinstance(self.pool, MeanPool) or isinstance(self.pool, FilterPool):
-            raise NotImplementedError("fma: the reference is written for mean pooling")
+        if type(self.pool) not in (MeanPool, StridedPool):
+            raise NotImplementedError("fma: the reference is written for means and strided pools")
         tokens, m, p = q.shape[2], self.block, self.rank
         # whether a group holds an opened block, [B, H, T, groups]
         holds = self._opened(q, k) if self.open else torch.zeros(1, 1, tokens, -(-tokens // m), dtype=torch.bool)
@@ -956,14 +961,33 @@ class FMA(Mechanism):
                 if self.queries == "pooled":
                     parts = [q[:, :, s : s + width // p] for s in range(0, tokens, width // p)]
                     asking = torch.cat([x.mean(2, keepdim=True).expand_as(x) for x in parts], 2)
-                score = asking @ k[:, :, members].mean(2)[..., None] * scale + math.log(len(members))
+                row = [x[:, :, members].mean(2) for x in (k, v)]
+                if isinstance(self.pool, StridedPool):
+                    row = [self._strided(x, start, width // p, tokens)[0] for x in (k, v)]
+                score = asking @ row[0][..., None] * scale + math.log(len(members))
                 if self.biased:
                     learned = self.level_bias[:, (width // m).bit_length() - 1]
                     score = score + learned.repeat_interleave(q.shape[1] // len(learned))[:, None, None]
                 logits.append(score.masked_fill(~seen[..., None], float("-inf")))
-                values.append(v[:, :, members].mean(2, keepdim=True))
+                values.append(row[1][:, :, None])
             width, radius, holds = 2 * width, above, parents
         return torch.cat(logits, -1).softmax(-1) @ torch.cat(values, 2)
+
+    def _strided(self, x: Tensor, start: int, width: int, tokens: int) -> tuple[Tensor, int]:
+        """By definition: a strided pool's row [B, H, D] for tokens start to start + width, and how many are there."""
+        assert isinstance(self.pool, StridedPool)
+        each = self.block // self.rank
+        if width == each:
+            place = self.pool.leaf_place
+            parts = [(x[:, :, min(t, tokens - 1)], int(self.sinks <= t < tokens)) for t in range(start, start + each)]
+        else:
+            place = self.pool.pair_place[(width // each).bit_length() - 2]
+            parts = [self._strided(x, at, width // 2, tokens) for at in (start, start + width // 2)]
+        total = sum(many for _, many in parts)
+        mean = torch.stack([row * many for row, many in parts]).sum(0) / max(total, 1)
+        chosen = [parts[int(n)] for n in place.repeat_interleave(x.shape[1] // len(place))]
+        heads = [row[:, h] if many else mean[:, h] for h, (row, many) in enumerate(chosen)]
+        return torch.stack(heads, 1), total
 
     def _opened(self, q: Tensor, k: Tensor) -> Tensor:
         """By definition: which blocks each query opens, [B, H, T, blocks]."""
