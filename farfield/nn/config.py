@@ -30,8 +30,8 @@ class ModelConfig:
         other_rope_share: that of the `other` blocks; None: as rope_share. With 0 they carry no positions: the blocks
             below tell them what stands where.
         log_scale: tokens beyond which queries grow with the log of their position, see nn.Attention; 0: never.
-        other_log_scale: that of the `other` blocks; None: as log_scale. Alone it leaves out blocks that read as many rows
-            at any length.
+        other_log_scale: that of the `other` blocks; None: as log_scale. Alone it leaves out blocks that read as many
+            rows at any length.
         rotate: "mechanism" or "layer", see nn.Attention.
         qk_norm: unit-RMS q and k with a learned gain.
         conv: width of the short depthwise convolution before q, k and v; 0 for none. Centred in an encoder.
