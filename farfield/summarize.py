@@ -285,6 +285,9 @@ class StridedPool(Pool):
     which one is drawn at random when the pool is made, other ones in each layer, and kept in checkpoints. No
     parameters.
 
+    With the bias log c a row weighs c e^(q . k) for its token: on average over the c tokens that it could be, what they
+    weigh together, where a mean key has less (Jensen).
+
     A row that lacks its token or child is the mean of what there is.
 
     Args:
