@@ -259,20 +259,8 @@ class FMARing:
         Raises:
             ValueError: shapes do not fit the ring, or the ring is full (CPU).
         """
-        batch, kv_heads, _, width = self.near_k.shape
-        wanted = [(batch, kv_heads, 1, width), (batch, kv_heads, 1, self.near_v.shape[3])]
-        if q.shape[0] != batch or q.shape[2:] != (1, width) or [k.shape, v.shape] != wanted:
-            raise ValueError(
-                f"FMARing: takes q [{batch}, H, 1, {width}], k {list(wanted[0])} and v {list(wanted[1])}, "
-                f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-            )
-        if {q.dtype, k.dtype, v.dtype} != {self.near_k.dtype}:
-            raise TypeError(f"FMARing: holds {self.near_k.dtype}, got {q.dtype}, {k.dtype} and {v.dtype}")
-        turned = append(
-            q, k, v, self.near_k, self.near_v, self.far_k, self.far_v, self.sum_k, self.sum_v, self.bias,
-            self.near_end, self.near_count, self.far_index, self.far_count, self.position, self.clock,
-            self.filters, self.turns, list(self.plan),
-        )  # fmt: skip
+        batch = len(self.near_k)
+        turned = self.append(q, k, v)
         near_list = self.near_index.expand(batch, -1, -1, -1)
         near = Layout(near_list, self.near_count, 1, self.block, 1, self.near_k.shape[2], causal=True)
         far = Layout(self.far_index, self.far_count, 1, self.rank, 1, self.far_k.shape[2])
@@ -282,6 +270,26 @@ class FMARing:
         ]
         q = turned if turned.numel() else q
         return attend(q, sources, scale=scale, position=self.position).out
+
+    @torch.no_grad()
+    def append(
+        self, q: Float[Tensor, "B H 1 D"], k: Float[Tensor, "B G 1 D"], v: Float[Tensor, "B G 1 E"]
+    ) -> Float[Tensor, "*turned"]:
+        """Take one token a sequence without reading anything. Returns q rotated, empty if nothing is."""
+        batch, kv_heads, _, width = self.near_k.shape
+        wanted = [(batch, kv_heads, 1, width), (batch, kv_heads, 1, self.near_v.shape[3])]
+        if q.shape[0] != batch or q.shape[2:] != (1, width) or [k.shape, v.shape] != wanted:
+            raise ValueError(
+                f"FMARing: takes q [{batch}, H, 1, {width}], k {list(wanted[0])} and v {list(wanted[1])}, "
+                f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            )
+        if {q.dtype, k.dtype, v.dtype} != {self.near_k.dtype}:
+            raise TypeError(f"FMARing: holds {self.near_k.dtype}, got {q.dtype}, {k.dtype} and {v.dtype}")
+        return append(
+            q, k, v, self.near_k, self.near_v, self.far_k, self.far_v, self.sum_k, self.sum_v, self.bias,
+            self.near_end, self.near_count, self.far_index, self.far_count, self.position, self.clock,
+            self.filters, self.turns, list(self.plan),
+        )  # fmt: skip
 
     def _by_sequence(self) -> dict[str, Tensor]:
         return {name: x for name, x in self.tensors().items() if name not in SHARED}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -114,6 +116,53 @@ class Cache(State):
     def crop(self, drop: int) -> Self:
         keep = self.left(drop)
         return replace(self, tokens=keep, k=self.k[:, :, :keep], v=self.v[:, :, :keep])
+
+
+class _Room:
+    """A buffer with room behind the tokens that views of it hold.
+
+    Args:
+        used: tokens that some view holds; what lies behind is nobody's.
+    """
+
+    __slots__ = ("buffer", "used")
+
+    def __init__(self, buffer: Tensor, used: int):
+        self.buffer, self.used = buffer, used
+
+
+_taking = threading.Lock()
+
+
+def appended(x: Tensor, more: Tensor) -> Tensor:
+    """`x` [B, G, T, D] with further tokens behind it; x keeps its values, and its memory may be shared.
+
+    One token after another takes time for one token: what is returned has room behind it, half as much as there is, and
+    the first to append to it takes that room. Whoever is second, with other tokens behind the same ones, gets a copy.
+    With autograd on there is no room, since what was written in place could not be differentiated.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat([x, more], 2)
+    begin, stop = x.shape[2], x.shape[2] + more.shape[2]
+    room = vars(x).get("room")
+    # what inference mode has made is written in inference mode only
+    if room is not None and room.buffer.is_inference() and not torch.is_inference_mode_enabled():
+        room = None
+    with _taking:
+        if room is not None and room.used == begin and room.buffer.shape[2] >= stop:
+            room.used = stop
+        else:
+            room = None
+    if room is None:
+        # a prompt may be all there is
+        size = stop + stop // 2 if begin else stop
+        buffer = x.new_empty(*x.shape[:2], size, x.shape[3], pin_memory=x.is_pinned())
+        buffer[:, :, :begin] = x
+        room = _Room(buffer, stop)
+    room.buffer[:, :, begin:stop] = more
+    found = room.buffer[:, :, :stop]
+    vars(found)["room"] = room
+    return found
 
 
 def _walk(x: Any, name: str, visit: Callable[[str, Tensor], Any]) -> Any:

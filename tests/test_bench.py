@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from farfield import mechanisms
-from farfield.bench import attend_random, fma, memory, plots, records, runner, tables, worker
+from farfield.bench import attend_random, fma, fma_decode, memory, plots, records, runner, tables, worker
 from farfield.bench import mechanisms as all_mechanisms
 from farfield.bench.records import Record
 from farfield.testing import oracles
@@ -472,6 +472,17 @@ def test_decoding_is_checked_against_extend():
     assert made.status == "ok", made.reason
     assert made.rates["state bytes"] == made.rates["formula"]
     assert made.rates["us a layer"] == pytest.approx(1e6 * made.seconds)
+
+
+def test_decoding_with_opened_groups_is_checked_against_extend():
+    options = {"tokens": [150], "batch": [2], "open": [2], "heads": 4, "kv_heads": 2, "width": 16, "layers": 2}
+    made = runner.run("fma-decode-opened", **options, against=[], block=16, near=32, rank=4, **SMALL)
+    assert [x.status for x in made] == ["ok", "ok"], made[0].reason
+    # tokens and what may follow in blocks, keys and values of two heads and two sequences in float32
+    held = 4 * 2 * 2 * 2 * 16 * -(-(150 + fma_decode.SPARE) // 16) * 16
+    here, there = (x.rates for x in made)
+    assert (here["host bytes"], there["host bytes"]) == (0, held)
+    assert here["device bytes"] - there["device bytes"] == held
 
 
 @pytest.mark.parametrize("name", ["hip", "moba", "nsa", "ssa"])

@@ -276,6 +276,43 @@ def test_a_prompt_is_summarized_once(monkeypatch):
     assert many == [15]
 
 
+def test_tokens_are_appended_in_place_and_states_stay_what_they_are():
+    q, k, v = draw(90)
+    mech = FMA(**SMALL, open=2, rewind=8)
+    whole = mech(q, k, v)
+    with torch.no_grad():
+        _, state = mech.extend(q[:, :, :60], k[:, :, :60], v[:, :, :60])
+        states = [state]
+        for at in range(60, 90):
+            _, state = mech.extend(*(x[:, :, at : at + 1] for x in (q, k, v)), state)
+            states.append(state)
+        # most steps copy nothing
+        assert len({x.all_k.data_ptr() for x in states}) == 2
+        held = states[10].all_k.clone()
+        other = [torch.randn_like(x[:, :, :1]) for x in (q, k, v)]
+        mech.extend(*other, states[10])
+        mech.extend(*other, states[12].crop(2))
+        assert torch.equal(states[10].all_k, held)
+        for n, state in enumerate(states[:-1]):
+            out, _ = mech.extend(*(x[:, :, 60 + n : 61 + n] for x in (q, k, v)), state)
+            assert_within(out, whole[:, :, 60 + n : 61 + n], terms=90)
+
+
+@pytest.mark.parametrize("hold", [1, 2])
+def test_a_state_with_its_tokens_in_host_memory_goes_on(hold):
+    """Without a GPU there is one memory; on one tests/gpu looks where things are."""
+    q, k, v = draw(90)
+    mech = FMA(**SMALL, open=2, hold=hold)
+    with torch.no_grad():
+        _, state = mech.extend(q[:, :, :61], k[:, :, :61], v[:, :, :61])
+        there = state.to_host()
+        assert there.all_k.data_ptr() != state.all_k.data_ptr()
+        for at, n in ((61, 1), (62, 20), (82, 8)):
+            here = [x[:, :, at : at + n] for x in (q, k, v)]
+            (want, state), (got, there) = (mech.extend(*here, x) for x in (state, there))
+            assert torch.equal(got, want)
+
+
 def test_a_cropped_plain_state_goes_on():
     """It has forgotten more than a state that came here from below."""
     q, k, v = draw(100)

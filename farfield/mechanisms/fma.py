@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
+from farfield.opened_ring import OpenedRing
 from farfield.ops import multipole as whole
 from farfield.ops import opened as on_gpu
 from farfield.ops.attend import attend
@@ -48,6 +49,7 @@ from farfield.packing import Packing
 from farfield.ring import FMARing
 from farfield.select import opened
 from farfield.select.static import depth, far_lists, multipole, near_lists, pack_lists, radii, tree_lists
+from farfield.state import appended
 from farfield.summarize import (
     Groups,
     MeanPool,
@@ -157,6 +159,22 @@ class OpenedState(FMAState):
     hold: int
     askers: Tensor  # [B, H, tokens / hold, D], the query that chooses for each run, rotated; none where each does
     sketches: tuple[opened.Sketch, ...]  # of the summarized blocks
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the tokens that are kept away from everything else, in host memory."""
+        return self.all_k.nbytes + self.all_v.nbytes if self.all_k.device != self.k.device else 0
+
+    def to_host(self) -> OpenedState:
+        """The state with all tokens in host memory, pinned if the rest is on a GPU; `extend` goes on with it.
+
+        A call of `extend` brings the tokens to the device and lets them go again, which suits chunks of a prompt. Token
+        by token decode from `FMA.ring(state, store="host")`, which fetches what is opened alone.
+        """
+        pinned = self.k.is_cuda
+        held = (torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x) for x in (self.all_k, self.all_v))
+        k, v = held
+        return replace(self, all_k=k, all_v=v)
 
     def crop(self, drop: int) -> OpenedState:
         state = super().crop(drop)
@@ -650,7 +668,8 @@ class FMA(Mechanism):
     def _open_further(self, q: Tensor, now: OpenedState, far: Rows, starts: Sequence[int]) -> Tensor:
         """Opened attention of the last tokens of `now`; q is rotated."""
         seen = now.tokens - q.shape[2]
-        rows, sketches = Rows(now.all_k, now.all_v), now.sketches[: len(starts)]
+        rows = Rows(now.all_k.to(q.device), now.all_v.to(q.device))
+        sketches = now.sketches[: len(starts)]
         found = self._quickly_further(q, rows, far, sketches, now.askers, seen)
         if found is not None:
             return found
@@ -669,7 +688,9 @@ class FMA(Mechanism):
         tree = Tree(self.block, self.rank, blocks, len(sketches), True, self.sinks, blocks * self.block)
         runs = self.hold % on_gpu.TILE == 0
         step = q.shape[2] if runs else PIECE
-        if self.score not in on_gpu.SCORES or on_gpu.refusal(q[:, :, :step], tokens.k, tokens.v, tree, plan):
+        if self.score not in on_gpu.SCORES or far.bias is None:
+            return None
+        if on_gpu.refusal(q[:, :, :step], tokens.k, tokens.v, tree, plan):
             return None
         if not runs and torch.is_grad_enabled() and any(x.requires_grad for x in (q, tokens.k, tokens.v, far.k, far.v)):
             # the kernels' backward is for all queries at once, from the first token on
@@ -705,7 +726,7 @@ class FMA(Mechanism):
             askers = torch.cat([askers, q[:, :, -before.tokens % self.hold :: self.hold]], 2)
         if rotary is not None:
             k = rotary(k, torch.arange(before.tokens, now.tokens, device=k.device))
-        k, v = torch.cat([before.all_k, k], 2), torch.cat([before.all_v, v], 2)
+        every_k, every_v = (appended(*pair) for pair in ((before.all_k, k), (before.all_v, v)))
         sketches = list(before.sketches)
         done = sketches[0].rows.shape[2] if sketches else 0
         stop = now.grown[-1].blocks
@@ -713,11 +734,13 @@ class FMA(Mechanism):
             here = slice(done * self.block, stop * self.block)
             at = torch.arange(here.start, here.stop, device=k.device).view(1, stop - done, self.block)
             present = (at >= self.sinks).expand(k.shape[0], -1, -1)
-            keys = to_blocks(k[:, :, here], self.block, stop - done)
+            keys = to_blocks(every_k[:, :, here].to(k.device), self.block, stop - done)
             new = opened.sketch(self.score, keys, present, self.detail, below=sketches)
             sketches = [*(opened.joined(*pair) for pair in zip(sketches, new, strict=False)), *new[len(sketches) :]]
         parts = {f.name: getattr(now, f.name) for f in fields(FMAState)}
-        return OpenedState(**parts, all_k=k, all_v=v, hold=self.hold, askers=askers, sketches=tuple(sketches))
+        return OpenedState(
+            **parts, all_k=every_k, all_v=every_v, hold=self.hold, askers=askers, sketches=tuple(sketches)
+        )
 
     def _grow(self, k, v, state: FMAState, tokens: int) -> tuple[list[Level], list[Grown]]:
         """The levels and the pool's memory once every block that the last query no longer reads is summarized."""
@@ -1079,13 +1102,46 @@ class FMA(Mechanism):
         share[-1:] -= blocks * self.block - tokens
         return rows + float((more * share).sum()) / max(tokens, 1)
 
-    def ring(self, state: FMAState, *, capacity: int = 1 << 20, rotary: Rotary | None = None) -> FMARing:
-        """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens; see FMARing."""
-        if self.open or self.biased:
-            raise NotImplementedError("fma: a ring has neither the tokens that open reads nor a level_bias; use extend")
-        return FMARing.from_state(state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary)
+    def ring(
+        self,
+        state: FMAState,
+        *,
+        capacity: int = 1 << 20,
+        rotary: Rotary | None = None,
+        heads: int | None = None,
+        store: str = "device",
+    ) -> FMARing | OpenedRing:
+        """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens; see FMARing.
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, ring: FMARing) -> Tensor:
+        With `open` an OpenedRing, which holds all tokens.
+
+        Args:
+            heads: H of an opened ring with shared=False. Default G.
+            store: "host" keeps the tokens of an opened ring in pinned host memory.
+        """
+        if not isinstance(state, OpenedState) or not self.open:
+            if self.open or self.biased or store != "device":
+                raise NotImplementedError(
+                    "fma: a ring without opened groups has no tokens to keep in a store, nor a level_bias; use extend"
+                )
+            return FMARing.from_state(state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary)
+        self._check_opening()
+        opening = {
+            "picks": self.open,
+            "beam": 2 * self.open if self.beam is None else self.beam,
+            "shared": self.shared,
+            "detail": self.detail,
+            "summed": self.segments == "sum",
+            "hold": self.hold,
+            "score": self.score,
+        }
+        return OpenedRing.from_state(
+            state, heads=heads or state.k.shape[1], capacity=capacity, sinks=self.sinks, opening=opening,
+            scale=self._scale(state.k), store=store,
+            level_bias=self.level_bias if self.biased else None, weight=self._weight(), pool=self.pool, rotary=rotary,
+        )  # fmt: skip
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, ring: FMARing | OpenedRing) -> Tensor:
         """`extend` by one token a sequence, in place and without gradients: what a CUDA graph captures."""
         mine = self.block, self.near, self.rank, self.sinks
         if ring.plan[:4] != mine:

@@ -133,7 +133,7 @@ def sketch(
         elif many % 2:
             rows = torch.nn.functional.pad(children.rows, (0, 0, 0, 0, 0, 1))
             children = Sketch(rows, torch.nn.functional.pad(children.count, (0, 0, 0, 1)))
-        new = _parent(score, children, detail)
+        new = parents(score, children, detail)
     return found
 
 
@@ -159,7 +159,7 @@ def _leaf(score: str, keys: Tensor, present: Tensor | None, detail: int) -> Sket
     return _put_together(score, torch.cat(parts[score], -1), count, detail, width)
 
 
-def _parent(score: str, children: Sketch, detail: int) -> Sketch:
+def parents(score: str, children: Sketch, detail: int) -> Sketch:
     """Groups 2n and 2n + 1 put together; their rows stand for segments of their own."""
     rows, count = (x.unflatten(2, (-1, 2)).flatten(3, 4) for x in (children.rows, children.count))
     size = rows.shape[-1]

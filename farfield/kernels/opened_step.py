@@ -1,0 +1,315 @@
+"""One decoding step of opened FMA: what a token leaves behind, what its query opens, and blocks fetched from the host.
+
+keep: a program for each sequence and key head copies the token that append has placed to where all tokens are, the
+group that append has moved up to where all summaries are, and sketches that group.
+
+open_step: a program for each sequence and list goes down the tree alone. On a level it scores the children of what it
+has kept, and of the first group behind that is no far one; each candidate counts those that are better, so that there
+is no sort and ties go to the lower group. At the end it writes the near and the far list.
+
+fetch: a program for each entry of a near list copies a block of keys and values, far ones from wherever all tokens
+are, which may be pinned host memory, read through its device address.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farfield.kernels.append import _complete, _slot
+from farfield.kernels.attend import padded
+from farfield.kernels.opened_search import _counted, _far
+from farfield.ops.opened_step import Plan, Step
+
+ROWS = 256  # of sketches that a program scores at a time
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["capacity", "blocks", "far_rows", "all_rows"])
+def keep(
+    near_k, near_v, far_k, far_v, all_k, all_v, kept_k, kept_v, sketches, clock,
+    capacity, blocks, far_rows, all_rows,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr,
+    E_TILE: tl.constexpr, BLOCK: tl.constexpr, RADIUS: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    SINKS: tl.constexpr, SINK_GROUPS: tl.constexpr, LEVELS: tl.constexpr, LEVEL_TILE: tl.constexpr,
+    GROUPS: tl.constexpr, DETAIL: tl.constexpr, DETAIL_TILE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, g = pid // HEADS, pid % HEADS
+    clock += b * PARTS + g
+    t = tl.load(clock)
+    n, r = t // BLOCK, t % BLOCK
+    dims, values = tl.arange(0, D_TILE), tl.arange(0, E_TILE)
+    near_k += pid * ((RADIUS + 1) * BLOCK) * D
+    near_v += pid * ((RADIUS + 1) * BLOCK) * E
+    row = t % ((RADIUS + 1) * BLOCK)
+    key = tl.load(near_k + row * D + dims, mask=dims < D, other=0.0)
+    value = tl.load(near_v + row * E + values, mask=values < E, other=0.0)
+    # tokens past the capacity would be lost: say so as loudly as a kernel can
+    at = pid * capacity + tl.minimum(t, capacity - 1)
+    key, value = tl.where(t < capacity, key, float("nan")), tl.where(t < capacity, value, float("nan"))
+    tl.store(all_k + at * D + dims, key, mask=dims < D)
+    tl.store(all_v + at * E + values, value, mask=values < E)
+    far_k += pid * GROUPS * RANK * D
+    far_v += pid * GROUPS * RANK * E
+    kept_k += pid * far_rows * D
+    kept_v += pid * far_rows * E
+    if t < SINKS:
+        tl.store(kept_k + t * D + dims, key, mask=dims < D)
+        tl.store(kept_v + t * E + values, value, mask=values < E)
+    if _complete(n, r, LEVELS) & (t < capacity):
+        group = (n >> r) - 1
+        first, before = tl.full([], SINK_GROUPS, tl.int64), tl.full([], 0, tl.int64)
+        for height in range(r):
+            first += blocks >> height
+            before += (blocks >> height) * DETAIL
+        line = tl.arange(0, RANK_TILE)[:, None]
+        slot = _slot(r, group, RADIUS, SINK_GROUPS, LEVEL_TILE)
+        inside = (line < RANK) & (dims < D)[None, :]
+        rows = tl.load(far_k + (slot * RANK + line) * D + dims, mask=inside, other=0.0)
+        tl.store(kept_k + ((first + group) * RANK + line) * D + dims, rows, mask=inside)
+        inside = (line < RANK) & (values < E)[None, :]
+        rows = tl.load(far_v + (slot * RANK + line) * E + values, mask=inside, other=0.0)
+        tl.store(kept_v + ((first + group) * RANK + line) * E + values, rows, mask=inside)
+        sketches += pid * all_rows * D
+        line = tl.arange(0, DETAIL_TILE)
+        inside = (line < DETAIL)[:, None] & (dims < D)[None, :]
+        to = sketches + (before + group * DETAIL + line)[:, None] * D + dims
+        if r == 0:
+            SEGMENT: tl.constexpr = BLOCK // DETAIL
+            token = group * BLOCK + line * SEGMENT
+            place = group % (RADIUS + 1) * BLOCK + line * SEGMENT
+            total = tl.zeros([DETAIL_TILE, D_TILE], tl.float32)
+            for j in range(SEGMENT):
+                there = inside & (token + j >= SINKS)[:, None]
+                total += tl.load(near_k + (place + j)[:, None] * D + dims, mask=there, other=0.0).to(tl.float32)
+            count = _counted(token, SEGMENT, SINKS).to(tl.float32)
+            tl.store(to, total / tl.where(count > 0, count, 1.0)[:, None], mask=inside)
+        else:
+            # rows 2 i and 2 i + 1 of the two children become row i
+            size = tl.full([], BLOCK // DETAIL, tl.int64) << (r - 1)
+            child = 2 * (group * DETAIL + line)
+            left = sketches + (before - (blocks >> (r - 1)) * DETAIL + child)[:, None] * D + dims
+            x = tl.load(left, mask=inside, other=0.0)
+            y = tl.load(left + D, mask=inside, other=0.0)
+            c0, c1 = _counted(child * size, size, SINKS), _counted((child + 1) * size, size, SINKS)
+            share = c0.to(tl.float32) / tl.maximum(c0 + c1, 1).to(tl.float32)
+            rest = c1.to(tl.float32) / tl.maximum(c0 + c1, 1).to(tl.float32)
+            tl.store(to, x * share[:, None] + y * rest[:, None], mask=inside)
+    # every thread has read the clock before one sets it
+    tl.debug_barrier()
+    tl.store(clock, t + 1)
+
+
+@triton.jit(do_not_specialize=["capacity", "blocks", "all_rows", "q_b", "q_h", "picks", "beam", "width", "far_width"])
+def open_step(
+    q, sketches, clock, kept, near, near_count, far, far_count, position,
+    capacity, blocks, all_rows, picks, beam, width, far_width, q_b, q_h, scale,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, STACK: tl.constexpr, REPEAT: tl.constexpr,
+    BLOCK: tl.constexpr, RADIUS: tl.constexpr, RANK: tl.constexpr, SINKS: tl.constexpr, LEVELS: tl.constexpr,
+    DETAIL: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, SLOTS: tl.constexpr, STACK_TILE: tl.constexpr,
+    PAIRS: tl.constexpr, CHUNKS: tl.constexpr, LOCAL: tl.constexpr, SINK_TILE: tl.constexpr, SUM: tl.constexpr,
+    HOLD: tl.constexpr,
+):  # fmt: skip
+    """Lists of the newest token's query. PAIRS: parents whose children are scored at a time."""
+    GROUPS: tl.constexpr = (SINKS + RANK - 1) // RANK
+    pid = tl.program_id(0).to(tl.int64)
+    b, u = pid // LISTS, pid % LISTS
+    g = u if STACK > 1 else u // REPEAT
+    clock += b * PARTS + HEADS + u
+    t = tl.load(clock)
+    # the first query of a run has chosen for the others, and all of a run read the same
+    if t % HOLD == 0:
+        n = (tl.minimum(t, capacity - 1) // BLOCK).to(tl.int32)
+        sketches += (b * HEADS + g) * all_rows * D
+        dims, slot = tl.arange(0, D_TILE), tl.arange(0, SLOTS)
+        column, c = tl.arange(0, PAIRS * 2 * DETAIL), tl.arange(0, 2 * SLOTS)
+        chunk, head = tl.arange(0, CHUNKS), tl.arange(0, STACK_TILE)
+
+        # at first whatever is far is kept, and behind it stands the first group that is not
+        top = 1
+        while _far(n, top, RADIUS) > beam:
+            top += 1
+        many = _far(n, top, RADIUS)
+        held = slot
+        before = 0
+        for below in range(top):
+            before += (blocks >> below) * DETAIL
+        for turn in range(top):
+            height = top - 1 - turn
+            before -= (blocks >> height) * DETAIL
+            here = _far(n, height, RADIUS)
+            size = (BLOCK // DETAIL) << height
+            found = tl.full([STACK_TILE, CHUNKS, PAIRS * 2], float("-inf"), tl.float32)
+            for it in range(many // PAIRS + 1):
+                parent = tl.sum(tl.where(chunk[:, None] == it, tl.reshape(held, [CHUNKS, PAIRS]), 0), 0)
+                first = tl.reshape(
+                    tl.broadcast_to(2 * parent[:, None] * DETAIL, [PAIRS, 2 * DETAIL]), [PAIRS * 2 * DETAIL]
+                )
+                row = first + column % (2 * DETAIL)
+                there = (it * PAIRS + column // (2 * DETAIL) <= many) & (row // DETAIL < here)
+                at = (before + row).to(tl.int64)[:, None] * D + dims
+                tile = tl.load(sketches + at, mask=there[:, None] & (dims < D)[None, :], other=0.0)
+                count = tl.where(there, _counted(row * size, size, SINKS), 0).to(tl.float32)
+                more = tl.where(count > 0, tl.log(tl.maximum(count, 1.0)), float("-inf"))
+                for r in tl.static_range(STACK):
+                    asked = tl.load(q + b * q_b + (u * STACK + r) * q_h + dims, mask=dims < D, other=0.0)
+                    asked = asked.to(tl.float32) * scale
+                    logits = tl.reshape(tl.sum(tile * asked[None, :], 1) + more, [PAIRS * 2, DETAIL])
+                    best = tl.max(logits, 1)
+                    if SUM:
+                        base = tl.where(best == float("-inf"), 0.0, best)
+                        best = base + tl.log(tl.sum(tl.exp(logits - base[:, None]), 1))
+                    mine = (head == r)[:, None, None] & (chunk == it)[None, :, None]
+                    found = tl.where(mine, best[None, None, :], found)
+            found = tl.reshape(found, [STACK_TILE, 2 * SLOTS])
+            if STACK > 1:
+                # shares of a softmax for each head, added up over the heads; as logarithms
+                peak = tl.max(found, 1)
+                peak = tl.where(peak == float("-inf"), 0.0, peak)
+                mass = tl.sum(tl.exp(found - peak[:, None]), 1)
+                found -= (peak + tl.log(tl.where(mass > 0, mass, 1.0)))[:, None]
+                peak = tl.max(found, 0)
+                base = tl.where(peak == float("-inf"), 0.0, peak)
+                score = base + tl.log(tl.sum(tl.exp(found - base[None, :]), 0))
+            else:
+                score = tl.reshape(found, [2 * SLOTS])
+            pair = tl.reshape(tl.broadcast_to(held[:, None], [SLOTS, 2]), [2 * SLOTS])
+            group = 2 * pair + c % 2
+            valid = (c // 2 <= many) & (group < here) & (score > float("-inf"))
+            score = tl.where(valid, score, float("-inf"))
+            # of equal scores the lower groups
+            ahead = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (c[None, :] < c[:, None]))
+            most = tl.where(height == 0, picks, beam)
+            chosen = valid & (tl.sum(ahead.to(tl.int32), 1) < most)
+            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+            many = tl.sum(chosen.to(tl.int32), 0)
+            mine = chosen[None, :] & (place[None, :] == slot[:, None])
+            held = tl.sum(tl.where(mine, group[None, :], 0), 1)
+            held = tl.where(slot == many, here, held)
+
+        # what is opened lies before what is near
+        kept += pid * SLOTS
+        tl.store(kept + slot, held)
+        tl.debug_barrier()
+        there = slot < many
+        leaf = tl.where(there, held, 0)
+        before_it = tl.load(kept + slot - 1, mask=there & (slot > 0), other=-1)
+        after_it = tl.load(kept + slot + 1, mask=slot + 1 < many, other=-1)
+        near += pid * width
+        tl.store(near + slot, leaf, mask=there)
+        begin = tl.maximum(n - RADIUS, 0)
+        local = tl.arange(0, LOCAL)
+        tl.store(near + many + local, begin + local, mask=local < n - begin + 1)
+        tl.store(near_count + pid, many + n - begin + 1)
+        far += pid * far_width
+        closed = (n > RADIUS) & (tl.max((there & (leaf == 0)).to(tl.int32), 0) == 0)
+        listed = tl.where(closed, GROUPS, 0)
+        sink = tl.arange(0, SINK_TILE)
+        tl.store(far + sink, sink, mask=sink < listed)
+        first = GROUPS
+        for height in range(LEVELS):
+            here, above = _far(n, height, RADIUS), _far(n, height + 1, RADIUS)
+            group = leaf >> height
+            # the siblings of opened groups: of several leaves of one group that next to where the sibling's would stand
+            other = tl.where((group & 1) != 0, before_it >> height, after_it >> height)
+            sibling = group ^ 1
+            reads = there & (group >> 1 < above) & (other != group) & (other != sibling)
+            tl.store(far + listed + tl.cumsum(reads.to(tl.int32), 0) - 1, first + sibling, mask=reads)
+            listed += tl.sum(reads.to(tl.int32), 0)
+            # and the far list of the level
+            for one in tl.static_range(2):
+                j = 2 * above + one
+                opened = tl.max((there & (group == j)).to(tl.int32), 0)
+                reads_it = (j < here) & (opened == 0)
+                tl.store(far + listed, first + j, mask=reads_it)
+                listed += reads_it.to(tl.int32)
+            first += blocks >> height
+        tl.store(far_count + pid, listed)
+    tl.store(position + pid, t)
+    tl.debug_barrier()
+    tl.store(clock, t + 1)
+
+
+@triton.jit(do_not_specialize=["capacity", "entries"])
+def fetch(
+    all_k, all_v, near_k, near_v, near, near_count, position, held_k, held_v, end,
+    capacity, entries,
+    D: tl.constexpr, E: tl.constexpr, D_TILE: tl.constexpr, E_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    RADIUS: tl.constexpr, BLOCK_TILE: tl.constexpr,
+):  # fmt: skip
+    """Entry by entry the blocks of near lists one behind the other, and where each row stands."""
+    unit, entry = tl.program_id(0).to(tl.int64) // entries, tl.program_id(0) % entries
+    if entry < tl.load(near_count + unit):
+        block = tl.load(near + unit * entries + entry).to(tl.int64)
+        line, dims, values = tl.arange(0, BLOCK_TILE), tl.arange(0, D_TILE), tl.arange(0, E_TILE)
+        t = tl.load(position + unit)
+        n = tl.minimum(t, capacity - 1) // BLOCK
+        inside = (line < BLOCK)[:, None] & (dims < D)[None, :]
+        inside_v = (line < BLOCK)[:, None] & (values < E)[None, :]
+        if block < n - RADIUS:
+            at = (unit * capacity + block * BLOCK + line)[:, None]
+            keys = tl.load(all_k + at * D + dims, mask=inside, other=0.0)
+            rows = tl.load(all_v + at * E + values, mask=inside_v, other=0.0)
+        else:
+            at = (unit * ((RADIUS + 1) * BLOCK) + block % (RADIUS + 1) * BLOCK + line)[:, None]
+            keys = tl.load(near_k + at * D + dims, mask=inside, other=0.0)
+            rows = tl.load(near_v + at * E + values, mask=inside_v, other=0.0)
+        keys, rows = tl.where(t < capacity, keys, float("nan")), tl.where(t < capacity, rows, float("nan"))
+        to = (unit * entries + entry) * BLOCK + line
+        tl.store(held_k + to[:, None] * D + dims, keys, mask=inside)
+        tl.store(held_v + to[:, None] * E + values, rows, mask=inside_v)
+        tl.store(end + to, block * BLOCK + line, mask=line < BLOCK)
+
+
+def launch_keep(step: Step) -> None:
+    """The contract is ops.opened_step's; all buffers are contiguous."""
+    plan, batch, kv_heads, width, value_width = _sizes(step)
+    tile = triton.next_power_of_2
+    keep[(batch * kv_heads,)](
+        step.near_k, step.near_v, step.far_k, step.far_v, step.all_k, step.all_v, step.kept_k, step.kept_v,
+        step.sketches, step.clock, plan.capacity, plan.blocks, step.kept_k.shape[2], step.sketches.shape[2],
+        HEADS=kv_heads, PARTS=step.clock.shape[1], D=width, E=value_width, D_TILE=tile(width),
+        E_TILE=tile(value_width), BLOCK=plan.block, RADIUS=plan.near // plan.block, RANK=plan.rank,
+        RANK_TILE=tile(plan.rank), SINKS=plan.sinks, SINK_GROUPS=plan.sink_groups, LEVELS=plan.levels,
+        LEVEL_TILE=tile(plan.levels), GROUPS=step.far_k.shape[2] // plan.rank, DETAIL=plan.detail,
+        DETAIL_TILE=tile(plan.detail), num_warps=4,
+    )  # fmt: skip
+
+
+def launch_open(q: Tensor, step: Step, scale: float) -> None:
+    plan, batch, kv_heads, width, _ = _sizes(step)
+    lists, heads, radius = step.near.shape[1], q.shape[1], plan.near // plan.block
+    slots, stack = padded(plan.beam + 1, 1), heads // lists
+    kept = step.near.new_empty(batch * lists, slots)
+    q = q if q.stride(3) == 1 else q.contiguous()
+    pairs = max(1, min(slots, ROWS // (2 * plan.detail)))
+    open_step[(batch * lists,)](
+        q, step.sketches, step.clock, kept, step.near, step.near_count, step.far, step.far_count,
+        step.position, plan.capacity, plan.blocks, step.sketches.shape[2], plan.picks, plan.beam,
+        step.near.shape[3], step.far.shape[3], q.stride(0), q.stride(1), scale,
+        HEADS=kv_heads, PARTS=step.clock.shape[1], LISTS=lists, STACK=stack, REPEAT=heads // kv_heads,
+        BLOCK=plan.block, RADIUS=radius, RANK=plan.rank, SINKS=plan.sinks, LEVELS=plan.levels, DETAIL=plan.detail,
+        D=width, D_TILE=triton.next_power_of_2(width), SLOTS=slots, STACK_TILE=padded(stack, 1),
+        PAIRS=pairs, CHUNKS=slots // pairs, LOCAL=padded(radius + 1, 1), SINK_TILE=padded(max(plan.sink_groups, 1), 1), SUM=bool(plan.summed),
+        HOLD=plan.hold, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def launch_fetch(
+    all_k: Tensor, all_v: Tensor, near_k: Tensor, near_v: Tensor, near: Tensor, near_count: Tensor, position: Tensor,
+    plan: Plan, held: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    entries, width, value_width = near.shape[3], near_k.shape[3], near_v.shape[3]
+    tile = triton.next_power_of_2
+    fetch[(near_count.numel() * entries,)](
+        all_k, all_v, near_k, near_v, near, near_count, position, *held, plan.capacity, entries,
+        D=width, E=value_width, D_TILE=tile(width), E_TILE=tile(value_width),
+        BLOCK=plan.block, RADIUS=plan.near // plan.block, BLOCK_TILE=tile(plan.block), num_warps=4,
+    )  # fmt: skip
+
+
+def _sizes(step: Step):
+    batch, kv_heads, _, width = step.near_k.shape
+    return step.plan, batch, kv_heads, width, step.near_v.shape[3]

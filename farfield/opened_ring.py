@@ -1,0 +1,351 @@
+"""Opened FMA's decode state in buffers of fixed size: a FMARing, all tokens, all summaries, and what is chosen by.
+
+The tokens of far blocks may stay in pinned host memory, from which a step takes those that it opens and no others:
+a GPU reads it at its device address, so that the host neither waits nor does anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from farfield.mechanism import Rotary
+from farfield.ops.attend import attend
+from farfield.ops.opened_step import SCORES, Plan, Step
+from farfield.ring import FMARing
+from farfield.select import opened
+from farfield.select.opened_step import fetch_opened, opened_step, write_lists
+from farfield.summarize import Pool, span_of_rows, to_blocks
+from farfield.types import Layout, Rows
+
+if TYPE_CHECKING:
+    from farfield.mechanisms.fma import OpenedState
+
+STORES = ("device", "host")
+STORED = ("all_k", "all_v")
+
+
+@dataclass(frozen=True)
+class OpenedRing:
+    """Opened FMA's decode state in fixed buffers. `FMA.ring` makes one of a state, `FMA.step` takes a token.
+
+    Changed in place by `step`, `reset_` and `reorder_`; the other methods return new rings. For a capacity of C tokens
+    in N blocks, beside a FMARing for as many tokens:
+
+        tokens     B G C (D + E) itemsize           in host memory with store="host"
+        summaries  about 2 N p, B G (D + E) itemsize each, and their biases
+        sketches   about 2 N detail, B G D numbers of float32 each, twice as many for some scores
+
+    so that with blocks of 64, p = 4, detail = 16 and bfloat16 a GPU holds 5/8 of the tokens' bytes beside them.
+    """
+
+    store: str  # where all_k and all_v are: "device", or "host" with the rest on the device
+    ring: FMARing
+    plan: Plan
+    all_k: Float[Tensor, "B G C D"]  # rotated
+    all_v: Float[Tensor, "B G C E"]
+    kept_k: Float[Tensor, "B G F D"]  # sinks, then all groups of each level; rotated
+    kept_v: Float[Tensor, "B G F E"]
+    bias: Float[Tensor, "... F"]
+    sketches: Float[Tensor, "B G K X"]
+    near: Int[Tensor, "B L 1 P"]
+    near_count: Int[Tensor, "B L 1"]
+    far: Int[Tensor, "B L 1 Q"]
+    far_count: Int[Tensor, "B L 1"]
+    position: Int[Tensor, "B L 1"]
+    clock: Int[Tensor, "B programs"]
+    weight: Float[Tensor, "*weight"]  # of the learned score, or empty
+    entries: Int[Tensor, "1 1 1 P"]
+
+    @staticmethod
+    @torch.no_grad()
+    def from_state(
+        state: OpenedState,
+        *,
+        heads: int,
+        capacity: int,
+        sinks: int,
+        opening: Mapping[str, int | str | bool],
+        scale: float,
+        store: str = "device",
+        level_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        pool: Pool | None = None,
+        rotary: Rotary | None = None,
+    ) -> OpenedRing:
+        """The ring that goes on where a state stands; FMA.ring calls this with what the mechanism was made with.
+
+        Args:
+            heads: H.
+            scale: factor on q . k.
+            opening: picks, beam, shared, detail, summed, hold and score, as for FMA.
+            store: "device", or "host" for the tokens in pinned host memory.
+            level_bias: [G, levels], added to the logits of the summaries.
+            weight: [G, D], of the learned score.
+
+        Raises:
+            ValueError: no such store, or the state has more tokens than `capacity`.
+            NotImplementedError: heads open groups of their own, which a host store cannot fetch, or as for FMARing.
+        """
+        if store not in STORES:
+            raise ValueError(f"OpenedRing: store must be one of {', '.join(STORES)}, got {store!r}")
+        batch, kv_heads, _, width = state.k.shape
+        if store == "host" and not opening["shared"] and heads != kv_heads:
+            raise NotImplementedError(
+                f"OpenedRing: store='host' fetches what a key head's queries open together, but shared=False lets "
+                f"{heads // kv_heads} of them choose apart; use shared=True or store='device'"
+            )
+        inner = FMARing.from_state(state, capacity=capacity, sinks=sinks, pool=pool, rotary=rotary)
+        blocks, device = -(-capacity // state.block), state.k.device
+        numbers = {name: int(opening[name]) for name in ("detail", "picks", "beam", "shared", "summed", "hold")}
+        levels = inner.plan.levels
+        plan = Plan(*inner.plan[:4], levels, blocks * state.block, **numbers, score=SCORES.index(str(opening["score"])))
+        if level_bias is not None and level_bias.shape[1] < sum(n > 0 for n in plan.groups):
+            raise ValueError(
+                f"OpenedRing: level_bias has {level_bias.shape[1]} levels, but capacity={capacity} needs "
+                f"{sum(n > 0 for n in plan.groups)}; build FMA with more"
+            )
+        wide = inner.sum_k.dtype
+        size = width * (1 if plan.score == SCORES.index("mean") else 2)
+        size = width + 1 if plan.score == SCORES.index("ball") else size
+        lists = kv_heads if plan.shared else heads
+        pinned = store == "host" and device.type == "cuda"
+        at_home = torch.device("cpu") if store == "host" else device
+
+        def zeros(*shape: int, dtype: torch.dtype = state.k.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        def stored(like: Tensor) -> Tensor:
+            shape = batch, kv_heads, plan.capacity, like.shape[3]
+            return torch.zeros(shape, dtype=like.dtype, device=at_home, pin_memory=pinned)
+
+        near, far = plan.widths
+        made = OpenedRing(
+            store,
+            inner,
+            plan,
+            stored(state.k),
+            stored(state.v),
+            zeros(batch, kv_heads, plan.far_rows, width),
+            zeros(batch, kv_heads, plan.far_rows, state.v.shape[3]),
+            _bias(plan, wide, level_bias, batch if lists < heads else 0).to(device),
+            zeros(batch, kv_heads, sum(plan.groups) * plan.detail, size, dtype=wide),
+            zeros(batch, lists, 1, near, dtype=torch.int32),
+            zeros(batch, lists, 1, dtype=torch.int32),
+            zeros(batch, lists, 1, far, dtype=torch.int32),
+            zeros(batch, lists, 1, dtype=torch.int32),
+            zeros(batch, lists, 1, dtype=torch.long),
+            torch.full((batch, kv_heads + lists), state.tokens, dtype=torch.long, device=device),
+            zeros(0, dtype=wide) if weight is None else weight.detach().to(device, wide).clone(),
+            torch.arange(near, dtype=torch.int32, device=device)[None, None, None],
+        )
+        if state.tokens > plan.capacity:
+            raise ValueError(f"OpenedRing: the state has {state.tokens} tokens, capacity={capacity} is too small")
+        if state.tokens:
+            made._fill(state, rotary)
+        if state.tokens % plan.hold:
+            # the run that goes on has been chosen for
+            for b, asker in enumerate(state.askers[:, :, -1:].split(1)):
+                write_lists(asker, made.buffers(), b, state.tokens, scale)
+        return made
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.plan.capacity
+
+    @property
+    def tokens(self) -> Int[Tensor, " B"]:
+        """Tokens of each sequence so far, on the device."""
+        return self.clock[:, -1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, in whatever memory."""
+        return sum(x.nbytes for x in self.tensors().values())
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of them that are not on the device."""
+        return sum(getattr(self, name).nbytes for name in STORED) if self.store == "host" else 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every buffer under its name, those of the inner ring after `ring.`."""
+        found = ((f.name, getattr(self, f.name)) for f in fields(self))
+        mine = {name: x for name, x in found if isinstance(x, Tensor)}
+        return {**mine, **{f"ring.{name}": x for name, x in self.ring.tensors().items()}}
+
+    def copy(self) -> OpenedRing:
+        """A ring that shares no memory with this one."""
+
+        def clone(x: Tensor) -> Tensor:
+            return torch.empty_like(x, pin_memory=x.is_pinned()).copy_(x) if x.device.type == "cpu" else x.clone()
+
+        return self._each(clone, self.ring.copy())
+
+    @staticmethod
+    def join(rings: Sequence[OpenedRing]) -> OpenedRing:
+        """One ring of all sequences of rings of one kind, each where it stands: prefill apart, decode together.
+
+        Raises:
+            ValueError: the rings differ in more than batch and tokens.
+        """
+        first = rings[0]
+        for ring in rings[1:]:
+            if (ring.plan, ring.store) != (first.plan, first.store) or not torch.equal(ring.weight, first.weight):
+                raise ValueError(f"OpenedRing.join: rings must be of one kind, got {first.plan} and {ring.plan}")
+        joined = {name: _joined([getattr(ring, name) for ring in rings]) for name in first._by_sequence()}
+        if len(first.bias) > 1:
+            joined["bias"] = torch.cat([ring.bias for ring in rings])
+        return replace(first, ring=FMARing.join([ring.ring for ring in rings]), **joined)
+
+    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
+        """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
+        self.ring.reorder_(beams)
+        for x in self._by_sequence().values():
+            x.copy_(x.index_select(0, beams.to(x.device)))
+
+    def reset_(self, sequences: Int[Tensor, " sequences"] | None = None) -> None:
+        """Forget the tokens of these sequences, or of all, in place."""
+        self.ring.reset_(sequences)
+        # what was never written is never read, but past its capacity a ring's last token is NaN
+        for x in (self.clock, self.all_k[:, :, -1:], self.all_v[:, :, -1:]):
+            if sequences is None:
+                x.zero_()
+            else:
+                x.index_fill_(0, sequences.to(x.device), 0)
+
+    @torch.no_grad()
+    def step(
+        self,
+        q: Float[Tensor, "B H 1 D"],
+        k: Float[Tensor, "B G 1 D"],
+        v: Float[Tensor, "B G 1 E"],
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "B H 1 E"]:
+        """Take one token a sequence and return its attention. No gradients.
+
+        Raises:
+            ValueError: shapes do not fit the ring, or the ring is full (CPU; on a GPU outputs are NaN from there on).
+        """
+        turned = self.ring.append(q, k, v)
+        q = turned if turned.numel() else q
+        plan, lists = self.plan, self.near.shape[1]
+        batch, heads, _, width = q.shape
+        if heads % lists or (not plan.shared and lists != heads):
+            raise ValueError(f"OpenedRing: was made for other heads than the {heads} of q; make it with heads={heads}")
+        scale = width**-0.5 if scale is None else scale
+        ring = self.ring
+        *buffers, _ = self.buffers()
+        opened_step(q, *buffers, list(plan), scale)
+        near, far, position = self.near, self.far, self.position
+        tokens, kept = Rows(self.all_k, self.all_v), (self.kept_k, self.kept_v)
+        if self.store == "host":
+            held_k, held_v, end = fetch_opened(
+                self.all_k, self.all_v, ring.near_k, ring.near_v, near, self.near_count, position, list(plan)
+            )
+            tokens, near = Rows(held_k, held_v, end=end), self.entries.expand(batch, lists, 1, -1)
+        near_count, far_count = self.near_count, self.far_count
+        if lists < heads:
+            # heads that share a list are, with their key head, one sequence
+            q = q.reshape(batch * lists, heads // lists, 1, width)
+            apart = batch * lists, 1
+            tokens = Rows(
+                *(x.view(*apart, *x.shape[2:]) for x in (tokens.k, tokens.v)),
+                end=None if tokens.end is None else tokens.end.view(*apart, -1),
+            )
+            kept = [x.view(*apart, *x.shape[2:]) for x in kept]
+            near, far, near_count, far_count, position = (
+                x.reshape(*apart, *x.shape[2:]) for x in (near, far, near_count, far_count, position)
+            )
+        sources = [
+            (tokens, Layout(near, near_count, 1, plan.block, 1, len(tokens), causal=True)),
+            (Rows(*kept, bias=self.bias), Layout(far, far_count, 1, plan.rank, 1, plan.far_rows)),
+        ]
+        out = attend(q, sources, scale=scale, position=position).out
+        return out.reshape(batch, heads, 1, -1)
+
+    def buffers(self) -> Step:
+        """All of them, as the operation takes them."""
+        ring = self.ring
+        return Step(
+            ring.near_k, ring.near_v, ring.far_k, ring.far_v, self.all_k, self.all_v, self.kept_k, self.kept_v,
+            self.sketches, self.near, self.near_count, self.far, self.far_count, self.position, self.clock,
+            self.weight, self.plan,
+        )  # fmt: skip
+
+    def _fill(self, state: OpenedState, rotary: Rotary | None) -> None:
+        """Bring an empty ring, of which the inner one is there, to where the state stands."""
+        plan, ring, tokens = self.plan, self.ring, state.tokens
+        m, p, device = plan.block, plan.rank, self.kept_k.device
+        for every, x in ((self.all_k, state.all_k), (self.all_v, state.all_v)):
+            every[:, :, :tokens] = x.to(every.device)
+        for kept, far in ((self.kept_k, ring.far_k), (self.kept_v, ring.far_v)):
+            kept[:, :, : plan.sinks] = far[:, :, : plan.sinks]
+        summarized = state.grown[-1].blocks
+        for height, start in enumerate(plan.starts):
+            if height < len(state.levels):
+                old = state.levels[height]
+                k, many = old.k, old.k.shape[2]
+                if rotary is not None:
+                    first, stop = span_of_rows(torch.arange(many // p, device=device), height, m, p, False)
+                    k = rotary(k, (first + stop - 1).double() / 2)
+                self.kept_k[:, :, start * p : start * p + many] = k
+                self.kept_v[:, :, start * p : start * p + many] = old.v
+            # what the inner ring has made since, a level a token
+            for group in range(summarized >> height, max((tokens - 1 - height) // m, 0) >> height):
+                slot = ring.plan.slot(height, group)
+                here, to = slice(slot * p, (slot + 1) * p), slice((start + group) * p, (start + group + 1) * p)
+                self.kept_k[:, :, to], self.kept_v[:, :, to] = ring.far_k[:, :, here], ring.far_v[:, :, here]
+        levels, blocks = list(state.sketches), tokens // m
+        done = levels[0].rows.shape[2] if levels else 0
+        if blocks > done:
+            at = torch.arange(done * m, blocks * m, device=device).view(1, blocks - done, m)
+            keys = to_blocks(state.all_k[:, :, done * m : blocks * m].to(device), m, blocks - done)
+            present = (at >= plan.sinks).expand(keys.shape[0], -1, -1)
+            new = opened.sketch(SCORES[plan.score], keys, present, plan.detail, below=levels)
+            levels = [*(opened.joined(*pair) for pair in zip(levels, new, strict=False)), *new[len(levels) :]]
+        at = 0
+        for groups, level in zip(plan.groups, levels, strict=False):
+            rows = level.rows.flatten(2, 3)
+            self.sketches[:, :, at : at + rows.shape[2]] = rows
+            at += groups * plan.detail
+
+    def _by_sequence(self) -> dict[str, Tensor]:
+        shared = ("bias", "weight", "entries")
+        return {name: x for name, x in self.tensors().items() if "." not in name and name not in shared}
+
+    def _each(self, f: Callable[[Tensor], Tensor], ring: FMARing) -> OpenedRing:
+        mine = {name: f(x) for name, x in self.tensors().items() if "." not in name}
+        return replace(self, ring=ring, **mine)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Along the batch, in pinned memory if they are."""
+    shape = sum(len(x) for x in parts), *parts[0].shape[1:]
+    into = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, pin_memory=parts[0].is_pinned())
+    return torch.cat(list(parts), out=into)
+
+
+def _bias(plan: Plan, dtype: torch.dtype, learned: Tensor | None, apart: int) -> Tensor:
+    """Log of the tokens of each far row, [1, 1, F]; with what is learned [1, G, F], or [apart * G, 1, F]."""
+    at = torch.arange(plan.sink_groups * plan.rank)
+    found = [torch.zeros(len(at), dtype=dtype).masked_fill(at >= plan.sinks, -math.inf)]
+    more = []
+    for height, groups in enumerate(plan.groups):
+        width = (plan.block << height) // plan.rank
+        first = torch.arange(groups * plan.rank) * width
+        found.append((width - (plan.sinks - first).clamp(0, width)).to(dtype).log())
+        if learned is not None and groups:
+            more.append(learned.detach()[:, height : height + 1].to("cpu", dtype).expand(-1, len(first)))
+    bias = torch.cat(found)[None]
+    if learned is not None:
+        bias = bias + torch.cat([bias.new_zeros(len(learned), len(at)), *more], 1)
+    return bias.repeat(apart, 1)[:, None] if apart and learned is not None else bias[None]
