@@ -42,6 +42,7 @@ from farfield.kernels import (
 )
 from farfield.nn import Rope
 from farfield.ops import hashed as ops_hashed
+from farfield.ops import opened_step as opened_buffers
 from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
 from farfield.ops.choose import Scoring
@@ -463,6 +464,31 @@ def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, toke
     attend_opened.backward(out, *about, out, lse, tree, field.near, 0.125, True)
 
 
+def decoding_opened(picks, *, heads=8, kv_heads=8, width=64, capacity=1 << 20, **plan):
+    """A step from fixed buffers, and the fetch of its blocks."""
+    about = {"detail": 16, "picks": picks, "beam": 2 * picks, "shared": 1, "summed": 0, "score": 3, **plan}
+    plan = opened_buffers.Plan(64, 128, 16, 3, 14, capacity, **about)
+    lists, (near, far) = kv_heads if plan.shared else heads, plan.widths
+
+    def rows(many):
+        return [empty(1, kv_heads, many, width) for _ in range(2)]
+
+    def whole(*shape, dtype=torch.int32):
+        return empty(*shape, dtype=dtype)
+
+    step = opened_buffers.Step(
+        *rows(192), *rows(60 * 16), *rows(capacity), *rows(plan.far_rows),
+        whole(1, kv_heads, sum(plan.groups) * plan.detail, width, dtype=torch.float32),
+        whole(1, lists, 1, near), whole(1, lists, 1), whole(1, lists, 1, far), whole(1, lists, 1),
+        whole(1, lists, 1, dtype=torch.long), whole(1, kv_heads + lists, dtype=torch.long),
+        whole(0, dtype=torch.float32), plan,
+    )  # fmt: skip
+    opened_buffers.run(empty(1, heads, 1, width), step, 0.125)
+    if plan.shared:
+        about = step.all_k, step.all_v, step.near_k, step.near_v, step.near, step.near_count, step.position
+        opened_buffers.fetch(*about, plan)
+
+
 # kernel-case -> what launches it
 LAUNCHES = {
     **{f"forward-{name}": (lambda case=case: forward(case)) for name, case in CALLS.items()},
@@ -549,6 +575,10 @@ LAUNCHES = {
     "opened-runs-long-64": lambda: opening(16, 64, hold=64, tokens=1 << 20),
     "opened-runs-long-128": lambda: opening(16, 128, hold=64, tokens=1 << 20),
     "opened-shared-64": lambda: opening(8, 64, heads=8, kv_heads=2, block=128, rank=16),
+    "opened-step-4": lambda: decoding_opened(4),
+    "opened-step-16": lambda: decoding_opened(16, width=128),
+    "opened-step-stacked": lambda: decoding_opened(4, kv_heads=2, summed=1),
+    "opened-step-apart": lambda: decoding_opened(4, kv_heads=2, shared=0, hold=4),
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
     "append-fp32": lambda: appending(width=64, dtype="fp32"),
@@ -565,7 +595,7 @@ FEW = (
     "decode-1", "decode-64", "decode-64-whole", "decode-fp32", "pool-64-m64-p4", "tree-m64-128", "tree-m128-64",
     "tree-m128-128", "tree-near-128-64", "walk", "walk-long", "walk-128",
     "walk-halves-64-100000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
-    "append-sinks-rotary",
+    "append-sinks-rotary", "opened-step-4",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
     "branches-64", "mix-64", "opened-2-64", "opened-runs-64",
@@ -631,6 +661,7 @@ AT_LENGTH = {
     "forward-general": lambda n: forward((ALL, {"q_block": 16, "width": 24, "batch": 2}), tokens=n),
     "forward-sorted": lambda n: forward(CALLS["sorted-64"], tokens=n),
     "sorting": lambda n: sorting(False, n),
+    "opened-step": lambda n: decoding_opened(4, capacity=-(-n // 64) * 64),
     "forward-runs": lambda n: forward(CALLS["runs-64"], tokens=n),
     "hashed": lambda n: sorted_attention(64, tokens=n),
     "hashed-backward": lambda n: sorted_attention(64, backward=True, tokens=n),

@@ -292,8 +292,8 @@ def launch_open(q: Tensor, step: Step, scale: float) -> None:
         HEADS=kv_heads, PARTS=step.clock.shape[1], LISTS=lists, STACK=stack, REPEAT=heads // kv_heads,
         BLOCK=plan.block, RADIUS=radius, RANK=plan.rank, SINKS=plan.sinks, LEVELS=plan.levels, DETAIL=plan.detail,
         D=width, D_TILE=triton.next_power_of_2(width), SLOTS=slots, STACK_TILE=padded(stack, 1),
-        PAIRS=pairs, CHUNKS=slots // pairs, LOCAL=padded(radius + 1, 1), SINK_TILE=padded(max(plan.sink_groups, 1), 1), SUM=bool(plan.summed),
-        HOLD=plan.hold, num_warps=WARPS,
+        PAIRS=pairs, CHUNKS=slots // pairs, LOCAL=padded(radius + 1, 1), SINK_TILE=padded(max(plan.sink_groups, 1), 1),
+        SUM=bool(plan.summed), HOLD=plan.hold, num_warps=WARPS,
     )  # fmt: skip
 
 
