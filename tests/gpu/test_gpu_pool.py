@@ -110,10 +110,9 @@ def test_offsets_beyond_int32():
         assert_within(got[0, 0, r], exact, terms=width, name=f"row {r}")
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_repeats_are_bitwise_equal(learned):
-    options = {"pool": "learned", "kv_heads": 2} if learned else {}
-    mech = ff.FMA(block=64, near=64, rank=4, **options).cuda()
+@pytest.mark.parametrize("pool", ["mean", "learned", "strided", "dense"])
+def test_repeats_are_bitwise_equal(pool):
+    mech = ff.FMA(block=64, near=64, rank=4, pool=pool, kv_heads=2, width=64).cuda()
     x = [draw(1, h, 9000, 64, seed=h).bfloat16().requires_grad_() for h in (4, 2, 2)]
 
     def run():
@@ -125,8 +124,9 @@ def test_repeats_are_bitwise_equal(learned):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
-def test_a_training_step_is_captured():
-    mech = ff.FMA(block=64, near=64, rank=4)
+@pytest.mark.parametrize("pool", ["mean", "strided", "dense-strided"])
+def test_a_training_step_is_captured(pool):
+    mech = ff.FMA(block=64, near=64, rank=4, pool=pool, kv_heads=2, width=64).cuda()
     x = [draw(1, 2, 4096, 64, seed=i).bfloat16().requires_grad_() for i in range(3)]
 
     def step():
