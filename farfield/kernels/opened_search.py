@@ -305,6 +305,19 @@ def score_children(
                     word &= word - 1
                     to += 1
         tl.debug_barrier()
+        # and which of the groups that each of them has kept this one is, of all of them at once
+        for some in range(neighbours, filled, WORDS):
+            inside = some + span < filled
+            i = tl.load(readers + some + span, mask=inside, other=0)
+            known = tl.minimum(_far((begin + i) * hold // BLOCK, height + 1, radius), beam)
+            slot = tl.zeros([WORDS], tl.int32)
+            for half in tl.static_range(STEPS):
+                probe = slot + (SLOTS >> (half + 1))
+                at = (unit * runs + i) * SLOTS + probe - 1
+                it = tl.load(kept + at, mask=inside & (probe <= known), other=parent)
+                slot = tl.where(it < parent, probe, slot)
+            tl.store(readers + some + span, i | slot << 24, mask=inside)
+        tl.debug_barrier()
         if filled > 0:
             # both children's rows lie one behind the other
             rows = 2 * parent * DETAIL + part
@@ -320,18 +333,10 @@ def score_children(
                 t = step + spot
                 asked = (t < filled) & (r < STACK)
                 behind = tl.load(readers + t, mask=(t >= neighbours) & (t < filled), other=0)
-                i = tl.where(t < neighbours, first + t, behind)
+                i = tl.where(t < neighbours, first + t, behind & 0xFFFFFF)
+                slot = tl.where(t < neighbours, SLOTS, behind >> 24)
                 q_at = (b * q_b + (u * STACK + r) * q_h + i.to(tl.int64) * q_t)[:, None] * D_UNIT + dims
                 q_tile = tl.load(q + q_at, mask=asked[:, None] & wide, other=0.0)
-                # which of the groups that the query has kept this one is
-                known = tl.minimum(_far((begin + i) * hold // BLOCK, height + 1, radius), beam)
-                known = tl.where(asked & (i >= own), known, 0)
-                slot = tl.zeros([ROWS], tl.int32)
-                for half in tl.static_range(STEPS):
-                    probe = slot + (SLOTS >> (half + 1))
-                    it = tl.load(kept + (unit * runs + i) * SLOTS + probe - 1, mask=probe <= known, other=parent)
-                    slot = tl.where(it < parent, probe, slot)
-                slot = tl.where(i < own, SLOTS, slot)
                 logits = tl.dot(q_tile, sketch.T, input_precision="ieee")
                 if TWICE:
                     logits = tl.dot(q_tile, rest.T, logits, input_precision="ieee")

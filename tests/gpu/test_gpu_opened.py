@@ -1,5 +1,7 @@
 """Opened FMA on the GPU: choices, numbers, gradients and causality there, and CUDA graphs of it."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from farfield.kernels import opened_search, plans
 from farfield.mechanisms.fma import FMA
 from farfield.ops import opened as on_gpu
 from farfield.select import opened
+from farfield.summarize import pyramid
 from farfield.testing.units import assert_within
 
 if not torch.cuda.is_available():
@@ -73,6 +76,51 @@ def test_kernels_of_its_own(case, monkeypatch):
     assert len(calls) == 1
     for name, want, got in zip(("out", "dq", "dk", "dv", "dbias"), *grads, strict=True):
         assert_within(got, want, terms=tokens, name=name)
+
+
+def read_by(i, leaves, tree, radius):
+    """First and number of the tokens, and the groups (level, number) that query i reads; every token before it once."""
+    n, opened = i // tree.block, set(leaves)
+    far = [max((n >> h) - -(-radius // (1 << h)), 0) for h in range(tree.levels + 1)]
+    start = max(n - radius, 0) * tree.block
+    tokens, groups = [(start, i + 1 - start), *((leaf * tree.block, tree.block) for leaf in leaves)], []
+    for h in range(tree.levels):
+        above = {leaf >> (h + 1) for leaf in opened}
+        for group in range(far[h]):
+            listed = group >> 1 >= far[h + 1] or group >> 1 in above
+            if listed and group not in {leaf >> h for leaf in opened}:
+                groups.append((h, group))
+    assert sum(many for _, many in tokens) + sum(tree.block << h for h, _ in groups) == i + 1
+    return tokens, groups
+
+
+@pytest.mark.parametrize(("tokens", "open"), [(70_001, 4), (150_000, 16)])
+def test_some_queries_of_long_sequences(tokens, open):
+    """By the kernels' own choice, in float64."""
+    mech, (q, k, v) = FMA(near=128, rank=4, open=open), draw(tokens, torch.bfloat16, heads=2, kv_heads=2)
+    blocks = -(-tokens // mech.block)
+    levels, radius = mech._levels(blocks)
+    tree = mech._tree(tokens, blocks, levels, radius[0])
+    scale = q.shape[3] ** -0.5
+    leaves, count = on_gpu.choose(q, k, tree, mech.plan(), scale)
+    out, far = mech(q, k, v), pyramid(mech.pool, k, v, tree)
+    starts = list(accumulate(tree.groups, initial=0))
+    found, wanted = [], []
+    for i in (0, 191, 192, 20_000, 65_535, 65_536, tokens - 65, tokens - 1):
+        for h in range(2):
+            which, groups = read_by(i, leaves[0, h, i, : count[0, h, i]].tolist(), tree, radius[0])
+            rows = [torch.arange(first, first + many, device="cuda") for first, many in which]
+            rows = torch.cat(rows)
+            far_rows = torch.tensor([starts[level] + group for level, group in groups], device="cuda", dtype=torch.long)
+            far_rows = (far_rows[:, None] * mech.rank + torch.arange(mech.rank, device="cuda")).flatten()
+            keys, values = (
+                torch.cat([x[0, h, rows], y[0, h, far_rows]]).double() for x, y in ((k, far.far_k), (v, far.far_v))
+            )
+            logits = keys @ q[0, h, i].double() * scale
+            logits[len(rows) :] += far.bias.double().flatten()[far_rows]
+            wanted.append(torch.softmax(logits, 0) @ values)
+            found.append(out[0, h, i])
+    assert_within(torch.stack(found), torch.stack(wanted), terms=1000)
 
 
 CHOICES = {
