@@ -35,7 +35,7 @@ class Beside(NamedTuple):
 
     Args:
         words: [B, U, T, P] int32, for each entry; its reader reads rows own + x * each and further `each` of the block
-            if bit x is set, x < 31.
+            if bit x is set, x < 30.
         bias: [B, G, S] float32, of all rows; it is added to q . k, before the scale.
         own: rows of a block that all its readers read.
     """

@@ -214,7 +214,8 @@ def read_blocks_backward_hopper(
         acc_v = gl.zeros([ROWS, D], gl.float32, wide)
         acc_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score))
         number = cut * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, score))
-        bit = gl.minimum(gl.maximum(number - OWN, 0) // EACH_ROWS, 31)
+        # all readers have bit 31
+        bit = 1 << gl.where(number < OWN, 31, gl.minimum(gl.maximum(number - OWN, 0) // EACH_ROWS, 30))
         if OWN:
             more = gl.load(bias + (unit // (REPEAT if STACK == 1 else 1)).to(gl.int64) * rows + m * K_BLOCK + number)
         factor = scale * LOG2E
@@ -241,9 +242,8 @@ def read_blocks_backward_hopper(
                 scores += more[:, None]
             weights = gl.exp2(scores * factor - lowered[None, :])
             if OWN:
-                word = word_ring.index(s).load(of_query)
-                reads = (number < OWN)[:, None] | (((word[None, :] >> bit[:, None]) & 1) != 0)
-                weights = gl.where(reads, weights, 0.0)
+                word = word_ring.index(s).load(of_query) | -0x80000000
+                weights = gl.where((word[None, :] & bit[:, None]) != 0, weights, 0.0)
             if masking:
                 asking = token_ring.index(t % NAMES).load(of_query)
                 each = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, score))

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 TOLD = gl.constexpr(4)  # runs that the loading warp may be ahead of the computing ones, as long as most are empty
 STAY = True
+AHEAD = True
 GROUPS = 2  # of computing warps, with tiles of 64 rows each; `read_blocks_hopper` starts so many
 ROWS = 512  # of q in a run: readers, the heads of a unit counted apart
 
@@ -218,10 +219,17 @@ def _hide(scores, row, token, least, rows, layout: gl.constexpr, BK: gl.constexp
 
 
 @gluon.jit
-def _choose(scores, word, bias, row, layout: gl.constexpr, BK: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr):
+def _biases(bias, row, layout: gl.constexpr, BK: gl.constexpr, OWN: gl.constexpr):
+    """Biases of the rows from `row` of a block on; nothing is loaded or added where they are a block's own."""
+    at = row + gl.arange(0, BK, gl.SliceLayout(0, layout))
+    # x + -0.0 is x, which the compiler knows
+    return gl.where(at < OWN, -0.0, gl.load(bias + at, mask=at >= OWN, other=-0.0))
+
+
+@gluon.jit
+def _choose(scores, word, more, row, layout: gl.constexpr, BK: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr):
     """Scores of the rows from `row` of a block on with their biases, -inf where a reader does not read them."""
     at = row + gl.arange(0, BK, gl.SliceLayout(0, layout))
-    more = gl.load(bias + at)
     bit = gl.minimum(gl.maximum(at - OWN, 0) // EACH, 31)
     seen = (at < OWN)[None, :] | (((word[:, None] >> bit[None, :]) & 1) != 0)
     return gl.where(seen, scores + more[None, :], float("-inf"))
@@ -289,6 +297,8 @@ def _compute(
                 if OWN:
                     reading = j * 64 + gl.arange(0, 64, per_row)
                     word = gl.load(words + begin + reading // STACK, mask=reading < count * STACK, other=0)
+                    # asked for before the product, which takes as long
+                    more = _biases(bias_at, 0, score, BK, OWN)
                 slot = (subs + j) % SLOTS
                 mbarrier.wait(q_full.index(slot), (subs + j) // SLOTS & 1)
                 # the copies were ordinary writes to shared memory; the tensor cores read it another way
@@ -316,7 +326,7 @@ def _compute(
                     mbarrier.arrive(q_empty.index((subs + j - GROUPS) % SLOTS), count=1)
                 scores = _hide(scores, row, token, least, rows, score, BK, CAUSAL)
                 if OWN:
-                    scores = _choose(scores, word, bias_at, 0, score, BK, OWN, EACH)
+                    scores = _choose(scores, word, more, 0, score, BK, OWN, EACH)
                 peak = gl.max(scores, 1) * factor
                 base = gl.where(peak == float("-inf"), 0.0, peak)
                 weights = gl.exp2(scores * factor - base[:, None])
@@ -330,6 +340,8 @@ def _compute(
                         s = wait_full(k_full, turn)
                         mbarrier.wait(v_full.index(last), last_phase)
                         keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+                        if OWN:
+                            more = _biases(bias_at, n * BK, score, BK, OWN)
                         _take_turn(turns, turn, GROUP)
                         product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
                         summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
@@ -338,7 +350,7 @@ def _compute(
                         report(k_empty, s)
                         scores = _hide(scores, row + n * BK, token, least, rows, score, BK, CAUSAL)
                         if OWN:
-                            scores = _choose(scores, word, bias_at, n * BK, score, BK, OWN, EACH)
+                            scores = _choose(scores, word, more, n * BK, score, BK, OWN, EACH)
                         weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
                         # ptxas moves the next wait in front of the exponentials, but nothing across a branch: this one
                         # has ended long ago
@@ -383,6 +395,101 @@ def _compute(
                 turn += 1
 
 
+@gluon.jit
+def _compute_ahead(
+    given, rings,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, STACK: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
+    SLOTS: gl.constexpr, STAGES: gl.constexpr, REPEAT: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr,
+):  # fmt: skip
+    """`_compute` for blocks of one tile with rows beside theirs: the next tile's product runs during the softmax."""
+    parts, loose, masses, _reader, words, bias, items, _first, _picks, rows, scale = given
+    (
+        told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full, v_full, k_empty, v_empty, _turns,
+    ) = rings  # fmt: skip
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
+    per_row: gl.constexpr = gl.SliceLayout(1, score)
+    across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
+    FOUR: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    dtype: gl.constexpr = q_ring.dtype
+    factor = scale * LOG2E
+    columns = gl.arange(0, E, gl.SliceLayout(0, across))[None, :]
+    message, turn, subs = 0, 0, 0
+    for _item in range(gl.program_id(0), items, gl.num_programs(0)):
+        count, block, segment, begin = _told(told, told_full, told_empty, message, FOUR)
+        sync()
+        mbarrier.arrive(told_empty.index(message % TOLD), count=1)
+        message += 1
+        if count > 0:
+            tiles = (count * STACK + 63) // 64
+            s = wait_full(k_full, turn)
+            if tiles > GROUP:
+                bias_at = bias + (segment // REPEAT).to(gl.int64) * rows + block // 2 * BK
+                last = (tiles - 1 - GROUP) // GROUPS * GROUPS + GROUP
+                keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
+                slot = wait_full(q_full, subs + GROUP)
+                # the copies were ordinary writes to shared memory; the tensor cores read it another way
+                fence_async_shared()
+                more = _biases(bias_at, 0, score, BK, OWN)
+                nothing = gl.zeros([64, BK], gl.float32, score)
+                scores = warpgroup_mma(q_ring.index(slot).reshape([64, D]), keys, nothing, use_acc=False)
+                mbarrier.wait(v_full.index(s), turn // STAGES & 1)
+                for j in range(GROUP, tiles, GROUPS):
+                    spot = j * 64 + gl.arange(0, 64, per_row)
+                    word = gl.load(words + begin + spot // STACK, mask=spot < count * STACK, other=0)
+                    slot = (subs + j) % SLOTS
+                    # behind the last one comes the last one
+                    ahead = wait_full(q_full, subs + gl.minimum(j + GROUPS, last))
+                    fence_async_shared()
+                    product = gl.zeros([64, BK], gl.float32, score)
+                    product = warpgroup_mma(
+                        q_ring.index(ahead).reshape([64, D]), keys, product, use_acc=False, is_async=True
+                    )
+                    scores = _choose(scores, word, more, 0, score, BK, OWN, EACH)
+                    peak = gl.max(scores, 1) * factor
+                    base = gl.where(peak == float("-inf"), 0.0, peak)
+                    weights = gl.exp2(scores * factor - base[:, None])
+                    mass = gl.sum(weights, 1)
+                    operand = gl.convert_layout(weights.to(dtype), left)
+                    acc = gl.zeros([64, E], gl.float32, value)
+                    acc = warpgroup_mma(operand, v_ring.index(s).reshape([BK, E]), acc, use_acc=False, is_async=True)
+                    if j > GROUP:
+                        # the result of the tile before has left by now
+                        tma.store_wait(0)
+                        sync()
+                        mbarrier.arrive(q_empty.index((subs + j - GROUPS) % SLOTS), count=1)
+                    acc, operand, scores = warpgroup_mma_wait(0, deps=[acc, operand, product])
+                    share = 1.0 / gl.where(mass > 0, mass, 1.0)
+                    acc = acc * gl.convert_layout(share, gl.SliceLayout(1, value))[:, None]
+                    place = begin.to(gl.int64) * STACK + j * 64
+                    # the queries are done with: the result leaves through their place
+                    queries = q_ring.index(slot).reshape([64, D])
+                    queries.store(acc.to(dtype))
+                    if (j + 1) * 64 <= count * STACK:
+                        fence_async_shared()
+                        sync()
+                        tma.async_copy_shared_to_global(parts, [0, 0, begin * STACK + j * 64, 0], q_ring.index(slot))
+                    else:
+                        # what comes after these rows is not this run's
+                        sync()
+                        line = gl.arange(0, 64, gl.SliceLayout(1, across))
+                        out_at = loose + (place + line)[:, None] * E + columns
+                        gl.store(out_at, queries.load(across), mask=(j * 64 + line < count * STACK)[:, None])
+                    to = masses + place + gl.arange(0, 64, per_row)
+                    gl.store(to, peak + gl.log2(mass), mask=spot < count * STACK)
+                tma.store_wait(0)
+                sync()
+                mbarrier.arrive(q_empty.index((subs + last) % SLOTS), count=1)
+            subs += tiles
+            # whoever has no tile must not be a round behind the values
+            mbarrier.wait(v_full.index(s), turn // STAGES & 1)
+            sync()
+            mbarrier.arrive(k_empty.index(s), count=1)
+            mbarrier.arrive(v_empty.index(s), count=1)
+            turn += 1
+
+
 VARIES = ["items", "units", "first", "picks", "rows", "q_b", "q_h", "q_t"]
 
 
@@ -392,7 +499,7 @@ def read_blocks_hopper(
     STACK: gl.constexpr, REPEAT: gl.constexpr, GROUPS: gl.constexpr, K_BLOCK: gl.constexpr, BK: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     STREAM: gl.constexpr, ROWS: gl.constexpr, TOGETHER: gl.constexpr, OWN: gl.constexpr, EACH: gl.constexpr,
-    LOADING: gl.constexpr, COMPUTING: gl.constexpr,
+    AHEAD: gl.constexpr, LOADING: gl.constexpr, COMPUTING: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -432,6 +539,23 @@ def read_blocks_hopper(
         told, q_ring, k_ring, v_ring, told_full, told_empty, q_full, q_empty, k_full, v_full, k_empty, v_empty, turns
     )  # fmt: skip
     # constants stay constants only where they are written into the call
+    if AHEAD:
+        gl.warp_specialize([
+            (_compute_ahead, (computing, rings, 0, GROUPS, STACK, BK, D, E, SLOTS, STAGES, REPEAT, OWN, EACH)),
+            (_compute_ahead, (computing, rings, 1, GROUPS, STACK, BK, D, E, SLOTS, STAGES, REPEAT, OWN, EACH)),
+            (_gather, (
+                q, told, wanted, q_ring, told_full, told_empty, q_full, q_empty, items, STACK, D, ROWS, 1,
+            )),
+            (_load, (
+                k, v, told, k_ring, v_ring, told_full, told_empty, k_full, v_full, k_empty, v_empty, reader, items,
+                units, first, picks, rows, STACK, REPEAT, GROUPS, K_BLOCK, BK, CAUSAL, STREAM,
+            )),
+            (_look_up, (
+                told, wanted, told_full, told_empty, runs, reader, items, units, first, picks, q_b, q_h, q_t,
+                STACK, ROWS,
+            )),
+        ], [4, 2, 1, 1], [COMPUTING, LOADING, LOADING, LOADING])  # fmt: skip
+        return
     gl.warp_specialize([
         (_compute, (
             computing, rings, 0, GROUPS, STACK, K_BLOCK, BK, D, E, SLOTS, STAGES, CAUSAL, STREAM, REPEAT, OWN, EACH,
@@ -534,6 +658,7 @@ def read(
         STACK=stack, REPEAT=heads // stack // k.shape[1], GROUPS=GROUPS, K_BLOCK=plan.k_block, BK=tile,
         D=width, E=width, SLOTS=tiles.slots, STAGES=tiles.stages, CAUSAL=bool(plan.causal), STREAM=stream, ROWS=lines,
         TOGETHER=GROUPS if stream else 1, OWN=beside.own if beside else 0, EACH=beside.each if beside else 1,
-        LOADING=tiles.loading, COMPUTING=computing, num_warps=4,
+        AHEAD=bool(beside and AHEAD and not stream and width == 64), LOADING=tiles.loading, COMPUTING=computing,
+        num_warps=4,
         maxnreg=each,
     )  # fmt: skip

@@ -35,6 +35,7 @@ from farfield.ops.pool import Tree
 # are scored, and where those that look into one parent are
 ROWS, WARPS = 64, 4
 ASKERS, FEWER = 32, 2
+UNITWISE = True
 WORDS = 256  # of bits that are looked at together
 KEPT = 128  # pairs of candidates of a warp that keeps the best, of 32 queries at most
 # pairs of groups of a level that all are scored, whoever asks for them: where queries are few, up to MANY
@@ -242,7 +243,7 @@ def score_children(
     q_b, q_h, q_t, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    STEPS: tl.constexpr, TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr,
+    STEPS: tl.constexpr, TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr, UNITWISE: tl.constexpr,
 ):  # fmt: skip
     """The scores of the children of each parent, for the queries that look into it; and the next bits are cleared.
 
@@ -271,11 +272,14 @@ def score_children(
     reach_above = (radius + (2 << height) - 1) >> (height + 1)
     for work in range(pid, total, tl.num_programs(0)):
         # the first groups have the most queries behind them and start first
-        parent, unit = work // (units * parts), (work % units).to(tl.int64)
+        if UNITWISE:
+            parent, unit, piece = work // parts % parents, (work // (parts * parents)).to(tl.int64), work % parts
+        else:
+            parent, unit, piece = work // (units * parts), (work % units).to(tl.int64), work // units % parts
         b, u = unit // lists, unit % lists
         g = u if STACK > 1 else u // REPEAT
         # of these queries
-        low_run = work // units % parts * split
+        low_run = piece * split
         high_run = tl.minimum(low_run + split, runs)
         stop = (high_run + 31) // 32
         # queries first .. own - 1 have it as a neighbour, whose children are far; those behind may have kept it
@@ -789,7 +793,7 @@ def _search(
             q, sketches.high, sketches.low, kept[turn % 2], bits[0], bits[1], scores, new(programs, split),
             *numbers, parents, below, split, sketches.high.shape[2], total, *q_at, scale,
             stack, stack_tile, heads // kv_heads, tree.block, detail, *shape[:3], max(ASKERS, stack_tile), slots,
-            slots.bit_length() - 1, sketches.twice, bool(summed), WORDS, num_warps=FEWER, num_stages=2,
+            slots.bit_length() - 1, sketches.twice, bool(summed), WORDS, UNITWISE, num_warps=FEWER, num_stages=2,
         )  # fmt: skip
         start(
             keep_best, (tiles * units,),
