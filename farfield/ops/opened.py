@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
-from farfield.ops.eager import eager
+from farfield.ops.eager import eager, recorded
 from farfield.ops.pool import Tree
 
 SCORES = ("peak", "mean")  # of select.opened.SCORES, those that there are kernels for
@@ -131,7 +131,12 @@ def attend(
         from farfield.kernels import attend_opened
 
         return attend_opened.forward(q, k, v, *far, *chosen, tree, plan.near, scale, begin=begin)[0]
-    return _attend(q, k, v, *far, *chosen, list(tree), list(plan), scale)[0]
+    given = q, k, v, *far, *chosen
+    if not eager(*given):
+        return _attend(q, k, v, *far, *chosen, list(tree), list(plan), scale)[0]
+    if not recorded(*given):
+        return _attended(given, tree, plan, scale)[0]
+    return _Attend.apply(*given, tree, plan, scale)
 
 
 def _tree(numbers: Sequence[int]) -> Tree:
@@ -188,9 +193,49 @@ def list_widths(tree: Tree, near: int, picks: int) -> tuple[int, int]:
     return width, tree.lead // tree.rank + sum(2 + min(picks, n) for n in [*groups[1:], 0])
 
 
-def _at_once(function, inputs: Sequence[Tensor], *options):
-    """kernels.plans.plainly without a recording."""
-    return function(*inputs, *options)
+def _attended(given: Sequence[Tensor], tree: Tree, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    from farfield.kernels import attend_opened, plans
+
+    if given[0].shape[2] > plans.LONGEST:
+        q, k, v, far_k, far_v, bias, leaves, count = given
+        return attend_opened.forward(q, k, v, far_k, far_v, bias, leaves, count, tree, plan.near, scale)
+    return plans.plainly(attend_opened.forward, given, tree, plan.near, scale)
+
+
+def _gradients(
+    given: Sequence[Tensor], tree: Tree, plan: Plan, scale: float, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from farfield.kernels import attend_opened, plans
+
+    d_out, q, k, v, far_k, far_v, bias, leaves, count, out, lse = given
+    # what is copied is not recorded
+    d_out = d_out.contiguous()
+    if q.shape[2] > plans.LONGEST:
+        return attend_opened.backward(
+            d_out, q, k, v, far_k, far_v, bias, leaves, count, out, lse, tree, plan.near, scale, bias_grad
+        )
+    given = d_out, q, k, v, far_k, far_v, bias, leaves, count, out, lse
+    return plans.plainly(attend_opened.backward, given, tree, plan.near, scale, bias_grad)
+
+
+class _Attend(torch.autograd.Function):
+    # a custom op with a gradient costs the host more than its launches
+    @staticmethod
+    def forward(ctx, *given):
+        *tensors, ctx.tree, ctx.plan, ctx.scale = given
+        out, lse = _attended(tensors, ctx.tree, ctx.plan, ctx.scale)
+        ctx.save_for_backward(*tensors, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        given, wanted = (d_out, *ctx.saved_tensors), ctx.needs_input_grad[5]
+        # the registered operation refuses a gradient of its gradients
+        if torch.is_grad_enabled() or not eager(*given):
+            grads = _backward(*given, list(ctx.tree), list(ctx.plan), ctx.scale, wanted)
+        else:
+            grads = _gradients(given, ctx.tree, ctx.plan, ctx.scale, wanted)
+        return *_shaped(grads, ctx.saved_tensors[5], wanted), None, None, None, None, None
 
 
 @custom_op("farfield::attend_opened", mutates_args=())
@@ -198,11 +243,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, bias: Tensor, leaves: Tensor, count: Tensor,
     tree: Sequence[int], plan: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels import attend_opened, plans
-
-    given = q, k, v, far_k, far_v, bias, leaves, count
-    how = plans.plainly if q.shape[2] <= plans.LONGEST else _at_once
-    return how(attend_opened.forward, given, _tree(tree), Plan(*plan).near, scale)
+    return _attended((q, k, v, far_k, far_v, bias, leaves, count), _tree(tree), Plan(*plan), scale)
 
 
 @_attend.register_fake
@@ -215,12 +256,8 @@ def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, bias: Tensor, leaves: Tensor,
     count: Tensor, out: Tensor, lse: Tensor, tree: Sequence[int], plan: Sequence[int], scale: float, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from farfield.kernels import attend_opened, plans
-
-    # what is copied is not recorded
-    given = d_out.contiguous(), q, k, v, far_k, far_v, bias, leaves, count, out, lse
-    how = plans.plainly if q.shape[2] <= plans.LONGEST else _at_once
-    return how(attend_opened.backward, given, _tree(tree), Plan(*plan).near, scale, bias_grad)
+    given = d_out, q, k, v, far_k, far_v, bias, leaves, count, out, lse
+    return _gradients(given, _tree(tree), Plan(*plan), scale, bias_grad)
 
 
 @_backward.register_fake
@@ -237,13 +274,18 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_out, d_lse):
-    bias = ctx.saved_tensors[5]
     wanted = ctx.needs_input_grad[5]
-    *grads, d_bias = _backward(d_out, *ctx.saved_tensors, ctx.tree, ctx.plan, ctx.scale, wanted)
+    grads = _backward(d_out, *ctx.saved_tensors, ctx.tree, ctx.plan, ctx.scale, wanted)
+    return *_shaped(grads, ctx.saved_tensors[5], wanted), None, None, None, None, None
+
+
+def _shaped(grads: Sequence[Tensor], bias: Tensor, wanted: bool) -> tuple[Tensor | None, ...]:
+    """The gradients, that of the bias, if it is wanted, in the shape of the bias."""
+    *others, d_bias = grads
     if wanted:
         for dim in range(2):
             d_bias = d_bias.sum(dim, keepdim=True) if bias.shape[dim] == 1 else d_bias
-    return *grads, d_bias if wanted else None, None, None, None, None, None
+    return *others, d_bias if wanted else None
 
 
 def _refuse(ctx, *grads):
