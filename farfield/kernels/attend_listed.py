@@ -57,17 +57,15 @@ def read_beside(word, row, OWN: tl.constexpr, EACH: tl.constexpr):
     return (row < OWN) | (((word >> bit) & 1) != 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "first", "all_tokens", "picks", "total"])
-def hand_out(
-    words, place, count, handed, tokens, first, all_tokens, picks, total, SIZE: tl.constexpr
-):  # fmt: skip
-    """The words of the entries of queries first .. first + tokens - 1, each at its entry's place."""
+@triton.jit(do_not_specialize=["base", "bounds", "row_blocks", "first", "entries"])
+def hand_out(words, start, reader, key, handed, base, bounds, row_blocks, first, entries, SIZE: tl.constexpr):
+    """The word of each reader, in their order: that of entry `first` and what `reader` says, of `entries` a list."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    line = at // picks
-    used = at % picks < tl.load(count + line, mask=at < total, other=0)
-    query = line // tokens * all_tokens + first + line % tokens
-    word = tl.load(words + query * picks + at % picks, mask=used, other=0)
-    tl.store(handed + tl.load(place + at, mask=used, other=0), word, mask=used)
+    # behind them are entries that are not used
+    there = at < tl.load(start + bounds - 1)
+    segment = (tl.load(key + at, mask=there, other=0) - base) // (row_blocks + 1)
+    entry = segment.to(tl.int64) * entries + first + tl.load(reader + at, mask=there, other=0)
+    tl.store(handed + at, tl.load(words + entry, mask=there, other=0), mask=there)
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -232,7 +230,8 @@ def attend_listed(
     v, v_at = _dense(v)
     d_unit, e_unit = _unit(q, width, *q_at, *k_at), _unit(q, value_width, *v_at)
     d_tile, e_tile, stack_tile = padded(width), padded(value_width), padded(stack, 1)
-    chunk = min(tokens, _chunk(call))
+    # with few readers at a time a block's tiles are not full
+    chunk = min(tokens, _chunk(call, max(PARTS, 4 * q.nbytes) if beside else PARTS))
     parts = q.new_empty(batch * heads * chunk * picks, value_width)
     masses = lse.new_empty(batch * heads * chunk * picks)
     tile = max(1, ROWS // stack_tile)
@@ -249,7 +248,7 @@ def attend_listed(
         seg_b, seg_u = found.strides
         # units that share lists have parts of their own, one behind the other
         rep_b, rep_u = 0 if seg_b else 1 if seg_u else units, 0 if seg_u else 1
-        words = None if beside is None else handed_out(beside.words, found, filled, first)
+        words = None if beside is None else handed_out(beside.words, found, row_blocks, first)
         if gathered:
             attend_listed_hopper.read(call, found, parts, masses, units, stack, first, many, words, beside)
         else:
@@ -275,14 +274,14 @@ def attend_listed(
     return out, lse
 
 
-def handed_out(words: Tensor, found: Readers, count: Tensor, first: int) -> Tensor:
+def handed_out(words: Tensor, found: Readers, row_blocks: int, first: int) -> Tensor:
     """`Beside.words` of queries from `first` on, whose lists are `found`, in the order of the sort."""
-    tokens, all_tokens, picks = count.shape[2], *words.shape[2:]
-    assert found.place is not None
-    handed = torch.empty_like(found.reader)
-    total = count.numel() * picks
+    tokens, picks = words.shape[2:]
+    assert found.key is not None
+    handed, total = torch.empty_like(found.reader), found.reader.numel()
     start(
-        hand_out, (-(-total // 1024),), words, found.place, count, handed, tokens, first, all_tokens, picks, total, 1024
+        hand_out, (-(-total // 1024),), words, found.start, found.reader, found.key, handed, found.base,
+        found.start.numel(), row_blocks, first * picks, tokens * picks, 1024,
     )  # fmt: skip
     return handed
 
@@ -290,15 +289,15 @@ def handed_out(words: Tensor, found: Readers, count: Tensor, first: int) -> Tens
 def at_once(call: Call) -> bool:
     """Whether a call that `wants` takes is launches alone: one chunk of queries, and no sort."""
     index = call.index[0]
-    whole = index.shape[2] <= _chunk(call)
+    whole = index.shape[2] <= _chunk(call, PARTS)
     return whole and counts(index, -(-call.k[0].shape[2] // call.plans[0].k_block))
 
 
-def _chunk(call: Call) -> int:
-    """Queries whose parts take PARTS bytes."""
+def _chunk(call: Call, most: int) -> int:
+    """Queries whose parts take so many bytes."""
     q = call.q
     each = q.shape[0] * q.shape[1] * call.index[0].shape[3] * call.v[0].shape[3] * q.element_size()
-    return max(FEWEST, PARTS // max(1, each))
+    return max(FEWEST, most // max(1, each))
 
 
 def piece_size(tokens: int, picks: int, row_blocks: int) -> int:

@@ -339,8 +339,8 @@ def gradients(
             found = counted(listed, filled, row_blocks, most)
         else:
             (found,) = transpose([listed], [filled], [row_blocks], [True], [most])
-            found = placed(found, listed.shape, row_blocks) if tiles is not None or beside else found
-        words = None if beside is None else handed_out(beside.words, found, filled, first)
+            found = placed(found, listed.shape, row_blocks) if tiles is not None else found
+        words = None if beside is None else handed_out(beside.words, found, row_blocks, first)
         seg_b, seg_u = found.strides
         held = batch * units * found.pieces * plan.k_block
         piece_k, piece_v = (delta.new_empty(max(held, 1), n) for n in (width, value_width))

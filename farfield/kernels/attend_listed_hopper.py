@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from farfield.kernels.attend_listed import Beside
 
 TOLD = gl.constexpr(4)  # runs that the loading warp may be ahead of the computing ones, as long as most are empty
-STAY = True
-AHEAD = True
 GROUPS = 2  # of computing warps, with tiles of 64 rows each; `read_blocks_hopper` starts so many
 ROWS = 512  # of q in a run: readers, the heads of a unit counted apart
 
@@ -634,7 +632,8 @@ def read(
     batch, heads, _, width = q.shape
     rows, picks = k.shape[2], index.shape[3]
     row_blocks, tile = -(-rows // plan.k_block), plan.k_block if plan.k_block <= 64 else TILE[width]
-    stream = plan.k_block > (tile if beside and STAY else 64)
+    # where a block is one tile, it stays while its readers go by
+    stream = plan.k_block > (tile if beside else 64)
     tiles = TILES[width, tile, stream]
     # where blocks are copied anew for every tile of queries anyway, short runs are shared out better
     lines = ROWS // 2 if stream else ROWS
@@ -658,7 +657,7 @@ def read(
         STACK=stack, REPEAT=heads // stack // k.shape[1], GROUPS=GROUPS, K_BLOCK=plan.k_block, BK=tile,
         D=width, E=width, SLOTS=tiles.slots, STAGES=tiles.stages, CAUSAL=bool(plan.causal), STREAM=stream, ROWS=lines,
         TOGETHER=GROUPS if stream else 1, OWN=beside.own if beside else 0, EACH=beside.each if beside else 1,
-        AHEAD=bool(beside and AHEAD and not stream and width == 64), LOADING=tiles.loading, COMPUTING=computing,
+        AHEAD=bool(beside and not stream and width == 64), LOADING=tiles.loading, COMPUTING=computing,
         num_warps=4,
         maxnreg=each,
     )  # fmt: skip

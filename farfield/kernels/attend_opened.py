@@ -368,7 +368,7 @@ def forward(
         q, k, v, far_k, far_v, bias, opened.words, found, found_lse, out, lse,
         heads, leaves.shape[1], begin, tokens, k.shape[2], tiles, near // tree.block, tree.blocks, tree.levels, tree.lo,
         _slots(tree), *at, scale, heads // k.shape[1], tree.block, tree.rank, width, padded(width), unit,
-        TILE, TILE, _piece(tree.rank), num_warps=4, num_stages=2,
+        TILE, TILE, _piece(tree.rank), num_warps=4, num_stages=3 if width <= 64 else 2,
     )  # fmt: skip
     return out, lse
 
@@ -400,12 +400,13 @@ def backward(
         parts if bias_grad else None,
         heads, lists, 0, tokens, tokens, tiles, radius, tree.blocks, tree.levels, tree.lo, slots, *at, *d_at, scale,
         repeat, tree.block, tree.rank, width, wide, unit, TILE, TILE, piece,
-        num_warps=4 if wide <= 64 else 8, num_stages=2,
+        num_warps=4 if wide <= 64 else 8, num_stages=3 if wide <= 64 else 2,
     )  # fmt: skip
     start(
         near_rows, (tiles * batch * kv_heads,),
         q, k, v, lse, delta, d_out, opened_k, opened_v, d_k, d_v, heads, tokens, tiles, radius, tree.blocks, *at[:9],
-        *d_at, scale, repeat, tree.block, width, wide, unit, TILE, TILE, _rows(tree), num_warps=4, num_stages=2,
+        *d_at, scale, repeat, tree.block, width, wide, unit, TILE, TILE, _rows(tree), num_warps=4,
+        num_stages=3 if wide <= 64 else 2,
     )  # fmt: skip
     d_far_k, d_far_v = far_k.new_empty(far_k.shape), far_v.new_empty(far_v.shape)
     d_bias = bias.new_empty((batch, kv_heads, far_k.shape[2]) if bias_grad else 0)

@@ -34,11 +34,11 @@ from farfield.ops.pool import Tree
 # queries that meet groups at a time, the heads that choose together counted apart, and warps of a program: where all
 # are scored, and where those that look into one parent are
 ROWS, WARPS = 64, 4
-ASKERS, FEWER = 32, 2
-UNITWISE = True
+ASKERS, FEWER = 64, 4
 WORDS = 256  # of bits that are looked at together
 KEPT = 128  # pairs of candidates of a warp that keeps the best, of 32 queries at most
-# pairs of groups of a level that all are scored, whoever asks for them: where queries are few, up to MANY
+# pairs of groups of a level that all are scored, whoever asks for them, for a beam of 16, in proportion for others;
+# where queries are few, up to MANY
 FEW, MANY, SCORED = 64, 512, 1 << 18
 COLUMNS = 128  # rows of sketches that queries meet at a time there
 CLEARED = 4096
@@ -243,7 +243,7 @@ def score_children(
     q_b, q_h, q_t, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    STEPS: tl.constexpr, TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr, UNITWISE: tl.constexpr,
+    STEPS: tl.constexpr, TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The scores of the children of each parent, for the queries that look into it; and the next bits are cleared.
 
@@ -257,13 +257,12 @@ def score_children(
     PARTS: tl.constexpr = 2 * DETAIL if DETAIL > 8 else 16
     pid = tl.program_id(0)
     parts = (runs + split - 1) // split
-    units = total // parts // parents
     line, dims, part = tl.arange(0, ROWS), tl.arange(0, D_TILE), tl.arange(0, PARTS)
     child, span = tl.arange(0, PARTS // DETAIL), tl.arange(0, WORDS)
     spot, r = line // STACK_TILE, line % STACK_TILE
     lists = heads // STACK
     kv_heads = heads // REPEAT
-    readers += pid.to(tl.int64) * split
+    readers += pid.to(tl.int64) * 2 * split
     size = (BLOCK // DETAIL) << height
     before = 0
     for x in range(height):
@@ -272,10 +271,8 @@ def score_children(
     reach_above = (radius + (2 << height) - 1) >> (height + 1)
     for work in range(pid, total, tl.num_programs(0)):
         # the first groups have the most queries behind them and start first
-        if UNITWISE:
-            parent, unit, piece = work // parts % parents, (work // (parts * parents)).to(tl.int64), work % parts
-        else:
-            parent, unit, piece = work // (units * parts), (work % units).to(tl.int64), work // units % parts
+        # unit by unit: what queries of one look up again and again stays in the cache
+        parent, unit, piece = work // parts % parents, (work // (parts * parents)).to(tl.int64), work % parts
         b, u = unit // lists, unit % lists
         g = u if STACK > 1 else u // REPEAT
         # of these queries
@@ -320,7 +317,7 @@ def score_children(
                 at = (unit * runs + i) * SLOTS + probe - 1
                 it = tl.load(kept + at, mask=inside & (probe <= known), other=parent)
                 slot = tl.where(it < parent, probe, slot)
-            tl.store(readers + some + span, i | slot << 24, mask=inside)
+            tl.store(readers + split + some + span, slot, mask=inside)
         tl.debug_barrier()
         if filled > 0:
             # both children's rows lie one behind the other
@@ -337,8 +334,8 @@ def score_children(
                 t = step + spot
                 asked = (t < filled) & (r < STACK)
                 behind = tl.load(readers + t, mask=(t >= neighbours) & (t < filled), other=0)
-                i = tl.where(t < neighbours, first + t, behind & 0xFFFFFF)
-                slot = tl.where(t < neighbours, SLOTS, behind >> 24)
+                i = tl.where(t < neighbours, first + t, behind)
+                slot = tl.load(readers + split + t, mask=(t >= neighbours) & (t < filled), other=SLOTS)
                 q_at = (b * q_b + (u * STACK + r) * q_h + i.to(tl.int64) * q_t)[:, None] * D_UNIT + dims
                 q_tile = tl.load(q + q_at, mask=asked[:, None] & wide, other=0.0)
                 logits = tl.dot(q_tile, sketch.T, input_precision="ieee")
@@ -752,7 +749,7 @@ def _search(
     stacked = max(ROWS, stack_tile)
     shape = width, padded(width), unit, stacked
     pairs = [far[h + 1] + 1 for h in range(top)]
-    few = max(FEW, min(MANY, SCORED // runs))
+    few = max(FEW * slots // 16, min(MANY, SCORED // runs))
     bottom = next(h for h in range(top) if pairs[h] <= few or h == top - 1)
     every = new((units, stack, sum(pairs[bottom:]), runs, 2), dtype=torch.float32)
     groups = max(2, COLUMNS // detail)
@@ -790,10 +787,10 @@ def _search(
         numbers = heads, runs, begin, hold, words, height, tree.blocks, radius, tree.lo, beam
         start(
             score_children, (programs,),
-            q, sketches.high, sketches.low, kept[turn % 2], bits[0], bits[1], scores, new(programs, split),
+            q, sketches.high, sketches.low, kept[turn % 2], bits[0], bits[1], scores, new(programs, 2 * split),
             *numbers, parents, below, split, sketches.high.shape[2], total, *q_at, scale,
             stack, stack_tile, heads // kv_heads, tree.block, detail, *shape[:3], max(ASKERS, stack_tile), slots,
-            slots.bit_length() - 1, sketches.twice, bool(summed), WORDS, UNITWISE, num_warps=FEWER, num_stages=2,
+            slots.bit_length() - 1, sketches.twice, bool(summed), WORDS, num_warps=FEWER, num_stages=3,
         )  # fmt: skip
         start(
             keep_best, (tiles * units,),
