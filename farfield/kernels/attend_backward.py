@@ -24,6 +24,7 @@ from torch import Tensor
 
 from farfield.kernels import attend_backward_hopper as hopper
 from farfield.kernels import attend_backward_queries_hopper as hopper_queries
+from farfield.kernels import attend_backward_runs_hopper as hopper_runs
 from farfield.kernels import attend_listed, transpose
 from farfield.kernels.attend import padded
 from farfield.kernels.attend_backward_sums import Source, Three, add_up, join_pieces, pieces_of, shares_of, slices_of
@@ -39,6 +40,7 @@ PIECE = 32  # readers of a small row block that are added up together; even
 # entries of a list of row blocks beside small ones that make it long, and how such a list is read at widths up to 64
 LONG, LONG_ROWS, LONG_REGISTERS = 8, 64, 168
 READS = 32  # readers of a large row block that are never cut into pieces; even
+MANY = 4096  # large row blocks for which programs have fifteen or more to do
 FAR = 1 << 24  # elements from row to row; 128 times as many must fit 32 bits
 
 
@@ -575,9 +577,13 @@ def gradients(
     plain = not (first.reach or first.biased or first.ended or first.grouped or grouped)
     # beside few blocks a launch of their own would read the queries once more for little
     long = last.small and not first.small and first.picks >= LONG
+    runs = long and not (positioned or grouped) and hopper_runs.wants_runs(q, d_out, out, first, last, q_block)
     asked = list(zip(sources, grads, read, strict=True))
     hoppers = hopper_queries.wants_queries(q, d_out, out, first.k, first.v, first.plan.k_block, q_block)
-    if plain and hoppers and (long or len(sources) == 1):
+    if runs:
+        # dk and dv of the blocks are left to the row kernel
+        asked, long = asked[1:], False
+    elif plain and hoppers and (long or len(sources) == 1):
         hopper_queries.queries_backward(
             q, d_out, out, first.k, first.v, d_q, delta, shift, lse, d_lse, first.index, first.count, first.lists,
             q_block=q_block, k_block=first.plan.k_block, stack=stack, repeat=first.repeat, causal=first.causal,
@@ -589,28 +595,36 @@ def gradients(
     rows = tiles.rows
     if long and wide <= 64 and dtype != torch.float32 and size == 64:
         rows, tiles = LONG_ROWS, tiles._replace(registers=LONG_REGISTERS)
+    if runs:
+        lists = stack * (q_block // 64)
     here = [s for s, _, _ in asked]
     for begin, stop in slices_of(sources, batch * units, lists * blocks) if here else ():
         count = (stop - begin) * blocks * lists
         shares = [shares_of(s, count, d_q, delta) for s in here]
-        start(
-            attend_backward_queries, (count,),
-            q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
-            *here[0][:7], *shares[0], *last[:7], *shares[-1],
-            q_strides, d_out_strides, *position_strides, *group_strides, *here[0].strides, *here[0].lists,
-            *last.strides, *last.lists,
-            begin, heads, tokens, blocks, here[0].rows, here[0].picks, here[0].plan.reach, here[0].plan.sinks,
-            last.rows, last.picks, last.plan.reach, last.plan.sinks, scale,
-            STACK=stack, Q_BLOCK=q_block, BQ=tiles.queries, SOURCES=len(here),
-            REPEAT0=here[0].repeat, K_BLOCK0=here[0].plan.k_block, BK0=rows,
-            REPEAT1=last.repeat, K_BLOCK1=last.plan.k_block, BK1=tiles.rows,
-            D=width, E=value_width, D_TILE=d_tile, E_TILE=e_tile, POSITION=positioned, GROUP=grouped,
-            CAUSAL0=here[0].causal, REACH0=here[0].reach, BIAS0=here[0].biased, END0=here[0].ended,
-            GROUP0=here[0].grouped, SHARES0=here[0].small, D_BIAS0=here[0].small and here[0].d_bias,
-            CAUSAL1=last.causal, REACH1=last.reach, BIAS1=last.biased, END1=last.ended, GROUP1=last.grouped,
-            SHARES1=last.small, D_BIAS1=last.small and last.d_bias, LONG=long, MORE=len(here) < len(sources),
-            PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
-        )  # fmt: skip
+        if runs:
+            hopper_runs.runs_backward(
+                q, d_out, out, d_q, delta, shift, lse, d_lse, first, last, shares[0], begin=begin, stop=stop,
+                q_block=q_block, stack=stack, units=units, blocks=blocks, scale=scale,
+            )  # fmt: skip
+        else:
+            start(
+                attend_backward_queries, (count,),
+                q, out, d_out, lse, d_lse, position, group, d_q, delta, shift,
+                *here[0][:7], *shares[0], *last[:7], *shares[-1],
+                q_strides, d_out_strides, *position_strides, *group_strides, *here[0].strides, *here[0].lists,
+                *last.strides, *last.lists,
+                begin, heads, tokens, blocks, here[0].rows, here[0].picks, here[0].plan.reach, here[0].plan.sinks,
+                last.rows, last.picks, last.plan.reach, last.plan.sinks, scale,
+                STACK=stack, Q_BLOCK=q_block, BQ=tiles.queries, SOURCES=len(here),
+                REPEAT0=here[0].repeat, K_BLOCK0=here[0].plan.k_block, BK0=rows,
+                REPEAT1=last.repeat, K_BLOCK1=last.plan.k_block, BK1=tiles.rows,
+                D=width, E=value_width, D_TILE=d_tile, E_TILE=e_tile, POSITION=positioned, GROUP=grouped,
+                CAUSAL0=here[0].causal, REACH0=here[0].reach, BIAS0=here[0].biased, END0=here[0].ended,
+                GROUP0=here[0].grouped, SHARES0=here[0].small, D_BIAS0=here[0].small and here[0].d_bias,
+                CAUSAL1=last.causal, REACH1=last.reach, BIAS1=last.biased, END1=last.ended, GROUP1=last.grouped,
+                SHARES1=last.small, D_BIAS1=last.small and last.d_bias, LONG=long, MORE=len(here) < len(sources),
+                PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+            )  # fmt: skip
         for (s, grad, readers), share in zip(asked, shares, strict=True):
             if s.small and s.rows:
                 add_up(s, share, grad, readers, begin, stop, units, blocks, lists, delta)
@@ -735,18 +749,19 @@ def _added_up(x: Tensor, like: Tensor) -> Tensor:
 
 def counts(call: Call) -> bool:
     """Whether `gradients` finds the readers without a sort."""
-    row_blocks = _row_blocks(call)[0]
-    large = len(call.k) == 1 and call.plans[0].k_block >= SMALL
-    return large and row_blocks > 0 and transpose.counts(call.index[0], row_blocks)
+    return all(m > 0 and transpose.counts(x, m) for x, m in zip(call.index, _row_blocks(call), strict=True))
 
 
 def _readers_of(call: Call) -> list[Readers]:
     """The readers of every source."""
     if not counts(call):
         return sorted_readers(call, *list_keys(call).sort(stable=True))
-    index, row_blocks = call.index[0], _row_blocks(call)[0]
-    most = piece(False, index.shape, row_blocks)
-    return [transpose.counted(index, call.count[0], row_blocks, most, by_entry=False)]
+    found = []
+    for index, count, plan, row_blocks in zip(call.index, call.count, call.plans, _row_blocks(call), strict=True):
+        small = plan.k_block < SMALL
+        most = piece(small, index.shape, row_blocks)
+        found.append(transpose.counted(index, count, row_blocks, most, by_entry=small, apart=True))
+    return found
 
 
 def list_keys(call: Call) -> Tensor:
@@ -762,9 +777,10 @@ def sorted_readers(call: Call, ordered: Tensor, order: Tensor) -> list[Readers]:
 
 
 def piece(small: bool, lists: Sequence[int], row_blocks: int) -> int:
-    """Readers of a row block that are added up together, of lists [.., .., N, P] that name so many row blocks."""
-    # a row block read twice as often as the average is no burden yet
-    return max(PIECE if small else READS, 2 * -(-lists[2] * lists[3] // max(row_blocks, 1)))
+    """Readers of a row block that are added up together, of lists [B, H, N, P] that name so many row blocks; even."""
+    # a row block read twice as often as the average is no burden yet, and a larger one none where many others follow
+    often = 2 if small else 2 * max(1, min(4, lists[0] * lists[1] * row_blocks // MANY))
+    return max(PIECE if small else READS, often * -(-lists[2] * lists[3] // max(row_blocks, 1)))
 
 
 def _row_blocks(call: Call) -> list[int]:

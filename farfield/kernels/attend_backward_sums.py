@@ -16,11 +16,12 @@ from torch import Tensor
 
 from farfield.kernels.attend import padded
 from farfield.kernels.replay import start
-from farfield.kernels.transpose import Readers, piece_of
+from farfield.kernels.transpose import Readers
 from farfield.ops.attend import Plan
 
-FULL = 4096  # lists that keep a GPU busy while the last of them end
+FULL = 8192  # lists that keep a GPU busy while the last of them end
 NUMBERS = 2048  # what a program that adds up shares holds at a time
+LOOK = 8  # numbers of pieces that it looks at
 
 SUMS_VARY = ["first", "units", "blocks", "picks", "rows", "row_blocks", "pieces", "most", "base"]
 SUMS_VARY += ["segment_b", "segment_h"]
@@ -31,20 +32,25 @@ def sum_shares(
     share_k, share_v, d_k, d_v, sum_k, sum_v, start, reader, key, segment_b, segment_h,
     first, units, blocks, picks, rows, row_blocks, pieces, most, base,
     K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
-    NUMBERS: tl.constexpr, MANY: tl.constexpr, TILES: tl.constexpr,
+    NUMBERS: tl.constexpr, MANY: tl.constexpr, LOOK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Add up shares, SIZE numbers of dk or of dv: of a run of row blocks, or of one piece of a row block's readers."""
+    """Add up shares, SIZE numbers of dk or of dv: of a run of row blocks, or of pieces of row blocks' readers.
+
+    Most numbers of pieces are nobody's, and those that are somebody's stand side by side: a program looks at LOOK of
+    them, far apart.
+    """
     PARTS_K: tl.constexpr = (K_BLOCK * D + SIZE_K - 1) // SIZE_K
     PARTS_V: tl.constexpr = (K_BLOCK * E + SIZE_V - 1) // SIZE_V
     runs = (row_blocks + MANY - 1) // MANY
+    looks = (pieces + LOOK - 1) // LOOK
     pid = tl.program_id(0).to(tl.int64)
-    part, x = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % (runs + pieces)
-    local = pid // (PARTS_K + PARTS_V) // (runs + pieces)
+    part, x = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % (looks + runs)
+    local = pid // (PARTS_K + PARTS_V) // (looks + runs)
     unit = first + local
     segment = unit // units * segment_b + unit % units * segment_h
     start += segment * (row_blocks + 1)
-    if x < runs:
-        run = x * MANY + tl.arange(0, MANY)
+    if x >= looks:
+        run = (x - looks) * MANY + tl.arange(0, MANY)
         there = run < row_blocks
         from_ = tl.load(start + run, mask=there, other=0)
         each = tl.load(start + run + 1, mask=there, other=0) - from_
@@ -61,21 +67,32 @@ def sum_shares(
                 K_BLOCK, E, SIZE_V, TILES,
             )  # fmt: skip
     else:
-        key0 = base + segment * (row_blocks + 1)
-        _m, begin, stop, piece = piece_of(start, key, key0, x - runs + row_blocks, row_blocks, most)
-        if begin <= stop:
-            at = local * pieces + piece
-            count = (stop - begin).to(tl.int32)
-            if part < PARTS_K:
-                _sum_piece(
-                    share_k, sum_k, reader + begin, count, local * blocks, picks, at, part,
-                    K_BLOCK, D, SIZE_K, NUMBERS // SIZE_K, TILES,
-                )  # fmt: skip
-            else:
-                _sum_piece(
-                    share_v, sum_v, reader + begin, count, local * blocks, picks, at, part - PARTS_K,
-                    K_BLOCK, E, SIZE_V, NUMBERS // SIZE_V, TILES,
-                )  # fmt: skip
+        # as transpose.piece_of
+        lanes = tl.arange(0, LOOK)
+        number = x + looks * lanes
+        zero = tl.load(start).to(tl.int64)
+        at = zero + (number + 1) * (most // 2) - 1
+        exists = (number < pieces) & (at < tl.load(start + row_blocks))
+        m = tl.load(key + at, mask=exists, other=0).to(tl.int64) - (base + segment * (row_blocks + 1))
+        begin = tl.load(start + m, mask=exists, other=0).to(tl.int64)
+        end = tl.load(start + m + 1, mask=exists, other=0).to(tl.int64)
+        own = begin + (number - 2 * (begin - zero) // most) * most
+        counts = tl.where(exists & (end - begin > most), tl.minimum(end - own, most), 0)
+        for y in range(LOOK):
+            count = tl.sum(tl.where(lanes == y, counts, 0), 0).to(tl.int32)
+            if count > 0:
+                first_reader = reader + tl.sum(tl.where(lanes == y, own, 0), 0)
+                piece = local * pieces + x + looks * y
+                if part < PARTS_K:
+                    _sum_piece(
+                        share_k, sum_k, first_reader, count, local * blocks, picks, piece, part,
+                        K_BLOCK, D, SIZE_K, NUMBERS // SIZE_K, TILES,
+                    )  # fmt: skip
+                else:
+                    _sum_piece(
+                        share_v, sum_v, first_reader, count, local * blocks, picks, piece, part - PARTS_K,
+                        K_BLOCK, E, SIZE_V, NUMBERS // SIZE_V, TILES,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -138,7 +155,7 @@ def sum_pieces(
     K_BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SIZE_K: tl.constexpr, SIZE_V: tl.constexpr,
     READERS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """Add up the pieces of MANY row blocks, most of which have none."""
+    """Add up the pieces of MANY row blocks, most of which have none; those that have stand side by side."""
     PARTS_K: tl.constexpr = (K_BLOCK * D + SIZE_K - 1) // SIZE_K
     PARTS_V: tl.constexpr = (K_BLOCK * E + SIZE_V - 1) // SIZE_V
     runs = (row_blocks + MANY - 1) // MANY
@@ -146,13 +163,13 @@ def sum_pieces(
     part, run, local = pid % (PARTS_K + PARTS_V), pid // (PARTS_K + PARTS_V) % runs, pid // (PARTS_K + PARTS_V) // runs
     unit = first + local
     start += (unit // units * segment_b + unit % units * segment_h) * (row_blocks + 1)
-    many = run * MANY + tl.arange(0, MANY)
+    many = run + runs * tl.arange(0, MANY)
     there = many < row_blocks
     sizes = tl.load(start + many + 1, mask=there, other=0) - tl.load(start + many, mask=there, other=0)
     if tl.max(sizes) <= most:
         return
     zero = tl.load(start)
-    for m in range(run * MANY, tl.minimum(run * MANY + MANY, row_blocks)):
+    for m in range(run, row_blocks, runs):
         begin = (tl.load(start + m) - zero).to(tl.int64)
         size = tl.load(start + m + 1) - zero - begin
         if size > most:
@@ -253,11 +270,11 @@ def add_up(
         many = NUMBERS // max(parts.d, parts.e)
         runs = -(-source.row_blocks // many)
         start(
-            sum_shares, ((stop - begin) * (runs + readers.pieces) * parts.programs,),
+            sum_shares, ((stop - begin) * (runs + -(-readers.pieces // LOOK)) * parts.programs,),
             shares[k], shares[v], grad[k], grad[v], pieces[k], pieces[v], readers.start, readers.reader, readers.key,
             *readers.strides, begin, units, blocks, source.picks, source.rows, source.row_blocks, readers.pieces,
             readers.most, readers.base, K_BLOCK=k_block, D=d, E=e, SIZE_K=parts.d, SIZE_V=parts.e, NUMBERS=NUMBERS,
-            MANY=many, TILES=lists, num_warps=4,
+            MANY=many, LOOK=LOOK, TILES=lists, num_warps=4,
         )  # fmt: skip
     join_pieces(source, pieces, grad, readers, begin, stop, units)
 

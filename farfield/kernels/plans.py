@@ -2,9 +2,9 @@
 
 What a call launches follows from its signature: shapes, strides, dtypes, device and options. The first call of one
 goes the ordinary way, since a length that never comes again is not worth a recording; the second is recorded. Lists
-are inputs, data that differ from call to call. A backward of several sources is two recordings, with the sort that
-transposes the lists between them. What cannot be recorded, because an input is copied or converted on the way, goes the
-ordinary way for good.
+are inputs, data that differ from call to call. A backward whose lists are sorted is two recordings, with the sort
+between them. What cannot be recorded, because an input is copied or converted on the way, goes the ordinary way for
+good.
 """
 
 from __future__ import annotations

@@ -207,22 +207,25 @@ def _before(
     tl.store(to, tl.where(m < row_blocks, carry, 0), mask=m <= row_blocks)
 
 
-@triton.jit(do_not_specialize=["row_blocks", "spans", "bounds"])
-def _starts(totals, start, row_blocks, spans, bounds, SIZE: tl.constexpr, PARTS: tl.constexpr):
-    """Where the readers of each row block start, and how many are in the spans before each, in place of its total."""
-    carry = 0
-    for begin in range(0, bounds, SIZE):
+@triton.jit(do_not_specialize=["row_blocks", "spans", "bounds", "apart"])
+def _starts(totals, start, row_blocks, spans, bounds, apart, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """Where the readers of each row block start, and how many are in the spans before each, in place of its total.
+
+    A program takes `bounds` numbers, whose readers are `apart` from those of the next program's.
+    """
+    carry, behind = tl.program_id(0) * apart, (tl.program_id(0) + 1) * bounds
+    for begin in range(behind - bounds, behind, SIZE):
         at = begin + tl.arange(0, SIZE)
         from_ = totals + at // (row_blocks + 1) * (spans * (row_blocks + 1)) + at % (row_blocks + 1)
         many = tl.zeros([SIZE], tl.int32)
         for first in range(0, spans, PARTS):
             part = first + tl.arange(0, PARTS)
-            there = (part < spans)[:, None] & (at < bounds)[None, :]
+            there = (part < spans)[:, None] & (at < behind)[None, :]
             where = from_[None, :] + (part * (row_blocks + 1))[:, None]
             more = tl.load(where, mask=there, other=0)
             tl.store(where, tl.cumsum(more, 0) - more + many[None, :], mask=there)
             many += tl.sum(more, 0)
-        tl.store(start + at, tl.cumsum(many, 0) - many + carry, mask=at < bounds)
+        tl.store(start + at, tl.cumsum(many, 0) - many + carry, mask=at < behind)
         carry += tl.sum(many, 0)
 
 
@@ -241,8 +244,9 @@ def _place(
     to += tl.load(before + word, mask=used, other=0) + _ones(earlier)
     if BY_ENTRY:
         entry = n[:, None] * picks + p[None, :]
-        tl.store(place + segment * tokens * picks + entry, to, mask=used)
         tl.store(reader + to, entry, mask=used)
+        if place is not None:
+            tl.store(place + segment * tokens * picks + entry, to, mask=used)
     else:
         tl.store(reader + to, tl.broadcast_to(n[:, None], [TOKENS, PICKS]), mask=used)
     if key is not None:
@@ -280,7 +284,9 @@ def counts(index: Tensor, row_blocks: int) -> bool:
     return batches * heads * -(-tokens // 32) * row_blocks * 4 <= MASKS
 
 
-def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: bool = True, left: int = 0) -> Readers:
+def counted(
+    index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: bool = True, left: int = 0, apart: bool = False
+) -> Readers:  # fmt: skip
     """`transpose` of one source's lists, without a sort; by entry with `place`.
 
     A list names a row block once, so that an entry's place follows from how many earlier lists name its row block: one
@@ -288,6 +294,8 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: 
 
     Args:
         left: entries at the end of each list that are left out. The others are found without `key`.
+        apart: what is not used of a segment lies behind it, as in the sort, and not behind the last one; without
+            `place`. Segments are then looked at side by side.
     """
     batches, heads, tokens, picks = index.shape
     picks -= left
@@ -297,7 +305,7 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: 
     launch(clear, (-(-masks.numel() // 4096),), masks, masks.numel(), SIZE=4096)
     # a query's own lists have the length that its mechanism gives them; others change with the layout, which must not
     # need another kernel
-    wide = 1 << max(picks - 1, 0).bit_length() if by_entry else 16
+    wide = 1 << max(picks - 1, 0).bit_length() if by_entry and not apart else 16
     some, sizes, down, across = max(1, 1024 // wide), (tokens, picks, row_blocks, words), *SPAN
     tiles = row_blocks // across + 1
     # long ways along the queries are cut where there are few of them
@@ -307,7 +315,7 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: 
     entries = segments * tokens * picks
     start, reader = totals.new_empty(bounds), totals.new_empty(entries)
     key = None if left else totals.new_empty(entries)
-    place = torch.empty_like(reader) if by_entry else None
+    place = torch.empty_like(reader) if by_entry and not apart else None
     grid = -(-tokens // some), segments, max(-(-picks // wide), 1)
     launch(_mark, grid, index, count, masks, *sizes, TOKENS=some, PICKS=wide, LEFT=left)
     # one more than there are row blocks: the number of what is not used
@@ -315,10 +323,15 @@ def counted(index: Tensor, count: Tensor, row_blocks: int, most: int, by_entry: 
         _before, (segments, tiles, spans), masks, before, totals, row_blocks, words, span, spans, DOWN=down,
         ACROSS=across,
     )  # fmt: skip
-    launch(_starts, (1,), totals, start, row_blocks, spans, bounds, SIZE=512, PARTS=16, num_warps=8)
+    lots = segments if apart else 1
+    size, parts = (1024, 1) if spans == 1 else (512, 16)
     launch(
-        _place, grid, index, count, masks, before, totals, start, reader, key,
-        reader if place is None else place, *sizes, span, spans, TOKENS=some, PICKS=wide, LEFT=left, BY_ENTRY=by_entry,
+        _starts, (lots,), totals, start, row_blocks, spans, bounds // lots, entries // lots, SIZE=size, PARTS=parts,
+        num_warps=8,
+    )  # fmt: skip
+    launch(
+        _place, grid, index, count, masks, before, totals, start, reader, key, place, *sizes, span, spans, TOKENS=some,
+        PICKS=wide, LEFT=left, BY_ENTRY=by_entry,
     )  # fmt: skip
     cut = tokens > most
     strides = heads if batches > 1 else 0, 1 if heads > 1 else 0

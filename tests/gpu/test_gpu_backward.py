@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from farfield.kernels import attend_backward as kernels
 from farfield.kernels import attend_backward_hopper as hopper
 from farfield.kernels import attend_backward_queries_hopper as hopper_queries
+from farfield.kernels import attend_backward_runs_hopper as hopper_runs
 from farfield.kernels import attend_backward_sums as sums
 from farfield.kernels import multipole_backward, transpose
 
@@ -183,7 +184,7 @@ def expected(width, q_block):
 def counted(monkeypatch):
     """Which of the kernels with roles run from now on."""
     called = set()
-    for module, name in ((hopper, "rows"), (hopper_queries, "queries")):
+    for module, name in ((hopper, "rows"), (hopper_queries, "queries"), (hopper_runs, "runs")):
         run = getattr(module, f"{name}_backward")
         monkeypatch.setattr(
             module, f"{name}_backward", lambda *x, run=run, name=name, **y: called.add(name) or run(*x, **y)
@@ -217,6 +218,40 @@ def test_lists_of_all_lengths(width, q_block, k_block, tokens, positions, monkey
         units = max(3.0, 2.0 * error_units(rounded[name].bfloat16(), exact[name], terms=tokens))
         assert_within(x, exact[name], terms=tokens, units=units, name=f"d{name}")
     assert called == expected(width, q_block)
+
+
+# lists of either kind of every length from none on, one for each head or for the heads of a key head
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("tokens", "far_block"), [(190, 1), (1333, 4), (1900, 16)])
+@pytest.mark.parametrize(("q_block", "k_block"), [(64, 64), (128, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize("width", [64, 128])
+def test_blocks_with_gathered_rows_behind_them(width, q_block, k_block, tokens, far_block, shared, monkeypatch):
+    called, rows, far = counted(monkeypatch), tokens + 1100, 800 + 3 * (far_block == 16)
+    gen = torch.Generator(device="cuda").manual_seed(tokens)
+    q, d_out = (torch.randn(2, 4, tokens, width, device="cuda").bfloat16().double() for _ in range(2))
+    k, v = (torch.randn(2, 2, rows, width, device="cuda").bfloat16().double() for _ in range(2))
+    far_k, far_v = (torch.randn(2, 2, far, width, device="cuda").bfloat16().double() for _ in range(2))
+    bias = torch.randn(1, 1 if shared else 2, far, device="cuda").double()
+    sources = []
+    for some, size, picks, causal in ((rows, k_block, 9, True), (far, far_block, 40, False)):
+        blocks, row_blocks = -(-tokens // q_block), -(-some // size)
+        order = torch.rand(1, 1 if shared else 4, blocks, row_blocks, generator=gen, device="cuda").argsort(-1)
+        index = order[..., :picks].sort(-1).values.to(torch.int32)
+        count = torch.randint(0, index.shape[-1] + 1, index.shape[:3], generator=gen, device="cuda", dtype=torch.int32)
+        sources.append(ff.Layout(index, count, q_block, size, tokens, some, causal))
+    sources = list(zip((ff.Rows(k, v), ff.Rows(far_k, far_v, bias=bias)), sources, strict=True))
+    grads = d_out, torch.randn(2, 4, tokens, device="cuda").double()
+    exact = gradients(q, sources, {}, grads, torch.float64)
+    rounded = rounded_operands(q, sources, {}, grads, torch.bfloat16)
+    found = gradients(q, sources, {}, grads, torch.bfloat16)
+    for name, x in found.items():
+        # a bias is float32, but its gradient no better than out
+        units = max(3.0, 2.0 * error_units(rounded[name].bfloat16(), exact[name], terms=tokens))
+        assert_within(x.bfloat16(), exact[name], terms=tokens, units=units, name=f"d{name}")
+    for name, x in gradients(q, sources, {}, grads, torch.bfloat16).items():
+        assert torch.equal(x, found[name])
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert called == {"rows", "runs"}
 
 
 @pytest.mark.parametrize("width", [64, 128])

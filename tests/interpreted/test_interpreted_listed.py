@@ -151,7 +151,8 @@ def test_counting_gives_what_sorting_gives(batch, heads, tokens, picks, blocks, 
     want = transpose.placed(want, index.shape, blocks)
     found = transpose.counted(index, count, blocks, 16)
     lists = transpose.counted(index, count, blocks, 16, by_entry=False)
-    assert found[3:7] == want[3:7] == lists[3:7]
+    apart = transpose.counted(index, count, blocks, 16, apart=True)
+    assert found[3:7] == want[3:7] == lists[3:7] == apart[3:7]
     past = transpose.counted(index, count, blocks, 16, left=1)
     (some,) = transpose.transpose([index[..., :-1].contiguous()], [(count - 1).clamp(min=0)], [blocks], [True], [16])
     for k in range(batch * heads * (blocks + 1)):
@@ -166,9 +167,13 @@ def test_counting_gives_what_sorting_gives(batch, heads, tokens, picks, blocks, 
         assert torch.equal(readers.reader[place], torch.arange(tokens * picks).repeat(batch * heads)[used].int())
     for k in range(batch * heads * (blocks + 1)):
         if k % (blocks + 1) < blocks:
-            a, b, c = (x.reader[x.start[k] : x.start[k + 1]] for x in (found, want, lists))
+            a, b, c, d = (x.reader[x.start[k] : x.start[k + 1]] for x in (found, want, lists, apart))
             assert torch.equal(a, b)
             assert torch.equal(a // picks, c)
+            assert torch.equal(a, d)
+            assert (apart.key[apart.start[k] : apart.start[k + 1]] == k).all()
+    # what a segment does not use lies behind it, as in the sort
+    assert torch.equal(apart.start, want.start)
 
 
 def test_runs_name_every_reader_once():
