@@ -213,6 +213,20 @@ def others_read(path: Path = REREAD) -> str:
     return table(["read with", "rows", *models], body)
 
 
+def masses(path: Path = REREAD) -> str:
+    """How much of a query's softmax lies far, and how much of that in its best groups, by how they are chosen."""
+    ways = {"best": "by their mass", "mean of 4": "by means of 4 keys", "mean of 64": "by means of 64 keys"}
+    counts = (1, 4, 16)
+    headings = ["model", "layer", "far", *(f"{n} groups {ways[way]}" for way in ways for n in counts)]
+    body = []
+    for model, seed, scored in _parts(path):
+        for x in (x for x in scored if x["group"] == "mass" and "layers" in x):
+            for layer, at in x["layers"].items():
+                shares = [f"{at[f'{way} {n}'] / at['far']:.0%}" for way in ways for n in counts]
+                body.append([f"{model}, seed {seed}", f"{int(layer) + 1}", f"{at['far']:.0%}", *shares])
+    return table(headings, body)
+
+
 def choices(path: Path = REREAD) -> str:
     """One model, trained with one choice, read with others."""
     scored = json.loads(path.read_text(encoding="utf-8"))["choice"]["found"]
@@ -249,9 +263,12 @@ def asked(path: Path = REASKED) -> str:
 def written() -> dict[str, str]:
     """Every table by the name of its spot."""
     compared, mechanisms, novels = of_fma(models()), others(models()), models(NOVELS)
+    longer = models(LONG)
     return {
         "scores": scores(compared),
         "copies": copies(compared),
+        "longer": scores(longer),
+        "longer-copies": copies(longer),
         "lengths": lengths(compared),
         "novels": scores(novels),
         "novel-copies": copies(novels),
