@@ -14,19 +14,16 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "plots"
 
-# a control of the time of the first records: fma with the same options today
-CONTROL = "fma-opened:rank=4,near=128,open=16,beam=32,detail=16,score=mean"
 SHOWN = (
     "full",
     "fma:rank=16,near=128",
     "window:width=512",
     "fma:rank=4,near=128,open=4,beam=16",
-    CONTROL,
+    *quality_tables.STRIDED,
     "fma:rank=16,near=128/full",
     "fma:rank=16,near=128/fma:rank=4,near=128,open=16,beam=32",
     "near-field:near=128/fma:rank=4,near=128,open=16,beam=32",
     "near-field:near=128",
-    "window:width=256",
 )
 NAMES = {label: quality_tables.name(label) for label in SHOWN}
 """The labels that the plots show, and what they call them; those that the record has."""
@@ -50,13 +47,22 @@ def at_length(models: dict[str, dict[str, Any]], length: int) -> dict[str, Any]:
     return {name: x["by_position"] for name, x in found.items() if "by_position" in x}
 
 
+def unrotated(length: int) -> dict[str, Any]:
+    """The same of layers without positions, as they read farther best."""
+    found = quality_tables.found_again("log_scale", length)
+    return {
+        f"{quality_tables.name(label)}, log_scale": x["by_position"]
+        for label, x in found.items() if "rope_share=0" in label
+    }  # fmt: skip
+
+
 def figures(models: dict[str, dict[str, Any]]) -> dict[str, Figure]:
     """Every plot by its file's name."""
     rows = {name: (m["rows"], m["overall"]) for name, m in models.items() if m["rows"] is not None}
     return {
         "quality-repeat": plots.repeat_figure({name: m["by_repeat"] for name, m in models.items()}),
         "quality-rows": plots.rows_figure(rows),
-        "quality-length": plots.position_figure(at_length(models, 1 << 17)),
+        "quality-length": plots.position_figure(at_length(models, 1 << 17) | unrotated(1 << 17)),
         "quality-mechanisms": plots.repeat_figure({name: m["by_repeat"] for name, m in others().items()}),
     }
 

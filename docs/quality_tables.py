@@ -24,24 +24,22 @@ RESULTS = ROOT / "results" / "h200"
 COMPARED, ASKED = RESULTS / "compare-csource.json", RESULTS / "recall-mqar.json"
 OWN = ("full", "window", "near-field", "fma", "fma-opened")  # mechanisms of the first two tables of COMPARED
 NEAR, PLAIN, OPENED = "near-field:near=128", "fma:rank=16,near=128", "fma:rank=4,near=128,open=16,beam=32"
-FRAME = ("full", PLAIN, "fma:rank=4,near=128,open=4,beam=16", NEAR)  # in both
+STRIDED = ("fma:rank=16,near=64,pool=strided", "fma:rank=1,near=64/fma:rank=64,near=192,pool=strided")
+FRAME = ("full", PLAIN, "fma:rank=4,near=128,open=4,beam=16", NEAR, *STRIDED)  # in both
 FIRST = (  # the rest of OWN is in the second: other pools, ranks, widths and numbers of opened groups
     *FRAME,
     "window:width=512",
     "window:width=256",
     f"{PLAIN}/full",
     f"{PLAIN}/{OPENED}",
-    f"{PLAIN}/{OPENED},rope_share=0",
     f"{NEAR}/full",
     f"{NEAR}/full:rope_share=0",
     f"{NEAR}/{OPENED}",
     f"{NEAR}/{OPENED},rope_share=0",
-    "fma-opened:rank=4,near=128,open=16,beam=32,detail=16,score=mean",
-    "fma-opened:rank=4,near=128,open=4,beam=16,detail=16,score=peak",
 )
+SUPERSEDED = "fma-opened:rank=4,near=128,open=4,beam=16,detail=16,score=mean"  # by fma with the same options
 SHORT = RESULTS / "compare-mechanisms.json"  # all mechanisms, with a quarter of the bytes
 LONG = RESULTS / "compare-csource-long.json"  # twice the bytes
-WIDE = RESULTS / "compare-csource-32k.json"  # windows of 32,768
 PASSED = RESULTS / "recall-passkey.json"
 BESIDE = ("full", "fma:rank=16,near=128", "window:width=512")  # models that the others are shown beside
 NOVELS = RESULTS / "compare-novels.json"  # five novels, and one held out
@@ -79,7 +77,7 @@ def name(label: str) -> str:
     if kind == "fma":
         more = [f"{_rows(options['rank'])} a group"] if options.get("rank", "16") != "16" else []
         more += [f"near {options['near']}"] if options.get("near", "128") != "128" else []
-        more += [f"pool {options['pool']}"] if "pool" in options else []
+        more += [options["pool"]] if "pool" in options else []
         return ", ".join(["fma", *more])
     # what other mechanisms were given says the text
     return kind
@@ -103,7 +101,8 @@ def of_fma(found: Models) -> dict[str, Mapping[str, Any]]:
 
 def swept(found: Models) -> dict[str, Mapping[str, Any]]:
     """FMA with other options, and what it is shown beside."""
-    return {label: m for label, m in found.items() if m["attention"] in OWN and (label in FRAME or label not in FIRST)}
+    apart = (*FIRST, SUPERSEDED)
+    return {label: m for label, m in found.items() if label in FRAME or (m["attention"] in OWN and label not in apart)}
 
 
 def others(found: Models) -> dict[str, Mapping[str, Any]]:
@@ -165,9 +164,21 @@ def reread(path: Path = REREAD) -> str:
     rows: dict[tuple[str, str, int], list[str]] = {}
     for model, _, scored in _parts(path):
         for x in (x for x in scored if x["group"] == "length" and x.get("overall") is not None):
-            read = "as trained" if x["label"] == "plain" else x["label"]
-            rows.setdefault((model, read, x["length"]), []).append(_bits(x["overall"]))
-    return _read({at: " / ".join(each) for at, each in rows.items()})
+            # choices that queries share have a sentence of their own
+            if "choose together" not in x["label"]:
+                read = "as trained" if x["label"] == "plain" else x["label"].removesuffix(" in all layers")
+                rows.setdefault((model, read, x["length"]), []).append(_bits(x["overall"]))
+    return _read({at: " / ".join(each) for at, each in sorted(rows.items())})
+
+
+def found_again(start: str, length: int, path: Path = REREAD) -> dict[str, dict[str, Any]]:
+    """By label, the last that was found in windows of this length with fields whose name starts so."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        part["checkpoint"][1]: x
+        for key, part in found.items() if key != "env" for x in part["found"]
+        if x["group"] == "length" and x["length"] == length and x["label"].startswith(start)
+    }  # fmt: skip
 
 
 def _parts(path: Path) -> list[tuple[str, int, list[dict[str, Any]]]]:
@@ -186,52 +197,22 @@ def _read(rows: Mapping[tuple[str, str, int], str]) -> str:
     return table(["attention", "read with", *(short(n) for n in tested)], body)
 
 
-def kept(path: Path = REREAD) -> str:
-    """Bytes of the states that decoding keeps, and tokens a second, by length."""
-    found = {(model, x["group"], x["label"], x["length"]): x for model, _, scored in _parts(path) for x in scored}
-    states = {model: x["state"] for (model, group, _, _), x in found.items() if group == "state" and x.get("state")}
-    fast = {(model, n): x["speed"] for (model, group, read, n), x in found.items()
-            if group == "length" and x.get("speed") and read.startswith(("as trained", "64 queries"))}  # fmt: skip
-    tested = sorted({n for _, n in fast})
-    body = [[model, f"{state / 2**20:,.1f} MiB", *(_whole(fast.get((model, n))) for n in tested)]
-            for model, state in states.items()]  # fmt: skip
-    return table(["attention", "state at 128k", *(f"tokens/s at {short(n)}" for n in tested)], body)
-
-
-def others_read(path: Path = REREAD) -> str:
-    """Models whose every fourth layer is another one, with another choice in these layers; each seed's bits."""
-    rows: dict[str, dict[str, list[str]]] = {}
-    read: dict[str, float] = {}
-    for model, _, scored in _parts(path):
-        for x in scored:
-            if x["group"] == "choice" and x["label"].startswith("every") and x.get("overall") is not None:
-                rows.setdefault(x["label"], {}).setdefault(model, []).append(_bits(x["overall"]))
-                read[x["label"]] = x["rows"]
-    models = list(dict.fromkeys(model for each in rows.values() for model in each))
-    body = [[label, _whole(read[label]), *(" / ".join(each.get(model, ())) for model in models)]
-            for label, each in rows.items()]  # fmt: skip
-    return table(["read with", "rows", *models], body)
-
-
 def masses(path: Path = REREAD) -> str:
-    """How much of a query's softmax lies far, and how much of that in its best groups, by how they are chosen."""
+    """How much of a query's softmax lies far, and how much of that in 1, 4 and 16 groups, by how they are chosen."""
     ways = {"best": "by their mass", "mean of 4": "by means of 4 keys", "mean of 64": "by means of 64 keys"}
-    counts = (1, 4, 16)
-    headings = ["model", "layer", "far", *(f"{n} groups {ways[way]}" for way in ways for n in counts)]
     body = []
-    for model, seed, scored in _parts(path):
-        for x in (x for x in scored if x["group"] == "mass" and "layers" in x):
-            for layer, at in x["layers"].items():
-                shares = [f"{at[f'{way} {n}'] / at['far']:.0%}" for way in ways for n in counts]
-                body.append([f"{model}, seed {seed}", f"{int(layer) + 1}", f"{at['far']:.0%}", *shares])
-    return table(headings, body)
+    for x in (x for _, _, scored in _parts(path) for x in scored if x["group"] == "mass" and "layers" in x):
+        for layer, at in x["layers"].items():
+            shares = [" / ".join(f"{at[f'{way} {n}'] / at['far']:.0%}" for n in (1, 4, 16)) for way in ways]
+            body.append([f"{int(layer) + 1}", f"{at['far']:.0%}", *shares])
+    return table(["layer", "far", *(f"in 1 / 4 / 16 groups {way}" for way in ways.values())], body)
 
 
-def choices(path: Path = REREAD) -> str:
+def choices(part: str = "choice", path: Path = REREAD) -> str:
     """One model, trained with one choice, read with others."""
-    scored = json.loads(path.read_text(encoding="utf-8"))["choice"]["found"]
+    scored = json.loads(path.read_text(encoding="utf-8"))[part]["found"]
     body = []
-    for x in (x for x in scored if x.get("overall") is not None):
+    for x in (x for x in scored if x["group"] == "choice" and x.get("overall") is not None):
         by = {bucket: bits for bucket, bits, _ in x["by_repeat"]}
         body.append([x["label"], _whole(x["rows"]), _bits(x["overall"]), *(_bits(by.get(b)) for b in BUCKETS)])
     return table(["read with", "rows", "all", *BUCKETS], body)
@@ -267,6 +248,8 @@ def written() -> dict[str, str]:
     return {
         "scores": scores(compared),
         "copies": copies(compared),
+        "swept": scores(swept(models())),
+        "swept-copies": copies({label: m for label, m in swept(models()).items() if label not in FIRST}),
         "longer": scores(longer),
         "longer-copies": copies(longer),
         "lengths": lengths(compared),
@@ -276,8 +259,11 @@ def written() -> dict[str, str]:
         "mechanism-copies": copies(mechanisms),
         "reread": reread(),
         "choices": choices(),
+        "two-layers": choices("lengths of opened without rotation, seed 1"),
+        "masses": masses(),
         "asked": asked(),
         "answers": answers(),
+        "passed": answers(PASSED),
     }
 
 
