@@ -5,7 +5,8 @@ group that append has moved up to where all summaries are, and sketches that gro
 
 open_step: a program for each sequence and list goes down the tree alone. On a level it scores the children of what it
 has kept, and of the first group behind that is no far one; each candidate counts those that are better, so that there
-is no sort and ties go to the lower group. At the end it writes the near and the far list.
+is no sort and ties go to the lower group. At the end it writes the near and the far list. Where lists are few and a
+level has many candidates, several programs share them, in a launch a level (open_level).
 
 fetch: a program for each entry of a near list copies a block of keys and values, far ones from wherever all tokens
 are, which may be pinned host memory, read through its device address.
@@ -24,6 +25,8 @@ from farfield.ops.opened_step import Plan, Step
 
 ROWS = 256  # of sketches that a program scores at a time
 WARPS = 8
+# programs that all lists together are shared out over where there are few, and from how many a list on
+PROGRAMS, FEWEST = 264, 3
 
 
 @triton.jit(do_not_specialize=["capacity", "blocks", "far_rows", "all_rows"])
@@ -102,15 +105,146 @@ def keep(
     tl.store(clock, t + 1)
 
 
-@triton.jit(do_not_specialize=["capacity", "blocks", "all_rows", "q_b", "q_h", "picks", "beam", "width", "far_width"])
+@triton.jit
+def _score(
+    q, sketches, held, many, it, before, here, size, q_h, scale, found,
+    D: tl.constexpr, D_TILE: tl.constexpr, DETAIL: tl.constexpr, SINKS: tl.constexpr, STACK: tl.constexpr,
+    STACK_TILE: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """`found` [STACK_TILE, CHUNKS, 2 PAIRS] with the scores of the children of parents it * PAIRS, ... of `held`.
+
+    Args:
+        held: the groups that were kept and, as number `many`, the first behind them that is no far one.
+        before, here, size: rows before the level's, its far groups, and the tokens of a row.
+    """
+    dims, chunk, head = tl.arange(0, D_TILE), tl.arange(0, CHUNKS), tl.arange(0, STACK_TILE)
+    column = tl.arange(0, PAIRS * 2 * DETAIL)
+    parent = tl.sum(tl.where(chunk[:, None] == it, tl.reshape(held, [CHUNKS, PAIRS]), 0), 0)
+    first = tl.broadcast_to(2 * parent[:, None] * DETAIL, [PAIRS, 2 * DETAIL])
+    row = tl.reshape(first, [PAIRS * 2 * DETAIL]) + column % (2 * DETAIL)
+    there = (it * PAIRS + column // (2 * DETAIL) <= many) & (row // DETAIL < here)
+    at = (before + row).to(tl.int64)[:, None] * D + dims
+    tile = tl.load(sketches + at, mask=there[:, None] & (dims < D)[None, :], other=0.0)
+    count = tl.where(there, _counted(row * size, size, SINKS), 0).to(tl.float32)
+    more = tl.where(count > 0, tl.log(tl.maximum(count, 1.0)), float("-inf"))
+    for r in tl.static_range(STACK):
+        asked = tl.load(q + r * q_h + dims, mask=dims < D, other=0.0).to(tl.float32) * scale
+        logits = tl.reshape(tl.sum(tile * asked[None, :], 1) + more, [PAIRS * 2, DETAIL])
+        best = tl.max(logits, 1)
+        if SUM:
+            base = tl.where(best == float("-inf"), 0.0, best)
+            best = base + tl.log(tl.sum(tl.exp(logits - base[:, None]), 1))
+        mine = (head == r)[:, None, None] & (chunk == it)[None, :, None]
+        found = tl.where(mine, best[None, None, :], found)
+    return found
+
+
+@triton.jit
+def _keep_best(found, held, many, here, most, STACK: tl.constexpr, SLOTS: tl.constexpr):
+    """The best children by their scores [STACK_TILE, 2 SLOTS], ascending, the next `held` and `many`."""
+    slot, c = tl.arange(0, SLOTS), tl.arange(0, 2 * SLOTS)
+    if STACK > 1:
+        # shares of a softmax for each head, added up over the heads; as logarithms
+        peak = tl.max(found, 1)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        mass = tl.sum(tl.exp(found - peak[:, None]), 1)
+        found -= (peak + tl.log(tl.where(mass > 0, mass, 1.0)))[:, None]
+        peak = tl.max(found, 0)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        score = base + tl.log(tl.sum(tl.exp(found - base[None, :]), 0))
+    else:
+        score = tl.reshape(found, [2 * SLOTS])
+    pair = tl.reshape(tl.broadcast_to(held[:, None], [SLOTS, 2]), [2 * SLOTS])
+    group = 2 * pair + c % 2
+    valid = (c // 2 <= many) & (group < here) & (score > float("-inf"))
+    score = tl.where(valid, score, float("-inf"))
+    # of equal scores the lower groups
+    ahead = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (c[None, :] < c[:, None]))
+    chosen = valid & (tl.sum(ahead.to(tl.int32), 1) < most)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    many = tl.sum(chosen.to(tl.int32), 0)
+    mine = chosen[None, :] & (place[None, :] == slot[:, None])
+    held = tl.sum(tl.where(mine, group[None, :], 0), 1)
+    return tl.where(slot == many, here, held), many
+
+
+@triton.jit
+def _list(
+    leaf, many, kept, near, near_count, far, far_count, n, blocks,
+    RADIUS: tl.constexpr, GROUPS: tl.constexpr, LEVELS: tl.constexpr, LEVEL_TILE: tl.constexpr,
+    SLOTS: tl.constexpr, LOCAL: tl.constexpr, SINK_TILE: tl.constexpr,
+):  # fmt: skip
+    """The near and the far list of a query in block n that opens these groups, ascending; `kept` is scratch memory."""
+    slot, level = tl.arange(0, SLOTS), tl.arange(0, LEVEL_TILE)
+    there = slot < many
+    tl.store(kept + slot, leaf)
+    tl.debug_barrier()
+    before = tl.load(kept + slot - 1, mask=there & (slot > 0), other=-1)
+    after = tl.load(kept + slot + 1, mask=slot + 1 < many, other=-1)
+    # what is opened lies before what is near
+    tl.store(near + slot, leaf, mask=there)
+    begin = tl.maximum(n - RADIUS, 0)
+    local = tl.arange(0, LOCAL)
+    tl.store(near + many + local, begin + local, mask=local < n - begin + 1)
+    tl.store(near_count, many + n - begin + 1)
+
+    closed = (n > RADIUS) & (tl.max((there & (leaf == 0)).to(tl.int32), 0) == 0)
+    listed = tl.where(closed, GROUPS, 0)
+    sink = tl.arange(0, SINK_TILE)
+    tl.store(far + sink, sink, mask=sink < listed)
+    # all levels at once: the siblings of opened groups, then the far list of the level
+    here = tl.where(level < LEVELS, _far(n, level, RADIUS), 0)
+    above = tl.where(level < LEVELS, _far(n, level + 1, RADIUS), 0)
+    groups = blocks >> level
+    first = GROUPS + tl.cumsum(groups, 0) - groups
+    group = leaf[None, :] >> level[:, None]
+    # of several leaves of one group that next to where the sibling's would stand
+    other = tl.where((group & 1) != 0, before[None, :] >> level[:, None], after[None, :] >> level[:, None])
+    sibling = group ^ 1
+    reads = there[None, :] & (group >> 1 < above[:, None]) & (other != group) & (other != sibling)
+    siblings = tl.sum(reads.to(tl.int32), 1)
+    opened = there[None, :] & (group >> 1 == above[:, None])
+    left = (2 * above < here) & (tl.max((opened & ((group & 1) == 0)).to(tl.int32), 1) == 0)
+    right = (2 * above + 1 < here) & (tl.max((opened & ((group & 1) != 0)).to(tl.int32), 1) == 0)
+    total = siblings + left.to(tl.int32) + right.to(tl.int32)
+    to = listed + tl.cumsum(total, 0) - total
+    rank = tl.cumsum(reads.to(tl.int32), 1) - 1
+    tl.store(far + to[:, None] + rank, first[:, None] + sibling, mask=reads)
+    tl.store(far + to + siblings, first + 2 * above, mask=left)
+    tl.store(far + to + siblings + left.to(tl.int32), first + 2 * above + 1, mask=right)
+    tl.store(far_count, listed + tl.sum(total, 0))
+
+
+@triton.jit
+def _top(n, beam, RADIUS: tl.constexpr):
+    """The lowest level above the first of which all far groups can be kept."""
+    top = 1
+    while _far(n, top, RADIUS) > beam:
+        top += 1
+    return top
+
+
+@triton.jit
+def _rows_before(blocks, height, DETAIL: tl.constexpr):
+    """Rows of the sketches of all levels below."""
+    before = 0
+    for below in range(height):
+        before += (blocks >> below) * DETAIL
+    return before
+
+
+SIZES = ["capacity", "blocks", "all_rows", "q_b", "q_h", "picks", "beam", "width", "far_width"]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def open_step(
     q, sketches, clock, kept, near, near_count, far, far_count, position,
     capacity, blocks, all_rows, picks, beam, width, far_width, q_b, q_h, scale,
     HEADS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, STACK: tl.constexpr, REPEAT: tl.constexpr,
     BLOCK: tl.constexpr, RADIUS: tl.constexpr, RANK: tl.constexpr, SINKS: tl.constexpr, LEVELS: tl.constexpr,
-    DETAIL: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, SLOTS: tl.constexpr, STACK_TILE: tl.constexpr,
-    PAIRS: tl.constexpr, CHUNKS: tl.constexpr, LOCAL: tl.constexpr, SINK_TILE: tl.constexpr, SUM: tl.constexpr,
-    HOLD: tl.constexpr,
+    LEVEL_TILE: tl.constexpr, DETAIL: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, SLOTS: tl.constexpr,
+    STACK_TILE: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, LOCAL: tl.constexpr,
+    SINK_TILE: tl.constexpr, SUM: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Lists of the newest token's query. PAIRS: parents whose children are scored at a time."""
     GROUPS: tl.constexpr = (SINKS + RANK - 1) // RANK
@@ -123,113 +257,104 @@ def open_step(
     if t % HOLD == 0:
         n = (tl.minimum(t, capacity - 1) // BLOCK).to(tl.int32)
         sketches += (b * HEADS + g) * all_rows * D
-        dims, slot = tl.arange(0, D_TILE), tl.arange(0, SLOTS)
-        column, c = tl.arange(0, PAIRS * 2 * DETAIL), tl.arange(0, 2 * SLOTS)
-        chunk, head = tl.arange(0, CHUNKS), tl.arange(0, STACK_TILE)
-
-        # at first whatever is far is kept, and behind it stands the first group that is not
-        top = 1
-        while _far(n, top, RADIUS) > beam:
-            top += 1
-        many = _far(n, top, RADIUS)
-        held = slot
-        before = 0
-        for below in range(top):
-            before += (blocks >> below) * DETAIL
+        q += b * q_b + u * STACK * q_h
+        # at first whatever is far is kept
+        top = _top(n, beam, RADIUS)
+        held, many, before = tl.arange(0, SLOTS), _far(n, top, RADIUS), _rows_before(blocks, top, DETAIL)
         for turn in range(top):
             height = top - 1 - turn
             before -= (blocks >> height) * DETAIL
             here = _far(n, height, RADIUS)
-            size = (BLOCK // DETAIL) << height
             found = tl.full([STACK_TILE, CHUNKS, PAIRS * 2], float("-inf"), tl.float32)
             for it in range(many // PAIRS + 1):
-                parent = tl.sum(tl.where(chunk[:, None] == it, tl.reshape(held, [CHUNKS, PAIRS]), 0), 0)
-                first = tl.reshape(
-                    tl.broadcast_to(2 * parent[:, None] * DETAIL, [PAIRS, 2 * DETAIL]), [PAIRS * 2 * DETAIL]
-                )
-                row = first + column % (2 * DETAIL)
-                there = (it * PAIRS + column // (2 * DETAIL) <= many) & (row // DETAIL < here)
-                at = (before + row).to(tl.int64)[:, None] * D + dims
-                tile = tl.load(sketches + at, mask=there[:, None] & (dims < D)[None, :], other=0.0)
-                count = tl.where(there, _counted(row * size, size, SINKS), 0).to(tl.float32)
-                more = tl.where(count > 0, tl.log(tl.maximum(count, 1.0)), float("-inf"))
-                for r in tl.static_range(STACK):
-                    asked = tl.load(q + b * q_b + (u * STACK + r) * q_h + dims, mask=dims < D, other=0.0)
-                    asked = asked.to(tl.float32) * scale
-                    logits = tl.reshape(tl.sum(tile * asked[None, :], 1) + more, [PAIRS * 2, DETAIL])
-                    best = tl.max(logits, 1)
-                    if SUM:
-                        base = tl.where(best == float("-inf"), 0.0, best)
-                        best = base + tl.log(tl.sum(tl.exp(logits - base[:, None]), 1))
-                    mine = (head == r)[:, None, None] & (chunk == it)[None, :, None]
-                    found = tl.where(mine, best[None, None, :], found)
-            found = tl.reshape(found, [STACK_TILE, 2 * SLOTS])
-            if STACK > 1:
-                # shares of a softmax for each head, added up over the heads; as logarithms
-                peak = tl.max(found, 1)
-                peak = tl.where(peak == float("-inf"), 0.0, peak)
-                mass = tl.sum(tl.exp(found - peak[:, None]), 1)
-                found -= (peak + tl.log(tl.where(mass > 0, mass, 1.0)))[:, None]
-                peak = tl.max(found, 0)
-                base = tl.where(peak == float("-inf"), 0.0, peak)
-                score = base + tl.log(tl.sum(tl.exp(found - base[None, :]), 0))
-            else:
-                score = tl.reshape(found, [2 * SLOTS])
-            pair = tl.reshape(tl.broadcast_to(held[:, None], [SLOTS, 2]), [2 * SLOTS])
-            group = 2 * pair + c % 2
-            valid = (c // 2 <= many) & (group < here) & (score > float("-inf"))
-            score = tl.where(valid, score, float("-inf"))
-            # of equal scores the lower groups
-            ahead = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (c[None, :] < c[:, None]))
+                found = _score(
+                    q, sketches, held, many, it, before, here, (BLOCK // DETAIL) << height, q_h, scale, found,
+                    D, D_TILE, DETAIL, SINKS, STACK, STACK_TILE, PAIRS, CHUNKS, SUM,
+                )  # fmt: skip
             most = tl.where(height == 0, picks, beam)
-            chosen = valid & (tl.sum(ahead.to(tl.int32), 1) < most)
-            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-            many = tl.sum(chosen.to(tl.int32), 0)
-            mine = chosen[None, :] & (place[None, :] == slot[:, None])
-            held = tl.sum(tl.where(mine, group[None, :], 0), 1)
-            held = tl.where(slot == many, here, held)
-
-        # what is opened lies before what is near
-        kept += pid * SLOTS
-        tl.store(kept + slot, held)
-        tl.debug_barrier()
-        there = slot < many
-        leaf = tl.where(there, held, 0)
-        before_it = tl.load(kept + slot - 1, mask=there & (slot > 0), other=-1)
-        after_it = tl.load(kept + slot + 1, mask=slot + 1 < many, other=-1)
-        near += pid * width
-        tl.store(near + slot, leaf, mask=there)
-        begin = tl.maximum(n - RADIUS, 0)
-        local = tl.arange(0, LOCAL)
-        tl.store(near + many + local, begin + local, mask=local < n - begin + 1)
-        tl.store(near_count + pid, many + n - begin + 1)
-        far += pid * far_width
-        closed = (n > RADIUS) & (tl.max((there & (leaf == 0)).to(tl.int32), 0) == 0)
-        listed = tl.where(closed, GROUPS, 0)
-        sink = tl.arange(0, SINK_TILE)
-        tl.store(far + sink, sink, mask=sink < listed)
-        first = GROUPS
-        for height in range(LEVELS):
-            here, above = _far(n, height, RADIUS), _far(n, height + 1, RADIUS)
-            group = leaf >> height
-            # the siblings of opened groups: of several leaves of one group that next to where the sibling's would stand
-            other = tl.where((group & 1) != 0, before_it >> height, after_it >> height)
-            sibling = group ^ 1
-            reads = there & (group >> 1 < above) & (other != group) & (other != sibling)
-            tl.store(far + listed + tl.cumsum(reads.to(tl.int32), 0) - 1, first + sibling, mask=reads)
-            listed += tl.sum(reads.to(tl.int32), 0)
-            # and the far list of the level
-            for one in tl.static_range(2):
-                j = 2 * above + one
-                opened = tl.max((there & (group == j)).to(tl.int32), 0)
-                reads_it = (j < here) & (opened == 0)
-                tl.store(far + listed, first + j, mask=reads_it)
-                listed += reads_it.to(tl.int32)
-            first += blocks >> height
-        tl.store(far_count + pid, listed)
+            found = tl.reshape(found, [STACK_TILE, 2 * SLOTS])
+            held, many = _keep_best(found, held, many, here, most, STACK, SLOTS)
+        _list(
+            held, many, kept + pid * SLOTS, near + pid * width, near_count + pid, far + pid * far_width,
+            far_count + pid, n, blocks, RADIUS, GROUPS, LEVELS, LEVEL_TILE, SLOTS, LOCAL, SINK_TILE,
+        )  # fmt: skip
     tl.store(position + pid, t)
     tl.debug_barrier()
     tl.store(clock, t + 1)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "height", "parts"])
+def open_level(
+    q, sketches, clock, kept, before_kept, scores, before_scores, near, near_count, far, far_count, position,
+    capacity, blocks, all_rows, picks, beam, width, far_width, q_b, q_h, height, parts, scale,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, STACK: tl.constexpr, REPEAT: tl.constexpr,
+    BLOCK: tl.constexpr, RADIUS: tl.constexpr, RANK: tl.constexpr, SINKS: tl.constexpr, LEVELS: tl.constexpr,
+    LEVEL_TILE: tl.constexpr, DETAIL: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, SLOTS: tl.constexpr,
+    STACK_TILE: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, LOCAL: tl.constexpr,
+    SINK_TILE: tl.constexpr, SUM: tl.constexpr, HOLD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """One level of the same, shared out over `parts` programs a list: each repeats the choice from the scores of the
+    level above, and scores its part of level `height`. FIRST goes down alone to there; LAST writes the lists."""
+    GROUPS: tl.constexpr = (SINKS + RANK - 1) // RANK
+    unit, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
+    b, u = unit // LISTS, unit % LISTS
+    g = u if STACK > 1 else u // REPEAT
+    clock += b * PARTS + HEADS + u
+    t = tl.load(clock)
+    slot, c, head = tl.arange(0, SLOTS), tl.arange(0, 2 * SLOTS), tl.arange(0, STACK_TILE)
+    if t % HOLD == 0:
+        n = (tl.minimum(t, capacity - 1) // BLOCK).to(tl.int32)
+        sketches += (b * HEADS + g) * all_rows * D
+        q += b * q_b + u * STACK * q_h
+        top = _top(n, beam, RADIUS)
+        held, many = slot, _far(n, tl.maximum(top, height + 1), RADIUS)
+        if FIRST:
+            many = _far(n, top, RADIUS)
+            before = _rows_before(blocks, top, DETAIL)
+            for turn in range(top - 1 - height):
+                above = top - 1 - turn
+                before -= (blocks >> above) * DETAIL
+                here = _far(n, above, RADIUS)
+                found = tl.full([STACK_TILE, CHUNKS, PAIRS * 2], float("-inf"), tl.float32)
+                for it in range(many // PAIRS + 1):
+                    found = _score(
+                        q, sketches, held, many, it, before, here, (BLOCK // DETAIL) << above, q_h, scale, found,
+                        D, D_TILE, DETAIL, SINKS, STACK, STACK_TILE, PAIRS, CHUNKS, SUM,
+                    )  # fmt: skip
+                found = tl.reshape(found, [STACK_TILE, 2 * SLOTS])
+                held, many = _keep_best(found, held, many, here, beam, STACK, SLOTS)
+        elif height + 1 < top:
+            # the level above was scored
+            before_kept += unit * (SLOTS + 1)
+            held, many = tl.load(before_kept + slot), tl.load(before_kept + SLOTS)
+            mask = (head < STACK)[:, None] & (c // 2 <= many)[None, :]
+            at = before_scores + (unit * STACK + head)[:, None] * (2 * SLOTS) + c
+            found = tl.load(at, mask=mask, other=float("-inf"))
+            here, most = _far(n, height + 1, RADIUS), tl.where(height < 0, picks, beam)
+            held, many = _keep_best(found, held, many, here, most, STACK, SLOTS)
+        if LAST:
+            _list(
+                held, many, kept + unit * (SLOTS + 1), near + unit * width, near_count + unit, far + unit * far_width,
+                far_count + unit, n, blocks, RADIUS, GROUPS, LEVELS, LEVEL_TILE, SLOTS, LOCAL, SINK_TILE,
+            )  # fmt: skip
+        elif height < top:
+            if part == 0:
+                tl.store(kept + unit * (SLOTS + 1) + slot, held)
+                tl.store(kept + unit * (SLOTS + 1) + SLOTS, many)
+            here, before = _far(n, height, RADIUS), _rows_before(blocks, height, DETAIL)
+            found = tl.full([STACK_TILE, CHUNKS, PAIRS * 2], float("-inf"), tl.float32)
+            for it in range(part, many // PAIRS + 1, parts):
+                found = _score(
+                    q, sketches, held, many, it, before, here, (BLOCK // DETAIL) << height, q_h, scale, found,
+                    D, D_TILE, DETAIL, SINKS, STACK, STACK_TILE, PAIRS, CHUNKS, SUM,
+                )  # fmt: skip
+            mine = (head < STACK)[:, None] & (c // (2 * PAIRS) % parts == part)[None, :]
+            at = scores + (unit * STACK + head)[:, None] * (2 * SLOTS) + c
+            tl.store(at, tl.reshape(found, [STACK_TILE, 2 * SLOTS]), mask=mine)
+    if LAST:
+        tl.store(position + unit, t)
+        tl.debug_barrier()
+        tl.store(clock, t + 1)
 
 
 @triton.jit(do_not_specialize=["capacity", "entries"])
@@ -281,20 +406,40 @@ def launch_keep(step: Step) -> None:
 def launch_open(q: Tensor, step: Step, scale: float) -> None:
     plan, batch, kv_heads, width, _ = _sizes(step)
     lists, heads, radius = step.near.shape[1], q.shape[1], plan.near // plan.block
-    slots, stack = padded(plan.beam + 1, 1), heads // lists
-    kept = step.near.new_empty(batch * lists, slots)
+    units, slots, stack = batch * lists, padded(plan.beam + 1, 1), heads // lists
     q = q if q.stride(3) == 1 else q.contiguous()
+    tile = triton.next_power_of_2
     pairs = max(1, min(slots, ROWS // (2 * plan.detail)))
-    open_step[(batch * lists,)](
-        q, step.sketches, step.clock, kept, step.near, step.near_count, step.far, step.far_count,
-        step.position, plan.capacity, plan.blocks, step.sketches.shape[2], plan.picks, plan.beam,
-        step.near.shape[3], step.far.shape[3], q.stride(0), q.stride(1), scale,
-        HEADS=kv_heads, PARTS=step.clock.shape[1], LISTS=lists, STACK=stack, REPEAT=heads // kv_heads,
-        BLOCK=plan.block, RADIUS=radius, RANK=plan.rank, SINKS=plan.sinks, LEVELS=plan.levels, DETAIL=plan.detail,
-        D=width, D_TILE=triton.next_power_of_2(width), SLOTS=slots, STACK_TILE=padded(stack, 1),
-        PAIRS=pairs, CHUNKS=slots // pairs, LOCAL=padded(radius + 1, 1), SINK_TILE=padded(max(plan.sink_groups, 1), 1),
-        SUM=bool(plan.summed), HOLD=plan.hold, num_warps=WARPS,
+    numbers = (
+        plan.capacity, plan.blocks, step.sketches.shape[2], plan.picks, plan.beam, step.near.shape[3],
+        step.far.shape[3], q.stride(0), q.stride(1),
     )  # fmt: skip
+    lists_at = step.near, step.near_count, step.far, step.far_count, step.position
+    constants = {
+        "HEADS": kv_heads, "PARTS": step.clock.shape[1], "LISTS": lists, "STACK": stack, "REPEAT": heads // kv_heads,
+        "BLOCK": plan.block, "RADIUS": radius, "RANK": plan.rank, "SINKS": plan.sinks, "LEVELS": plan.levels,
+        "LEVEL_TILE": tile(plan.levels), "DETAIL": plan.detail, "D": width, "D_TILE": tile(width), "SLOTS": slots,
+        "STACK_TILE": padded(stack, 1), "PAIRS": pairs, "CHUNKS": slots // pairs, "LOCAL": padded(radius + 1, 1),
+        "SINK_TILE": padded(max(plan.sink_groups, 1), 1), "SUM": bool(plan.summed), "HOLD": plan.hold,
+    }  # fmt: skip
+    parts = max(1, min(-(-(plan.beam + 1) // pairs), PROGRAMS // units))
+    if parts < FEWEST:
+        kept = step.near.new_empty(units, slots)
+        open_step[(units,)](
+            q, step.sketches, step.clock, kept, *lists_at, *numbers, scale, **constants, num_warps=WARPS
+        )  # fmt: skip
+        return
+    # the levels below one whose groups one program scores at once
+    split = max(1, (max(plan.blocks // (2 * plan.beam), 1)).bit_length())
+    split = min(split, plan.levels)
+    kept = [step.near.new_empty(units, slots + 1) for _ in range(2)]
+    scores = [step.sketches.new_empty(units, stack, 2 * slots, dtype=step.sketches.dtype) for _ in range(2)]
+    for turn in range(split + 1):
+        now, last = turn % 2, turn == split
+        open_level[(units if last else units * parts,)](
+            q, step.sketches, step.clock, kept[now], kept[1 - now], scores[now], scores[1 - now], *lists_at, *numbers,
+            split - 1 - turn, 1 if last else parts, scale, **constants, FIRST=turn == 0, LAST=last, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def launch_fetch(
