@@ -697,18 +697,15 @@ class FMA(Mechanism):
             if seen:
                 return None
             step = q.shape[2]
-        # tiles and runs start where the tokens' do
-        lead = seen % (self.hold if runs else on_gpu.TILE)
+        # tiles and blocks start where the tokens' do
+        lead = seen % (self.block if runs else on_gpu.TILE)
         q, start = torch.nn.functional.pad(q, (0, 0, lead, 0)), seen - lead
         asking = q if self.hold == 1 else askers[:, :, start // self.hold :]
         seen_by, _ = opened.told(self.score, sketches)
         chosen = on_gpu.choose_from(asking, seen_by, tree, plan, scale, start // self.hold)
         if runs:
             lists = on_gpu.lists(*chosen, tree, plan, start // self.hold)
-            position = torch.arange(start, start + q.shape[2], device=q.device)
-            out = opened.attend_runs(
-                q, tokens, far, *lists, self.hold, self.block, self.rank, scale, position=position
-            ).out
+            out = opened.attend_runs(q, tokens, far, *lists, self.hold, self.block, self.rank, scale, start).out
             return out[:, :, lead:]
         rows = far.k, far.v, far.bias
         outs = []

@@ -34,6 +34,7 @@ from torch.library import custom_op
 
 from farfield.ops.attend import attend
 from farfield.ops.eager import eager
+from farfield.ops.merge import merge
 from farfield.select.static import far_lists, near_lists, pack_lists
 from farfield.types import Layout, Partial, Rows
 
@@ -629,22 +630,34 @@ def attend_runs(
     block: int,
     rank: int,
     scale: float,
-    *,
-    position: Int[Tensor, " T"] | None = None,
+    start: int = 0,
 ) -> Partial:
-    """Attention of runs of `hold` queries, each over its own near and far list [B, G or H, runs, P]."""
+    """Attention of runs of `hold` queries, each over its own near and far list [B, G or H, runs, P].
+
+    Args:
+        near_list: the last entry of each list is the block that the run is in.
+        start: position of the first query, a multiple of the block.
+    """
     batch, heads, many, width = q.shape
     kv_heads = tokens.k.shape[1]
+    # further tokens: what a query has in its own block stands where it does itself, and all other blocks are past.
+    # Kernels that are given positions are slower than two of them that are not
+    here = Rows(tokens.k[:, :, start:], tokens.v[:, :, start:])
     asking, (index, count), (far_index, far_count) = q, near_list, far_list
     if index.shape[1] != heads:
         tokens, far = (_apart(rows) for rows in (tokens, far))
         asking = q.reshape(batch * kv_heads, heads // kv_heads, many, width)
         index, count, far_index, far_count = (y.flatten(0, 1)[:, None] for y in (index, count, far_index, far_count))
-    near = Layout(index, count, hold, block, many, len(tokens), True)
+    near = Layout(index, count - 1 if start else count, hold, block, many, len(tokens), not start)
     # what is far and listed is past
     listed = Layout(far_index, far_count, hold, rank, many, len(far), False)
-    found = attend(asking, [(tokens, near), (far, listed)], scale=scale, position=position)
-    return Partial(found.out.reshape(batch, heads, many, -1), found.lse.reshape(batch, heads, many))
+    found = attend(asking, [(tokens, near), (far, listed)], scale=scale)
+    found = Partial(found.out.reshape(batch, heads, many, -1), found.lse.reshape(batch, heads, many))
+    if not start:
+        return found
+    own = torch.arange(index.shape[2], dtype=torch.int32, device=q.device) * hold // block
+    layout = Layout(own[None, None, :, None], torch.ones_like(own)[None, None], hold, block, many, len(here), True)
+    return merge(found, attend(q, here, layout, scale=scale))
 
 
 def _apart(rows: Rows) -> Rows:
