@@ -14,7 +14,8 @@ An average hides the single far token that matters. With `open=k` each query ope
 hide most from it, as `farfield.select.opened` finds them on the way down the tree: it reads these token by token, and
 the summaries of all else. Still every token is covered exactly once; k = 0 is the above, and with k = all it is full
 attention. A query then reads near + m / 2 + k m tokens and at most p (1.5 + k) log2(n / m) summaries, and decoding
-keeps everything: the tokens, all summaries, and the sketches that are chosen by.
+keeps everything: the tokens, in host memory if wanted, all summaries, and the sketches that are chosen by. `extend`
+takes chunks of any length; single tokens go faster through the fixed buffers of `ring`.
 
 Departs from the paper:
 - The default pooling is the mean of segments and builds each level from the one below; "conv" is the paper's grouped
