@@ -59,6 +59,25 @@ def test_steps_are_those_of_a_forward(name):
         assert ring.tokens.tolist() == [stop, stop]
 
 
+def test_a_rotated_step_in_bfloat16():
+    """Rounded after it is rotated, so that of two scores as near to each other as that the other may win."""
+    rotary, mech = Rope(8), FMA(**SMALL, open=2)
+    given, outs, opens = [y.bfloat16() for y in draw(190)], [], []
+    exact = mech(*(y.double() for y in given), rotary=rotary)[:, :, 100:]
+    for dtype in (torch.bfloat16, torch.float64):
+        x = [y.to(dtype) for y in given]
+        ring, out, chosen = prefilled(mech, x, 100, rotary=rotary), [], []
+        for t in range(100, 190):
+            out.append(stepped(mech, x, ring, t, t + 1))
+            chosen.append(ring.near[..., :2].clone())
+        outs.append(torch.cat(out, 2))
+        opens.append(torch.cat(chosen, 2))
+    assert_within(outs[1], exact, terms=190)
+    alike = (opens[0] == opens[1]).all(-1).repeat_interleave(2, 1)
+    assert alike.float().mean() > 0.9
+    assert_within(outs[0][alike], exact[alike], terms=190)
+
+
 def test_the_host_gives_the_same_bits():
     mech, x = FMA(**SMALL, open=2, sinks=3), draw(140)
     here, there = (prefilled(mech, x, 100, store=store) for store in ("device", "host"))
