@@ -1,6 +1,9 @@
 """Opened FMA: what it must equal, that it covers each token once, that it finds what averages hide, and its state."""
 
 import math
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -495,3 +498,28 @@ def test_what_is_not_proven_is_refused():
             call()
     with pytest.raises(ValueError, match="tolerance"):
         FMA(**SMALL, tolerance=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"open": 64, "beam": 128}, "64 groups"),
+        ({"open": 4, "score": "box"}, "score='peak' or 'mean', not 'box'"),
+        ({"open": 4, "scale": 0.0}, "any scale but 0"),
+        ({"open": 4}, None),
+    ],
+    ids=["beam", "score", "scale", "taken"],
+)
+def test_a_gpu_is_told_why_opening_is_slow(options, why):
+    mech = FMA(near=128, rank=4, **options)
+    tree = mech._tree(8192, 128, *mech._levels(128)[:1], 2)
+    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 8, 8192, 64))
+    told = pytest.warns(UserWarning, match=why) if why else nullcontext()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with told:
+            assert mech._refused(on_a_gpu, on_a_gpu, on_a_gpu, tree) is (why is not None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = torch.randn(1, 1, 300, 64)
+        mech(x, x, x)

@@ -32,6 +32,7 @@ Departs from the paper:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -422,15 +423,30 @@ class FMA(Mechanism):
     def _quickly(self, q: Tensor, k: Tensor, v: Tensor, far: Rows, tree: Tree) -> Tensor | None:
         """Opened attention by kernels of its own, None where they do not take it; q and the keys are rotated."""
         self._check_opening()
-        plan = self.plan()
-        if self.score not in on_gpu.SCORES or far.bias is None or on_gpu.refusal(q, k, v, tree, plan):
+        if far.bias is None or self._refused(q, k, v, tree):
             return None
-        scale = self._scale(q)
+        plan, scale = self.plan(), self._scale(q)
         chosen = on_gpu.choose(q, k, tree, plan, scale)
         if self.hold % on_gpu.TILE == 0:
             near, listed = on_gpu.lists(*chosen, tree, plan)
             return opened.attend_runs(q, Rows(k, v), far, near, listed, self.hold, self.block, self.rank, scale).out
         return on_gpu.attend(q, k, v, (far.k, far.v, far.bias), chosen, tree, plan, scale)
+
+    def _refused(self, q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> bool:
+        """Whether the kernels of opened groups do not take such a call; on a GPU a warning says why, but in float64."""
+        if self.score not in on_gpu.SCORES:
+            why = f"take score={' or '.join(map(repr, on_gpu.SCORES))}, not {self.score!r}"
+        elif not self._scale(q):
+            why = "take any scale but 0"
+        else:
+            why = on_gpu.refusal(q, k, v, tree, self.plan())
+        if why and q.is_cuda and q.dtype != torch.float64 and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"fma: groups are opened by PyTorch operations, with a list for each query, which takes far longer and "
+                f"more memory: the kernels {why}",
+                stacklevel=2,
+            )
+        return why is not None
 
     def _sketches(self, k: Tensor, tree: Tree, present: Tensor | None) -> list[opened.Sketch]:
         """Of the blocks of `tree`; present: [1|B, blocks * m], None if all tokens are there."""
@@ -689,9 +705,7 @@ class FMA(Mechanism):
         tree = Tree(self.block, self.rank, blocks, len(sketches), True, self.sinks, blocks * self.block)
         runs = self.hold % on_gpu.TILE == 0
         step = q.shape[2] if runs else PIECE
-        if self.score not in on_gpu.SCORES or far.bias is None:
-            return None
-        if on_gpu.refusal(q[:, :, :step], tokens.k, tokens.v, tree, plan):
+        if far.bias is None or self._refused(q[:, :, :step], tokens.k, tokens.v, tree):
             return None
         if not runs and torch.is_grad_enabled() and any(x.requires_grad for x in (q, tokens.k, tokens.v, far.k, far.v)):
             # the kernels' backward is for all queries at once, from the first token on

@@ -45,19 +45,19 @@ class Plan(NamedTuple):
 def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | None:
     """Why the kernels cannot take such a call, None if they can."""
     if not q.is_cuda:
-        return f"takes CUDA tensors, not {q.device.type}"
+        return f"take CUDA tensors, not {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"takes bfloat16 and float16, not {q.dtype}"
+        return f"take bfloat16 and float16, not {q.dtype}"
     if q.shape[3] not in (16, 32, 64, 128) or v.shape[3] != q.shape[3]:
-        return f"takes D = E = 16, 32, 64 or 128, got {q.shape[3]} and {v.shape[3]}"
+        return f"take D = E = 16, 32, 64 or 128, got {q.shape[3]} and {v.shape[3]}"
     if tree.block not in (64, 128) or tree.rank not in RANKS or plan.detail & (plan.detail - 1):
-        return f"takes blocks of 64 and 128, ranks and sketches of powers of two, got {tree.block} and {tree.rank}"
+        return f"take blocks of 64 and 128, ranks and sketches of powers of two, got {tree.block} and {tree.rank}"
     if max(plan.picks, plan.beam) > MOST or q.shape[1] // k.shape[1] > MOST:
-        return f"takes {MOST} groups and query heads of a key head at most"
+        return f"take {MOST} groups and query heads of a key head at most"
     if not tree.complete or not q.shape[0] * q.shape[1]:
-        return "takes causal sequences, at least one of them"
+        return "take causal sequences, at least one of them"
     if tree.levels > LEVELS and plan.hold % TILE:
-        return f"takes {LEVELS} levels where fewer than {TILE} queries choose together, got {tree.levels}"
+        return f"take {LEVELS} levels where fewer than {TILE} queries choose together, got {tree.levels}"
     return None
 
 
