@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farfield.bench.runner import STEP, Work, bench, draw
 from farfield.mechanisms.fma import FMA, FMAState
+from farfield.opened_ring import OpenedRing
 from farfield.ring import FMARing
 
 LAYERS = 32  # rings of their own, as in a model, so that none is found in the cache because of the one before
@@ -44,34 +45,14 @@ def fma_decode(
     first = FMARing.from_state(state, capacity=tokens + SPARE)
     ring = FMARing.join([first] * batch)
     rings = [ring.copy() for _ in range(layers)]
-    x = [torch.randn(batch, h, 1, width, device=device).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
-    def step() -> Tensor:
-        out = x[0]
-        for each in rings:
-            out = each.step(x[0], x[1], x[2])
-        return out
+    def checked(passes: str) -> Mapping[str, Any]:
+        expected = formula(first, kv_heads, width)
+        assert first.nbytes == expected, f"the ring holds {first.nbytes} bytes, {expected} by the formula"
+        return check(mechanism, prefilled, state, first, heads)
 
-    def again() -> None:
-        for each in rings:
-            for name, x in each.tensors().items():
-                x.copy_(getattr(ring, name))
-
-    def rates(passes: str, seconds: float, others: Mapping[str, float]) -> dict[str, float]:
-        return {"us a layer": seconds * 1e6, "state bytes": ring.nbytes, "formula": formula(ring, kv_heads, width)}
-
-    def rival(backend: str) -> Callable[[], Work]:
-        return lambda: whole_cache(x[0], tokens, kv_heads, layers, backend)
-
-    return Work(
-        call=graphed(step, again) if torch.device(device).type == "cuda" else step,
-        bytes=ring.nbytes,
-        inputs=(x[0],),
-        check=lambda passes: check(mechanism, prefilled, state, first, heads),
-        repeat=layers,
-        rivals={"sdpa-decode": rival("CUDNN_ATTENTION"), "sdpa-decode-flash": rival("FLASH_ATTENTION")},
-        rates=rates,
-    )
+    held = {"state bytes": ring.nbytes, "formula": formula(ring, kv_heads, width)}
+    return decoding(rings, ring.tensors(), prefilled, heads, tokens, checked, held, bytes=ring.nbytes)
 
 
 def prefill(
@@ -88,13 +69,59 @@ def prefill(
     return (k[:, :, tokens:].clone(), v[:, :, tokens:].clone()), state
 
 
+def decoding(
+    rings: Sequence[FMARing] | Sequence[OpenedRing],
+    begin: Mapping[str, Tensor],
+    following: tuple[Tensor, Tensor],
+    heads: int,
+    tokens: int,
+    check: Callable[[str], Mapping[str, Any]],
+    held: Mapping[str, float],
+    bytes: int | None = None,
+) -> Work:
+    """A step of each ring, all set back to the buffers in `begin` now and then, against attention over `tokens`.
+
+    Args:
+        following: what k and v of a token look like.
+        held: named numbers for the record.
+    """
+    _, kv_heads, _, width = following[0].shape
+    shapes = [(len(begin["clock"]), h, 1, width) for h in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape, device=following[0].device).to(following[0].dtype) for shape in shapes)
+
+    def step() -> Tensor:
+        out = q
+        for ring in rings:
+            out = ring.step(q, k, v)
+        return out
+
+    def again() -> None:
+        for ring in rings:
+            now = ring.tensors()
+            for name, x in begin.items():
+                now[name].copy_(x)
+
+    def rival(backend: str) -> Callable[[], Work]:
+        return lambda: whole_cache(q, tokens, kv_heads, len(rings), backend)
+
+    return Work(
+        call=graphed(step, again) if q.is_cuda else step,
+        bytes=bytes,
+        inputs=(q,),
+        check=check,
+        repeat=len(rings),
+        rivals={"sdpa-decode": rival("CUDNN_ATTENTION"), "sdpa-decode-flash": rival("FLASH_ATTENTION")},
+        rates=lambda passes, seconds, _: {"us a layer": seconds * 1e6, **held},
+    )
+
+
 def check(
-    mechanism: FMA, following: tuple[Tensor, Tensor], state: FMAState, ring: FMARing, heads: int
+    mechanism: FMA, following: tuple[Tensor, Tensor], state: FMAState, ring: FMARing | OpenedRing, heads: int
 ) -> Mapping[str, Any]:
     """Compare the next token's output with that of `extend` in float64 from the same state.
 
     Raises:
-        AssertionError: the error is larger than the dtype allows, or the ring holds more than its formula says.
+        AssertionError: the error is larger than the dtype allows.
     """
     from farfield.testing.units import error_units
 
@@ -103,8 +130,6 @@ def check(
     exact, _ = mechanism.extend(q.double(), k.double(), v.double(), state.to(torch.float64))
     units = error_units(ring.copy().step(q, k, v), exact, terms=mechanism.near + mechanism.block)
     assert units <= 3.0, f"out is off by {units:.1f} units, 3 allowed"
-    expected = formula(ring, k.shape[1], k.shape[3])
-    assert ring.nbytes == expected, f"the ring holds {ring.nbytes} bytes, {expected} by the formula"
     return {"units": {"out": round(units, 3)}}
 
 
