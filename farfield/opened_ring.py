@@ -18,7 +18,7 @@ from torch import Tensor
 from farfield.mechanism import Rotary
 from farfield.ops.attend import attend
 from farfield.ops.opened_step import SCORES, Plan, Step
-from farfield.ring import FMARing
+from farfield.ring import FMARing, zero_
 from farfield.select import opened
 from farfield.select.opened_step import fetch_opened, opened_step, write_lists
 from farfield.summarize import Pool, span_of_rows, to_blocks
@@ -215,11 +215,7 @@ class OpenedRing:
         """Forget the tokens of these sequences, or of all, in place."""
         self.ring.reset_(sequences)
         # what was never written is never read, but past its capacity a ring's last token is NaN
-        for x in (self.clock, self.all_k[:, :, -1:], self.all_v[:, :, -1:]):
-            if sequences is None:
-                x.zero_()
-            else:
-                x.index_fill_(0, sequences.to(x.device), 0)
+        zero_((self.clock, self.all_k[:, :, -1:], self.all_v[:, :, -1:]), sequences)
 
     @torch.no_grad()
     def step(

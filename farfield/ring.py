@@ -216,11 +216,7 @@ class FMARing:
     def reset_(self, sequences: Int[Tensor, " sequences"] | None = None) -> None:
         """Forget the tokens of these sequences, or of all, in place."""
         # what was never written is never read, but a ring past its capacity holds NaN, and 0 times NaN is NaN
-        for x in (self.clock, self.near_k, self.near_v, self.far_k, self.far_v, self.sum_k, self.sum_v):
-            if sequences is None:
-                x.zero_()
-            else:
-                x.index_fill_(0, sequences.to(x.device), 0)
+        zero_((self.clock, self.near_k, self.near_v, self.far_k, self.far_v, self.sum_k, self.sum_v), sequences)
 
     @staticmethod
     def join(rings: Sequence[FMARing]) -> FMARing:
@@ -296,6 +292,15 @@ class FMARing:
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> FMARing:
         return replace(self, **{name: f(x) for name, x in self.tensors().items()})
+
+
+def zero_(buffers: Sequence[Tensor], sequences: Tensor | None) -> None:
+    """Zeros for these sequences, or for all."""
+    for x in buffers:
+        if sequences is None:
+            x.zero_()
+        else:
+            x.index_fill_(0, sequences.to(x.device), 0)
 
 
 def _plan(capacity: int, block: int, near: int, rank: int, sinks: int) -> Plan:
