@@ -198,8 +198,15 @@ class OpenedRing:
         """
         first = rings[0]
         for ring in rings[1:]:
-            if (ring.plan, ring.store) != (first.plan, first.store) or not torch.equal(ring.weight, first.weight):
-                raise ValueError(f"OpenedRing.join: rings must be of one kind, got {first.plan} and {ring.plan}")
+            mine, theirs = (
+                [r.plan, r.store, [(x.shape[1:], x.dtype, x.device) for x in r._by_sequence().values()]]
+                for r in (first, ring)
+            )
+            if mine != theirs or not torch.equal(ring.weight, first.weight) or not _alike(ring.bias, first.bias):
+                raise ValueError(
+                    "OpenedRing.join: rings must be of one kind, with the same level_bias, weight and heads, got "
+                    f"{first.plan} and {ring.plan}"
+                )
         joined = {name: _joined([getattr(ring, name) for ring in rings]) for name in first._by_sequence()}
         if len(first.bias) > 1:
             joined["bias"] = torch.cat([ring.bias for ring in rings])
@@ -214,8 +221,8 @@ class OpenedRing:
     def reset_(self, sequences: Int[Tensor, " sequences"] | None = None) -> None:
         """Forget the tokens of these sequences, or of all, in place."""
         self.ring.reset_(sequences)
-        # what was never written is never read, but past its capacity a ring's last token is NaN
-        zero_((self.clock, self.all_k[:, :, -1:], self.all_v[:, :, -1:]), sequences)
+        # the tokens of a block are read together, hidden where they come later; but 0 times NaN is NaN
+        zero_((self.clock, self.all_k, self.all_v), sequences)
 
     @torch.no_grad()
     def step(
@@ -231,12 +238,15 @@ class OpenedRing:
         Raises:
             ValueError: shapes do not fit the ring, or the ring is full (CPU; on a GPU outputs are NaN from there on).
         """
+        plan, lists, heads = self.plan, self.near.shape[1], q.shape[1]
+        # a level_bias is laid out for lists of one head or of several
+        other = self.bias.shape[1 if lists < heads else 0] > 1
+        if heads % lists or (not plan.shared and lists != heads) or other:
+            raise ValueError(f"OpenedRing: was made for other heads than the {heads} of q; make it with heads={heads}")
+        self._check_room()
         turned = self.ring.append(q, k, v)
         q = turned if turned.numel() else q
-        plan, lists = self.plan, self.near.shape[1]
-        batch, heads, _, width = q.shape
-        if heads % lists or (not plan.shared and lists != heads):
-            raise ValueError(f"OpenedRing: was made for other heads than the {heads} of q; make it with heads={heads}")
+        batch, _, _, width = q.shape
         scale = width**-0.5 if scale is None else scale
         ring = self.ring
         *buffers, _ = self.buffers()
@@ -314,6 +324,16 @@ class OpenedRing:
             self.sketches[:, :, at : at + rows.shape[2]] = rows
             at += groups * plan.detail
 
+    def _check_room(self) -> None:
+        """On the CPU: raise before anything is written, so that the sequences that have room can go on."""
+        if self.clock.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if full := (self.tokens >= self.capacity).nonzero().flatten().tolist():
+            raise ValueError(
+                f"OpenedRing: the ring holds {self.capacity} tokens and is full for sequences {full}; reset_ them, or "
+                "make one with a larger capacity"
+            )
+
     def _by_sequence(self) -> dict[str, Tensor]:
         shared = ("bias", "weight", "entries")
         return {name: x for name, x in self.tensors().items() if "." not in name and name not in shared}
@@ -328,6 +348,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     shape = sum(len(x) for x in parts), *parts[0].shape[1:]
     into = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, pin_memory=parts[0].is_pinned())
     return torch.cat(list(parts), out=into)
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether the biases of two rings are the same for each sequence; see _bias."""
+    each = math.gcd(len(x), len(y))
+    return x.shape[1:] == y.shape[1:] and torch.equal(x[:each], y[:each])
 
 
 def _bias(plan: Plan, dtype: torch.dtype, learned: Tensor | None, apart: int) -> Tensor:

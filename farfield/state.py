@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FORMAT = 1
 
@@ -131,6 +132,8 @@ class _Room:
         self.buffer, self.used = buffer, used
 
 
+# beside the tensors, not in them: copies and files of a tensor have no room
+_rooms = WeakTensorKeyDictionary()
 _taking = threading.Lock()
 
 
@@ -142,13 +145,13 @@ def appended(x: Tensor, more: Tensor) -> Tensor:
     With autograd on there is no room, since what was written in place could not be differentiated.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.cat([x, more], 2)
+        return torch.cat([x, more.to(x.device)], 2)
     begin, stop = x.shape[2], x.shape[2] + more.shape[2]
-    room = vars(x).get("room")
-    # what inference mode has made is written in inference mode only
-    if room is not None and room.buffer.is_inference() and not torch.is_inference_mode_enabled():
-        room = None
     with _taking:
+        room = _rooms.get(x)
+        # what inference mode has made is written in inference mode only
+        if room is not None and room.buffer.is_inference() and not torch.is_inference_mode_enabled():
+            room = None
         if room is not None and room.used == begin and room.buffer.shape[2] >= stop:
             room.used = stop
         else:
@@ -161,7 +164,8 @@ def appended(x: Tensor, more: Tensor) -> Tensor:
         room = _Room(buffer, stop)
     room.buffer[:, :, begin:stop] = more
     found = room.buffer[:, :, :stop]
-    vars(found)["room"] = room
+    with _taking:
+        _rooms[found] = room
     return found
 
 

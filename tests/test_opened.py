@@ -1,5 +1,6 @@
 """Opened FMA: what it must equal, that it covers each token once, that it finds what averages hide, and its state."""
 
+import copy
 import math
 import warnings
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ import torch
 
 from farfield.mechanisms.fma import FMA
 from farfield.select import opened
-from farfield.state import State
+from farfield.state import State, appended
 from farfield.testing import oracles
 from farfield.testing.contract import packing, rotate
 from farfield.testing.units import assert_within
@@ -299,6 +300,43 @@ def test_tokens_are_appended_in_place_and_states_stay_what_they_are():
         for n, state in enumerate(states[:-1]):
             out, _ = mech.extend(*(x[:, :, 60 + n : 61 + n] for x in (q, k, v)), state)
             assert_within(out, whole[:, :, 60 + n : 61 + n], terms=90)
+
+
+def test_room_behind_a_states_tokens_goes_into_no_copy_and_no_file(tmp_path):
+    q, k, v = draw(70)
+    mech = FMA(**SMALL, open=2)
+    with torch.no_grad():
+        _, state = mech.extend(q[:, :, :60], k[:, :, :60], v[:, :, :60])
+        for at in (60, 61):
+            _, state = mech.extend(*(x[:, :, at : at + 1] for x in (q, k, v)), state)
+        here = [x[:, :, 62:] for x in (q, k, v)]
+        want, _ = mech.extend(*here, state)
+        torch.save(state.tensors(), tmp_path / "state.pt")
+        for found in (copy.deepcopy(state), state.replaced(torch.load(tmp_path / "state.pt", weights_only=True))):
+            assert torch.equal(mech.extend(*here, found)[0], want)
+
+
+def test_tokens_that_are_elsewhere_stay_there():
+    """As host memory is, with autograd on and off."""
+    there, more = torch.empty(1, 2, 5, 4, device="meta"), torch.randn(1, 2, 3, 4)
+    for on in (True, False):
+        with torch.set_grad_enabled(on):
+            found = appended(there, more)
+        assert (found.device.type, found.shape) == ("meta", (1, 2, 8, 4))
+
+
+@pytest.mark.parametrize("hold", [1, 2])
+def test_a_state_cropped_to_where_nothing_is_far_goes_on(hold):
+    q, k, v = draw(90)
+    mech = FMA(**SMALL, open=2, rewind=90, sinks=3, hold=hold)
+    whole = mech(q, k, v)
+    with torch.no_grad():
+        _, state = mech.extend(q[:, :, :80], k[:, :, :80], v[:, :, :80])
+        for keep in (0, 1, 5, 13):
+            for n in (1, 3, 40):
+                here = [x[:, :, keep : keep + n] for x in (q, k, v)]
+                out, _ = mech.extend(*here, state.crop(80 - keep))
+                assert_within(out, whole[:, :, keep : keep + n], terms=90)
 
 
 @pytest.mark.parametrize("hold", [1, 2])

@@ -1,5 +1,7 @@
 """Opened FMA's decode state in fixed buffers: it steps as one forward does, wherever the tokens are."""
 
+import math
+
 import pytest
 import torch
 
@@ -138,6 +140,74 @@ def test_a_full_ring_says_so():
     stepped(mech, x, ring, 199, 200)
     with pytest.raises(ValueError, match="holds 200 tokens and is full"):
         stepped(mech, x, ring, 200, 201)
+
+
+@pytest.mark.parametrize("capacity", [120, 128])
+def test_sequences_with_room_go_on_when_another_is_full(capacity):
+    """What lies under an opened ring has room for 128 tokens."""
+    mech, x = FMA(**SMALL, open=2), draw(140)
+    whole, each = mech(*x), [[y[b : b + 1] for y in x] for b in range(2)]
+    states = [mech.extend(*(y[:, :, :n] for y in one))[1] for one, n in zip(each, (61, capacity), strict=True)]
+    ring = OpenedRing.join([mech.ring(state, capacity=capacity) for state in states])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"full for sequences \[1\]"):
+            mech.step(*(y[:, :, 61:62] for y in x), ring)
+    ring.reset_(torch.tensor([1]))
+    outs = []
+    for t in range(30):
+        here = [torch.cat([y[:1, :, 61 + t : 62 + t], y[1:, :, t : t + 1]]) for y in x]
+        outs.append(mech.step(*here, ring))
+    outs = torch.cat(outs, 2)
+    assert_within(outs[0], whole[0, :, 61:91], terms=140)
+    assert_within(outs[1], whole[1, :, :30], terms=140)
+
+
+def test_a_sequence_that_was_reset_has_nothing_of_the_one_before():
+    mech, x = FMA(**SMALL, open=2), draw(140)
+    whole = mech(*x)
+    ring = prefilled(mech, [y.index_fill(2, torch.arange(5, 140), math.nan) for y in x], 60)
+    ring.reset_(torch.tensor([0, 1]))
+    assert_within(stepped(mech, x, ring, 0, 70), whole[:, :, :70], terms=140)
+
+
+@pytest.mark.parametrize("options", [{"shared": False}, {"level_bias": True, "kv_heads": 2, "levels": 7}])
+def test_a_ring_is_made_for_the_heads_of_its_state(options):
+    mech, x = FMA(**SMALL, open=2, **options).double(), draw(140)
+    with torch.no_grad():
+        for weight in mech.parameters():
+            weight.add_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+        whole = mech(*x)
+    assert_within(stepped(mech, x, prefilled(mech, x, 100), 100, 110), whole[:, :, 100:110], terms=140)
+    with pytest.raises(ValueError, match="other heads than the 4 of q; make it with heads=4"):
+        stepped(mech, x, prefilled(mech, x, 100, heads=2), 100, 101)
+
+
+def test_rings_of_another_kind_are_not_joined():
+    def ring(x, bias=-1.0, **options):
+        mech = FMA(**SMALL, open=2, level_bias=bias, kv_heads=2, levels=7, **options).double()
+        return prefilled(mech, x, 50)
+
+    x = draw(60)
+    assert OpenedRing.join([ring(x), ring(x)]).tokens.tolist() == [50] * 4
+    assert OpenedRing.join([ring([y[:1] for y in x]), ring(x)]).tokens.tolist() == [50] * 3
+    with pytest.raises(ValueError, match="the same level_bias"):
+        OpenedRing.join([ring(x), ring(x, bias=1.0)])
+    few = [y[:, :2] for y in x]
+    with pytest.raises(ValueError, match="weight and heads"):
+        OpenedRing.join([ring(x, shared=False), ring(few, shared=False)])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "match"),
+    [({}, {"open": 2}, "made with open=0"), ({"open": 2}, {"hold": 4}, "made with hold=1")],
+)
+def test_a_state_that_cannot_go_on_makes_no_ring(before, after, match):
+    mech, x = FMA(**SMALL, **before), draw(50)
+    _, state = mech.extend(*x)
+    for name, value in after.items():
+        setattr(mech, name, value)
+    with pytest.raises(ValueError, match=match):
+        mech.ring(state, capacity=100)
 
 
 @pytest.mark.parametrize(

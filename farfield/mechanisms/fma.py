@@ -637,6 +637,14 @@ class FMA(Mechanism):
             nothing = k[:, :, :0], v[:, :, :0]
             empty = 0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),)
             state = OpenedState(*empty, *nothing, self.hold, q[:, :, :0], ()) if self.open else FMAState(*empty)
+        self._check_state(state)
+        if not q.shape[2]:
+            return no_tokens(q, v), state
+        out, now = self._continue(q, k, v, state, rotary)
+        return out, self._forget(now)
+
+    def _check_state(self, state: FMAState) -> None:
+        """Raise ValueError where `open` or `hold` are such as the state cannot go on with."""
         if self.open and not isinstance(state, OpenedState):
             raise ValueError(
                 f"fma: open={self.open} reads far tokens, but this state was made with open=0 and has forgotten them; "
@@ -644,10 +652,6 @@ class FMA(Mechanism):
             )
         if isinstance(state, OpenedState) and state.hold != self.hold:
             raise ValueError(f"fma: the state was made with hold={state.hold}, not hold={self.hold}; begin a new one")
-        if not q.shape[2]:
-            return no_tokens(q, v), state
-        out, now = self._continue(q, k, v, state, rotary)
-        return out, self._forget(now)
 
     def _continue(self, q, k, v, state: FMAState, rotary) -> tuple[Tensor, FMAState]:
         """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
@@ -665,7 +669,8 @@ class FMA(Mechanism):
         now = FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
         if isinstance(state, OpenedState):
             now = self._remember(now, state, q, new_k, new_v, rotary)
-            if self.open and levels:
+            # a cropped state may have levels without groups
+            if self.open and levels and now.grown[-1].blocks:
                 return self._open_further(q, now, far, starts), now
 
         # a query block reads one list: further blocks must start where the tree's do
@@ -1128,11 +1133,12 @@ class FMA(Mechanism):
         With `open` an OpenedRing, which holds all tokens.
 
         Args:
-            heads: H of an opened ring with shared=False. Default G.
+            heads: H of an opened ring. Default that of the queries that the state was made with.
             store: "host" keeps the tokens of an opened ring in pinned host memory.
         """
+        self._check_state(state)
         if not isinstance(state, OpenedState) or not self.open:
-            if self.open or self.biased or store != "device":
+            if self.biased or store != "device":
                 raise NotImplementedError(
                     "fma: a ring without opened groups has no tokens to keep in a store, nor a level_bias; use extend"
                 )
@@ -1148,7 +1154,7 @@ class FMA(Mechanism):
             "score": self.score,
         }
         return OpenedRing.from_state(
-            state, heads=heads or state.k.shape[1], capacity=capacity, sinks=self.sinks, opening=opening,
+            state, heads=heads or state.askers.shape[1], capacity=capacity, sinks=self.sinks, opening=opening,
             scale=self._scale(state.k), store=store,
             level_bias=self.level_bias if self.biased else None, weight=self._weight(), pool=self.pool, rotary=rotary,
         )  # fmt: skip

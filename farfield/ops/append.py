@@ -179,6 +179,12 @@ def _append(call: Append) -> Tensor:
     """The same in PyTorch: the sequences at one position at a time."""
     turned = call.q.new_empty(call.q.shape if call.turns.numel() else 0)
     clock = call.clock[:, -1].tolist()
+    # before anything is written, so that the sequences that have room can go on
+    if full := [b for b, t in enumerate(clock) if t >= call.plan.capacity]:
+        raise ValueError(
+            f"append: the ring reaches back over {call.plan.capacity} tokens and is full for sequences {full}; reset_ "
+            "them, or make one with a larger capacity"
+        )
     for t in sorted(set(clock)):
         here = [b for b, at in enumerate(clock) if at == t]
         _append_at(call, t, torch.tensor(here, device=call.clock.device), turned)
@@ -189,10 +195,6 @@ def _append(call: Append) -> Tensor:
 def _append_at(call: Append, t: int, b: Tensor, turned: Tensor) -> None:
     """Token t of the sequences b."""
     plan, device = call.plan, call.k.device
-    if t >= plan.capacity:
-        raise ValueError(
-            f"append: the ring reaches back over {plan.capacity} tokens and is full; make one with a larger capacity"
-        )
     n, r = divmod(t, plan.block)
     if r < plan.levels and n and n % (1 << r) == 0:
         _move_up(call, r, (n >> r) - 1, b)

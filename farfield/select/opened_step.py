@@ -89,11 +89,13 @@ def _(all_k, all_v, near_k, near_v, near, near_count, position, plan):
 
 def _step(q: Tensor, step: Step, scale: float) -> None:
     """The same in PyTorch, sequence by sequence."""
-    for b, t in enumerate(step.clock[:, 0].tolist()):
-        if t >= step.plan.capacity:
-            raise ValueError(
-                f"opened_step: the ring holds {step.plan.capacity} tokens and is full; make one with a larger capacity"
-            )
+    clock = step.clock[:, 0].tolist()
+    if full := [b for b, t in enumerate(clock) if t >= step.plan.capacity]:
+        raise ValueError(
+            f"opened_step: the ring holds {step.plan.capacity} tokens and is full for sequences {full}; make one with "
+            "a larger capacity"
+        )
+    for b, t in enumerate(clock):
         _keep(step, b, t)
         if t % step.plan.hold == 0:
             write_lists(q[b : b + 1], step, b, t, scale)
