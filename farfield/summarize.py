@@ -317,6 +317,7 @@ class StridedPool(Pool):
 
     def _chosen(self, k: Tensor, v: Tensor, count: Tensor | None, place: Tensor) -> Groups:
         """Rows of k [B, G, N, p, j, D] and v, which count [B|1, 1, N, p, j] tokens each."""
+        _check_heads(self, len(place), k)
         if count is None:
             at = place[:, None, None, None, None]
             return Groups(*(x.take_along_dim(at[None], 4).squeeze(4) for x in (k, v)))
@@ -389,6 +390,13 @@ class DensePool(Pool):
 
     def _mixed(self, k: Tensor, v: Tensor, count: Tensor | None, start: Tensor, *learned: Tensor) -> Groups:
         """Rows of k [B, G, N, p, j, D] and v, which count [B|1, 1, N, p, j] tokens each."""
+        _check_heads(self, len(start), k)
+        for name, x, matrices in zip("kv", (k, v), learned, strict=True):
+            if x.shape[-1] != matrices.shape[-1]:
+                raise ValueError(
+                    f"DensePool: was made for {name} of width {matrices.shape[-1]}, got {x.shape[-1]}; make it with "
+                    f"{'width' if name == 'k' else 'value_width'}={x.shape[-1]}"
+                )
         total = None
         if count is not None:
             share, total = _shares(count)
@@ -564,6 +572,14 @@ def check_rank(block: int, rank: int) -> None:
     if block < 1 or rank < 1 or block % rank:
         raise ValueError(
             f"rank must divide block, so that every row stands for as many tokens; got block={block}, rank={rank}"
+        )
+
+
+def _check_heads(pool: Pool, heads: int, k: Tensor) -> None:
+    if k.shape[1] != heads:
+        raise ValueError(
+            f"{type(pool).__name__}: was made for {heads} key heads, got {k.shape[1]}; make it with "
+            f"kv_heads={k.shape[1]}"
         )
 
 

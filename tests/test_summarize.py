@@ -257,6 +257,16 @@ def test_strided_heads_draw_what_they_have_no_number_for(name):
     assert torch.equal(coarser, above)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_pools_that_were_made_for_other_heads_say_so(heads):
+    rows = rows_of(40)
+    for pool in (StridedPool(heads, 4, 8), DensePool(heads, 4, D, E, 8)):
+        with pytest.raises(ValueError, match=f"Pool: was made for {heads} key heads, got 2; make it with kv_heads=2"):
+            summarize(rows, block=8, rank=4, pool=pool)
+    with pytest.raises(ValueError, match=r"v of width 6, got 5; make it with value_width=5"):
+        summarize(rows, block=8, rank=4, pool=DensePool(2, 4, D, D, 8))
+
+
 def test_strided_rows_that_lack_their_token_are_means():
     """101 tokens: a row of 2 and a parent of 1, of which each head has the first or the second."""
     x = rows_of(101)
