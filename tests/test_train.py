@@ -1,9 +1,11 @@
 """Training: exact resume, checkpoints that survive crashes, optimizers, schedules, evaluation."""
 
+import copy
 import errno
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 from dataclasses import replace
@@ -490,6 +492,21 @@ def test_what_mechanisms_minimize_is_there_once_a_forward_and_compiled_too():
     assert model.auxiliary() is None
     with pytest.raises(NotImplementedError, match="packed documents"):
         model.loss(ids[:, :-1], ids[:, 1:], torch.zeros(2, 64, dtype=torch.long))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_model_that_was_taught_can_be_copied(again):
+    """With checkpoints the backward makes once more what a forward leaves behind."""
+    options = {"block": 8, "near": 8, "rank": 4, "open": 1, "score": "learned"}
+    model = Decoder(model_config(attention="fma", attention_options=options, layers=1, checkpoint=again))
+    ids = torch.randint(256, (2, 65))
+    model.teach()
+    loss = model.loss(ids[:, :-1], ids[:, 1:])
+    if again:
+        (loss + model.auxiliary()).backward()
+    assert copy.deepcopy(model).auxiliary() is None
+    assert pickle.loads(pickle.dumps(model)).auxiliary() is None
+    assert model.auxiliary() is not None
 
 
 @pytest.mark.parametrize("name", mechanisms.names())

@@ -112,6 +112,10 @@ class Attention(nn.Module):
         self.teaching = False
         self.taught: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, which the graph behind `taught` cannot go into."""
+        return {**super().__getstate__(), "taught": None}
+
     def forward(self, x: Float[Tensor, "B T W"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
         """Attention of every token. `group` as in Mechanism.forward: the convolution keeps documents apart too."""
         if group is not None and 0 < self.log_scale < x.shape[1]:
