@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from farfield import mechanisms
 from farfield.bench import compare as comparing
 from farfield.bench import learning, report, worker
-from farfield.bench.compare import Entry, Settings, compare, merged
+from farfield.bench.compare import Comparison, Entry, Settings, compare, merged
 from farfield.cli import app
 from farfield.cli.options import chosen, mixed
 from farfield.train import checkpoint
@@ -383,6 +383,12 @@ def test_an_entry_says_which_of_its_layers_carry_positions(text, tmp_path):
         "window:width=8/full:rope_share=0,every=2,window:width=8/full,window:rope_share=1,width=8/full", "-a"
     )
     settings = replace(TINY, layers=4, model={"other_rope_share": 0.25})
+    # those of the others are not touched
+    alone = Entry("window", {"rope_share": 0}, ("full", {}))
+    for of_model, share in ((None, 0.5), ({"rope_share": 1.0}, 1.0), ({"other_rope_share": None}, 0.5)):
+        made = Comparison(tmp_path, [alone], replace(TINY, model=of_model), torch.device("cpu"), Console())
+        model, _ = made._configs(alone, 0, 1)
+        assert (model.rope_share, model.other_rope_share) == (0, share)
     found, _ = run(text, tmp_path / "run", settings, entries)
     labels = [about["label"] for about in found["runs"].values()]
     assert labels == [Entry(*each).label for each in entries]

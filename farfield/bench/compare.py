@@ -468,12 +468,17 @@ class Comparison:
 
         s = self.settings
         shape = {"width": s.width, "layers": s.layers, "heads": s.heads, "kv_heads": s.kv_heads}
+        shape |= dict(known(ModelConfig, s.model or {}))
         options, own = _apart(entry.options, OF_LAYERS)
         if entry.other is not None:
             other_options, of_others = _apart(entry.other[1], OF_OTHERS)
-            shape |= {"other": entry.other[0], "other_options": other_options}
-            own |= of_others
-        shape |= dict(known(ModelConfig, s.model or {})) | own
+            if own:
+                # those of the others stay what they would be without
+                usual = ModelConfig(**shape)
+                theirs = usual.other_rope_share
+                own["other_rope_share"] = usual.rope_share if theirs is None else theirs
+            own |= {"other": entry.other[0], "other_options": other_options, **of_others}
+        shape |= own
         model = ModelConfig(**shape, attention=entry.name, attention_options=options)
         config = TrainConfig(
             text=self.text, valid=self.valid, tokens=s.length, batch=s.batch, steps=steps, dtype=s.dtype,
