@@ -316,6 +316,19 @@ def test_room_behind_a_states_tokens_goes_into_no_copy_and_no_file(tmp_path):
             assert torch.equal(mech.extend(*here, found)[0], want)
 
 
+def test_further_tokens_compile_into_one_graph():
+    q, k, v = draw(60)
+    mech = FMA(**SMALL, open=2, hold=2)
+    with torch.no_grad():
+        _, state = mech.extend(q[:, :, :49], k[:, :, :49], v[:, :, :49])
+        extend = torch.compile(mech.extend, fullgraph=True, backend="aot_eager")
+        for at, n in ((49, 1), (50, 7)):
+            here = [x[:, :, at : at + n] for x in (q, k, v)]
+            (got, there), (want, state) = extend(*here, state), mech.extend(*here, state)
+            assert torch.equal(got, want)
+            assert torch.equal(there.all_k, state.all_k)
+
+
 def test_tokens_that_are_elsewhere_stay_there():
     """As host memory is, with autograd on and off."""
     there, more = torch.empty(1, 2, 5, 4, device="meta"), torch.randn(1, 2, 3, 4)

@@ -152,6 +152,9 @@ class FMAState(State):
         )
 
 
+PLAIN = tuple(f.name for f in fields(FMAState))  # told here, since torch.compile does not follow `fields` of a class
+
+
 @dataclass(frozen=True)
 class OpenedState(FMAState):
     """As FMAState with nothing forgotten, and what opening needs beside it."""
@@ -754,7 +757,7 @@ class FMA(Mechanism):
             keys = to_blocks(every_k[:, :, here].to(k.device), self.block, stop - done)
             new = opened.sketch(self.score, keys, present, self.detail, below=sketches)
             sketches = [*(opened.joined(*pair) for pair in zip(sketches, new, strict=False)), *new[len(sketches) :]]
-        parts = {f.name: getattr(now, f.name) for f in fields(FMAState)}
+        parts = {name: getattr(now, name) for name in PLAIN}
         return OpenedState(
             **parts, all_k=every_k, all_v=every_v, hold=self.hold, askers=askers, sketches=tuple(sketches)
         )
