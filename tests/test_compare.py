@@ -386,7 +386,7 @@ def test_an_entry_says_which_of_its_layers_carry_positions(text, tmp_path):
     # those of the others are not touched
     alone = Entry("window", {"rope_share": 0}, ("full", {}))
     for of_model, share in ((None, 0.5), ({"rope_share": 1.0}, 1.0), ({"other_rope_share": None}, 0.5)):
-        made = Comparison(tmp_path, [alone], replace(TINY, model=of_model), torch.device("cpu"), Console())
+        made = Comparison(tmp_path, [alone], replace(TINY, layers=4, model=of_model), torch.device("cpu"), Console())
         model, _ = made._configs(alone, 0, 1)
         assert (model.rope_share, model.other_rope_share) == (0, share)
     found, _ = run(text, tmp_path / "run", settings, entries)
@@ -410,3 +410,10 @@ def test_a_process_sees_its_own_gpu_only(monkeypatch, given, sees):
     with worker.Worker(own=True, gpu=1) as one:
         assert list(one.run(seen)) == [sees]
     assert os.environ.get(worker.VISIBLE) == given
+
+
+def test_a_second_mechanism_that_never_comes_is_refused(tmp_path):
+    (each,) = mixed("window:width=8/full", "-a")
+    run = Comparison(tmp_path, [Entry(*each)], replace(TINY, layers=3), torch.device("cpu"), Console(quiet=True))
+    with pytest.raises(ValueError, match=r"no layer of 'window:width=8/full' .* every=3 or less"):
+        run._configs(run.entries[0], 0, 1)

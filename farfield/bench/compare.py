@@ -480,6 +480,11 @@ class Comparison:
             own |= {"other": entry.other[0], "other_options": other_options, **of_others}
         shape |= own
         model = ModelConfig(**shape, attention=entry.name, attention_options=options)
+        if model.other is not None and model.every > model.layers:
+            raise ValueError(
+                f"compare: no layer of {entry.label!r} would attend through {model.other!r}, every {model.every} "
+                f"layers of {model.layers}; give it every={model.layers} or less among its options, or more layers"
+            )
         config = TrainConfig(
             text=self.text, valid=self.valid, tokens=s.length, batch=s.batch, steps=steps, dtype=s.dtype,
             compile=s.compile, graph=s.graph, warmup=max(1, min(100, steps // 10)), eval_every=0, eval_windows=1,
