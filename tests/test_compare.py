@@ -417,3 +417,12 @@ def test_a_second_mechanism_that_never_comes_is_refused(tmp_path):
     run = Comparison(tmp_path, [Entry(*each)], replace(TINY, layers=3), torch.device("cpu"), Console(quiet=True))
     with pytest.raises(ValueError, match=r"no layer of 'window:width=8/full' .* every=3 or less"):
         run._configs(run.entries[0], 0, 1)
+
+
+@pytest.mark.parametrize("entry", ["window:rope_share=half", "window/full:rope_share=half", "window/full:every=often"])
+def test_fields_of_an_entry_that_are_no_numbers_are_refused(entry, tmp_path):
+    (each,) = mixed(entry, "-a")
+    name, value = entry.rpartition(":")[2].split("=")
+    run = Comparison(tmp_path, [Entry(*each)], TINY, torch.device("cpu"), Console(quiet=True))
+    with pytest.raises(ValueError, match=f"{name} must be a .*number.*, got '{value}'"):
+        run._configs(run.entries[0], 0, 1)

@@ -440,6 +440,12 @@ def test_config_round_trip():
         ({"kind": "both"}, "kind"),
         ({"attention": "ful"}, "did you mean full"),
         ({"vocab": 1}, "vocab"),
+        ({"rope_share": "half"}, "rope_share must be a number, got 'half'"),
+        ({"other_rope_share": "none"}, "other_rope_share must be a number or None, got 'none'"),
+        ({"every": "often"}, "every must be a whole number, got 'often'"),
+        ({"kv_heads": [2]}, r"kv_heads must be a whole number or None, got \[2\]"),
+        ({"every": float("inf")}, "every must be a whole number of at least 1, got inf"),
+        ({"tie": "no"}, "tie must be true or false, got 'no'"),
     ],
 )
 def test_config_refuses(bad, message):

@@ -528,6 +528,20 @@ def test_muon_gets_the_matrices_of_the_blocks_only(name):
         assert part in rest
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"lr": "fast"}, "TrainConfig: lr must be a number or None, got 'fast'"),
+        ({"steps": "many"}, "TrainConfig: steps must be a whole number, got 'many'"),
+        ({"graph": "no"}, "TrainConfig: graph must be true or false, got 'no'"),
+        ({"steps": 1.5}, "TrainConfig: steps must be a whole number of at least 1, got 1.5"),
+    ],
+)
+def test_a_config_refuses_values_of_another_kind(config, bad, message):
+    with pytest.raises(ValueError, match=message):
+        config(**bad)
+
+
 def test_optimizers_hold_every_parameter_once(config):
     model = Decoder(model_config())
     for optimizer in ("muon", "adamw"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from farfield.nn.config import known
+from farfield.nn.config import check_plain, known
 
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -91,6 +91,7 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
+        check_plain(self)
         for name in ("text", "valid"):
             value = getattr(self, name)
             if isinstance(value, str | Path):
@@ -103,7 +104,7 @@ class TrainConfig:
         least = {"tokens": 1, "batch": 1, "accumulate": 1, "steps": 1, "eval_windows": 1, "keep": 1}
         least |= dict.fromkeys(("warmup", "log_every", "eval_every", "save_every", "seed"), 0)
         for name, low in least.items():
-            if (value := getattr(self, name)) < low or value != int(value):
+            if (value := getattr(self, name)) < low or value % 1:
                 raise ValueError(f"TrainConfig: {name} must be a whole number of at least {low}, got {value}")
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("dtype", tuple(DTYPES))):
             if (value := getattr(self, name)) not in allowed:
