@@ -328,6 +328,7 @@ def _filters(
         raise NotImplementedError(
             f"FMARing: takes MeanPool and FilterPool, got {type(pool).__name__}; decode this pool with extend"
         )
+    pool.check({"kv_heads": kv_heads, "rank": rank})
     # the pool is linear: what it makes of unit rows are its filters
     unit = torch.eye(2 * rank, dtype=dtype, device=device).view(1, 1, 2, rank, -1).expand(-1, kv_heads, -1, -1, -1)
     with torch.no_grad():

@@ -64,6 +64,15 @@ class Pool(nn.Module):
 
     whole = False  # a row stands for its whole group, not for its own segment of it
     most: int | None = None  # levels that the pool can make
+    made_for: Mapping[str, int] = {}  # kv_heads, width, value_width, block, rank, block/rank: what parameters need
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError where the pool was made for another size than the one of this name."""
+        for name, size in sizes.items():
+            if (made := self.made_for.get(name, size)) != size:
+                raise ValueError(
+                    f"{type(self).__name__}: was made for {name}={made}, got {size}; make it with {name}={size}"
+                )
 
     def leaf(self, k: Tensor, v: Tensor, count: Tensor | None, rank: int) -> Groups:
         """Level 1 from blocks of tokens: k [B, G, N, m, D], v [B, G, N, m, E], count [B|1, 1, N, m] of 0 and 1."""
@@ -88,7 +97,11 @@ class Pool(nn.Module):
 
         Returns:
             The new groups of each level and what is pending after them.
+
+        Raises:
+            ValueError: the pool was made for other heads, widths, rank or block.
         """
+        self.check(_sizes(k, v, k.shape[3], rank))
         # sums of many tokens stay in float32, whatever autocast would make of them
         with torch.autocast(k.device.type, enabled=False):
             return self._grow(k, v, count, rank, first, pending)
@@ -139,6 +152,7 @@ class FilterPool(MeanPool):
         super().__init__()
         self.logits = nn.Parameter(torch.randn(2, heads, rank, 2 * rank) / math.sqrt(2 * rank))
         self.gate = nn.Parameter(torch.zeros(2, heads, rank, 1))
+        self.made_for = {"kv_heads": heads, "rank": rank}
 
     def filters(self) -> tuple[Float[Tensor, "2 G p p2"], Float[Tensor, "p p2"]]:
         """The filters of k and v, and the mean that they start from."""
@@ -181,6 +195,7 @@ class SoftmaxPool(Pool):
     def __init__(self, heads: int, rank: int, width: int, *, whole: bool = False):
         super().__init__()
         self.whole = whole
+        self.made_for = {"kv_heads": heads, "width": width, "rank": rank}
         self.query = nn.Parameter(torch.randn(heads, rank, width) if whole else torch.zeros(heads, rank, width))
 
     def leaf(self, k, v, count, rank):
@@ -239,6 +254,7 @@ class ConvPool(Pool):
         self.k_bias = nn.Parameter(torch.zeros(levels, rank, width))
         self.v_bias = nn.Parameter(torch.zeros(levels, rank, value_width))
         self.most = levels
+        self.made_for = {"width": width, "value_width": value_width, "block": block, "rank": rank}
 
     def _grow(self, k, v, count, rank, first, pending):
         levels, waiting = [], []
@@ -305,6 +321,7 @@ class StridedPool(Pool):
         leaf, pair = _places(heads, rank, block, self.levels)
         self.register_buffer("leaf_place", leaf)
         self.register_buffer("pair_place", pair)
+        self.made_for = {"kv_heads": heads, "block/rank": block // rank}
 
     def leaf(self, k, v, count, rank):
         k, v = (x.unflatten(3, (rank, -1)) for x in (k, v))
@@ -317,7 +334,6 @@ class StridedPool(Pool):
 
     def _chosen(self, k: Tensor, v: Tensor, count: Tensor | None, place: Tensor) -> Groups:
         """Rows of k [B, G, N, p, j, D] and v, which count [B|1, 1, N, p, j] tokens each."""
-        _check_heads(self, len(place), k)
         if count is None:
             at = place[:, None, None, None, None]
             return Groups(*(x.take_along_dim(at[None], 4).squeeze(4) for x in (k, v)))
@@ -376,6 +392,7 @@ class DensePool(Pool):
             self.register_buffer(f"{name}_start", start if strided else torch.ones_like(start))
         self.k_leaf, self.v_leaf = (nn.Parameter(torch.zeros(heads, each, n, n)) for n in (width, value_width))
         self.k_pair, self.v_pair = (nn.Parameter(torch.zeros(self.apart, heads, 2, n, n)) for n in (width, value_width))
+        self.made_for = {"kv_heads": heads, "width": width, "value_width": value_width, "block/rank": each}
 
     def leaf(self, k, v, count, rank):
         k, v = (x.unflatten(3, (rank, -1)) for x in (k, v))
@@ -390,13 +407,6 @@ class DensePool(Pool):
 
     def _mixed(self, k: Tensor, v: Tensor, count: Tensor | None, start: Tensor, *learned: Tensor) -> Groups:
         """Rows of k [B, G, N, p, j, D] and v, which count [B|1, 1, N, p, j] tokens each."""
-        _check_heads(self, len(start), k)
-        for name, x, matrices in zip("kv", (k, v), learned, strict=True):
-            if x.shape[-1] != matrices.shape[-1]:
-                raise ValueError(
-                    f"DensePool: was made for {name} of width {matrices.shape[-1]}, got {x.shape[-1]}; make it with "
-                    f"{'width' if name == 'k' else 'value_width'}={x.shape[-1]}"
-                )
         total = None
         if count is not None:
             share, total = _shares(count)
@@ -477,7 +487,7 @@ def summarize(rows: Rows, *, block: int = 64, rank: int = 16, pool: Pool | None 
         Rows with `end` (last token of each row), `bias` and the levels' `offsets`; in the dtype of `rows`.
 
     Raises:
-        ValueError: `rank` does not divide `block`.
+        ValueError: `rank` does not divide `block`, or the pool was made for other sizes.
 
     Source: Fast Multipole Attention (arXiv:2310.11960); filters from child to parent, softmax pooling and the
     hierarchy of means are ours.
@@ -511,6 +521,7 @@ def pyramid(
     """
     learned = isinstance(pool, FilterPool)
     linear = present is None and (learned or type(pool) is MeanPool)
+    pool.check(_sizes(k, v, tree.block, tree.rank))
     if linear and not op.refusal(k, v, tree.rank, learned=learned):
         return op.pool(k, v, pool.filters()[0] if isinstance(pool, FilterPool) else None, tree)
     # so many blocks that every level is made of whole groups
@@ -575,12 +586,10 @@ def check_rank(block: int, rank: int) -> None:
         )
 
 
-def _check_heads(pool: Pool, heads: int, k: Tensor) -> None:
-    if k.shape[1] != heads:
-        raise ValueError(
-            f"{type(pool).__name__}: was made for {heads} key heads, got {k.shape[1]}; make it with "
-            f"kv_heads={k.shape[1]}"
-        )
+def _sizes(k: Tensor, v: Tensor, block: int, rank: int) -> dict[str, int]:
+    """What pools are made for, of k [B, G, ..., D] and v [B, G, ..., E]."""
+    rows = {"kv_heads": k.shape[1], "width": k.shape[-1], "value_width": v.shape[-1]}
+    return rows | {"block": block, "rank": rank, "block/rank": block // rank}
 
 
 def _segments(x: Float[Tensor, "B G N2 p *D"]) -> Float[Tensor, "B G N p2 *D"]:

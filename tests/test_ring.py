@@ -239,6 +239,8 @@ def test_refusals():
         FMARing.empty(1, 1, 4, capacity=10, block=8, near=8, rank=4, sinks=9)
     with pytest.raises(NotImplementedError, match=r"takes MeanPool and FilterPool, got SoftmaxPool"):
         FMARing.from_state(state, capacity=300, pool=SoftmaxPool(G, 4, D))
+    with pytest.raises(ValueError, match=r"FilterPool: was made for kv_heads=1, got 2; make it with kv_heads=2"):
+        FMARing.from_state(state, capacity=300, pool=FilterPool(1, 4))
     with pytest.raises(NotImplementedError, match=r"as farfield.nn.Rope does; got function"):
         FMARing.from_state(state, capacity=300, rotary=lambda x, position: x)
     with pytest.raises(ValueError, match=r"4 rotated pairs do not fit a width of 6"):

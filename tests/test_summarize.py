@@ -257,14 +257,36 @@ def test_strided_heads_draw_what_they_have_no_number_for(name):
     assert torch.equal(coarser, above)
 
 
+# heads that would broadcast, and others
 @pytest.mark.parametrize("heads", [1, 4])
-def test_pools_that_were_made_for_other_heads_say_so(heads):
-    rows = rows_of(40)
-    for pool in (StridedPool(heads, 4, 8), DensePool(heads, 4, D, E, 8)):
-        with pytest.raises(ValueError, match=f"Pool: was made for {heads} key heads, got 2; make it with kv_heads=2"):
-            summarize(rows, block=8, rank=4, pool=pool)
-    with pytest.raises(ValueError, match=r"v of width 6, got 5; make it with value_width=5"):
-        summarize(rows, block=8, rank=4, pool=DensePool(2, 4, D, D, 8))
+@pytest.mark.parametrize("make", [lambda heads: FilterPool(heads, 4), lambda heads: SoftmaxPool(heads, 4, D),
+                                  lambda heads: SoftmaxPool(heads, 4, D, whole=True),
+                                  lambda heads: StridedPool(heads, 4, 8),
+                                  lambda heads: DensePool(heads, 4, D, E, 8)])  # fmt: skip
+def test_pools_that_were_made_for_other_heads_say_so(make, heads):
+    with pytest.raises(ValueError, match=f"Pool: was made for kv_heads={heads}, got 2; make it with kv_heads=2"):
+        summarize(rows_of(40), block=8, rank=4, pool=make(heads))
+
+
+@pytest.mark.parametrize(
+    ("pool", "made", "came"),
+    [
+        (DensePool(G, 4, D, D, 8), "value_width=6", 5),
+        (ConvPool(4, 1, E, 8, 4), "width=1", 6),
+        (ConvPool(4, D, 1, 8, 4), "value_width=1", 5),
+        (ConvPool(4, D, E, 16, 4), "block=16", 8),
+        (ConvPool(2, D, E, 8, 4), "rank=2", 4),
+        (FilterPool(G, 2), "rank=2", 4),
+        (SoftmaxPool(G, 1, D), "rank=1", 4),
+        (SoftmaxPool(G, 4, 1), "width=1", 6),
+        (StridedPool(G, 4, 16), "block/rank=4", 2),
+        (DensePool(G, 2, D, E, 8), "block/rank=4", 2),
+    ],
+)
+def test_pools_that_were_made_for_other_sizes_say_so(pool, made, came):
+    name = made.partition("=")[0]
+    with pytest.raises(ValueError, match=f"Pool: was made for {made}, got {came}; make it with {name}={came}"):
+        summarize(rows_of(40), block=8, rank=4, pool=pool)
 
 
 def test_strided_rows_that_lack_their_token_are_means():
