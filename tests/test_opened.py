@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from farfield.mechanisms.fma import FMA
+from farfield.ops import opened as on_gpu
 from farfield.select import opened
 from farfield.state import State, appended
 from farfield.testing import oracles
@@ -569,8 +570,22 @@ def test_a_gpu_is_told_why_opening_is_slow(options, why):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with told:
-            assert mech._refused(on_a_gpu, on_a_gpu, on_a_gpu, tree) is (why is not None)
+            assert mech._refused(on_a_gpu, on_a_gpu, on_a_gpu, tree, mech.plan()) is (why is not None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x = torch.randn(1, 1, 300, 64)
         mech(x, x, x)
+
+
+def test_packed_documents_and_gradients_from_a_state_on_say_why_they_are_slow(monkeypatch):
+    told = []
+    monkeypatch.setattr(FMA, "_slowly", lambda self, q, why: told.append(why))
+    mech = FMA(**SMALL, open=1)
+    q, k, v = (x.requires_grad_() for x in draw(60))
+    mech(q, k, v, group=torch.arange(60)[None] // 30)
+    assert told == ["take one document, not packed ones"]
+    _, state = mech.extend(*(x[:, :, :30] for x in (q, k, v)))
+    told.clear()
+    monkeypatch.setattr(on_gpu, "refusal", lambda *_: None)
+    mech.extend(*(x[:, :, 30:] for x in (q, k, v)), state)
+    assert told == ["take gradients from a state on only if a multiple of 64 choose together"]

@@ -426,30 +426,35 @@ class FMA(Mechanism):
     def _quickly(self, q: Tensor, k: Tensor, v: Tensor, far: Rows, tree: Tree) -> Tensor | None:
         """Opened attention by kernels of its own, None where they do not take it; q and the keys are rotated."""
         self._check_opening()
-        if far.bias is None or self._refused(q, k, v, tree):
-            return None
         plan, scale = self.plan(), self._scale(q)
+        if far.bias is None or self._refused(q, k, v, tree, plan):
+            return None
         chosen = on_gpu.choose(q, k, tree, plan, scale)
         if self.hold % on_gpu.TILE == 0:
             near, listed = on_gpu.lists(*chosen, tree, plan)
             return opened.attend_runs(q, Rows(k, v), far, near, listed, self.hold, self.block, self.rank, scale).out
         return on_gpu.attend(q, k, v, (far.k, far.v, far.bias), chosen, tree, plan, scale)
 
-    def _refused(self, q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> bool:
-        """Whether the kernels of opened groups do not take such a call; on a GPU a warning says why, but in float64."""
+    def _refused(self, q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: on_gpu.Plan) -> bool:
+        """Whether the kernels of opened groups do not take such a call."""
         if self.score not in on_gpu.SCORES:
             why = f"take score={' or '.join(map(repr, on_gpu.SCORES))}, not {self.score!r}"
         elif not self._scale(q):
             why = "take any scale but 0"
         else:
-            why = on_gpu.refusal(q, k, v, tree, self.plan())
-        if why and q.is_cuda and q.dtype != torch.float64 and not torch.compiler.is_compiling():
+            why = on_gpu.refusal(q, k, v, tree, plan)
+        if why is not None:
+            self._slowly(q, why)
+        return why is not None
+
+    def _slowly(self, q: Tensor, why: str) -> None:
+        """On a GPU a warning that groups are opened without kernels, which `why` says of them; not in float64."""
+        if q.is_cuda and q.dtype != torch.float64 and not torch.compiler.is_compiling():
             warnings.warn(
                 f"fma: groups are opened by PyTorch operations, with a list for each query, which takes far longer and "
                 f"more memory: the kernels {why}",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return why is not None
 
     def _sketches(self, k: Tensor, tree: Tree, present: Tensor | None) -> list[opened.Sketch]:
         """Of the blocks of `tree`; present: [1|B, blocks * m], None if all tokens are there."""
@@ -713,11 +718,12 @@ class FMA(Mechanism):
         tree = Tree(self.block, self.rank, blocks, len(sketches), True, self.sinks, blocks * self.block)
         runs = self.hold % on_gpu.TILE == 0
         step = q.shape[2] if runs else PIECE
-        if far.bias is None or self._refused(q[:, :, :step], tokens.k, tokens.v, tree):
+        if far.bias is None or self._refused(q[:, :, :step], tokens.k, tokens.v, tree, plan):
             return None
         if not runs and torch.is_grad_enabled() and any(x.requires_grad for x in (q, tokens.k, tokens.v, far.k, far.v)):
             # the kernels' backward is for all queries at once, from the first token on
             if seen:
+                self._slowly(q, f"take gradients from a state on only if a multiple of {on_gpu.TILE} choose together")
                 return None
             step = q.shape[2]
         # tiles and blocks start where the tokens' do
@@ -866,6 +872,7 @@ class FMA(Mechanism):
         near = _layout(near_list, q, k, m, m, causal=self.causal)
         bias = packing.present.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None]
         if self.open and levels:
+            self._slowly(q, "take one document, not packed ones")
             sketches = self._sketches(k, tree, packing.present & (within >= self.sinks))
             where = opened.Where(
                 *(
