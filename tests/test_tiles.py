@@ -12,10 +12,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are compiled here", allow_module_level=True)
 
+from triton.compiler import CompilationError
+
 from farfield.kernels import (
     append,
     attend_backward,
     attend_decode,
+    attend_hopper,
     attend_listed,
     attend_listed_backward,
     attend_opened,
@@ -623,6 +626,14 @@ def test_two_programs_of_long_lists_share_a_multiprocessor():
     (made,) = {x.hash: x for x in launches if x.name == "attend_backward_runs_hopper"}.values()
     # in steps of 128 bytes, and 1 KiB of each program is the system's
     assert 2 * (-(-made.shared // 128) * 128 + 1024) <= 228 * 1024
+
+
+def test_gathered_rows_with_one_place_are_refused(monkeypatch):
+    """The kernel would wait for ever."""
+    one = {shape: tiles._replace(far_stages=1) for shape, tiles in attend_hopper.TILES.items()}
+    monkeypatch.setattr(attend_hopper, "TILES", one)
+    with compiled.recording(), pytest.raises(CompilationError, match=r"static_assert\(FAR_STAGES > 1\)"):
+        LAUNCHES["forward-fma-64"]()
 
 
 def test_names_are_those_of_cases():

@@ -388,6 +388,8 @@ def attend_hopper(
         mbarrier.init(v_empty.index(s), count=GROUPS)
     fk_ring, fv_ring, bias_ring, far_full, far_empty = q_ring, q_ring, q_ring, q_full, q_empty
     if FAR:
+        # the next tile's keys are waited for while this one's values hold their place
+        gl.static_assert(FAR_STAGES > 1)
         rows_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BF, D], q.dtype)
         rows_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BF, E], q.dtype)
         fk_ring = gl.allocate_shared_memory(q.dtype, [FAR_STAGES, BF, D], rows_k)
@@ -479,7 +481,7 @@ class Tiles(NamedTuple):
 
     Args:
         groups: computing groups of 64 queries a program.
-        q_stages, stages, far_stages: tiles of queries, blocks, and tiles of gathered rows in flight.
+        q_stages, stages, far_stages: tiles of queries, blocks, and tiles of gathered rows (two at least) in flight.
         far_rows: rows of a gathered tile.
         programs: programs a multiprocessor.
         registers: of a thread at the start of the kernel; None: all there are.
