@@ -142,13 +142,15 @@ def test_a_full_ring_says_so():
         stepped(mech, x, ring, 200, 201)
 
 
-@pytest.mark.parametrize("capacity", [120, 128])
-def test_sequences_with_room_go_on_when_another_is_full(capacity):
-    """What lies under an opened ring has room for 128 tokens."""
-    mech, x = FMA(**SMALL, open=2), draw(140)
+@pytest.mark.parametrize(("options", "capacity"), [({}, 128), ({"open": 2}, 120), ({"open": 2}, 128)])
+def test_sequences_with_room_go_on_when_another_is_full(options, capacity):
+    """Of either kind of ring; what lies under an opened one has room for 128 tokens."""
+    mech, x = FMA(**SMALL, **options), draw(140)
     whole, each = mech(*x), [[y[b : b + 1] for y in x] for b in range(2)]
     states = [mech.extend(*(y[:, :, :n] for y in one))[1] for one, n in zip(each, (61, capacity), strict=True)]
-    ring = OpenedRing.join([mech.ring(state, capacity=capacity) for state in states])
+    rings = [mech.ring(state, capacity=capacity) for state in states]
+    assert [ring.capacity for ring in rings] == [capacity] * 2
+    ring = type(rings[0]).join(rings)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"full for sequences \[1\]"):
             mech.step(*(y[:, :, 61:62] for y in x), ring)

@@ -260,23 +260,3 @@ def test_refusals():
     ring.clock.fill_(ring.capacity)
     with pytest.raises(ValueError, match=r"reaches back over 256 tokens and is full for sequences \[0, 1\]"):
         ring.step(q, k, v)
-
-
-def test_sequences_with_room_go_on_when_another_is_full():
-    x = draw(140)
-    mech = ff.FMA(block=8, near=8, rank=2)
-    exact = exactly(mech, x)
-    rings = [prefilled(mech, [y[b : b + 1] for y in x], n, capacity=128) for b, n in enumerate((61, 128))]
-    assert rings[0].capacity == 128
-    ring = FMARing.join(rings)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"full for sequences \[1\]"):
-            mech.step(*(y[:, :, 61:62] for y in x), ring)
-    ring.reset_(torch.tensor([1]))
-    outs = []
-    for t in range(30):
-        here = [torch.cat([y[:1, :, 61 + t : 62 + t], y[1:, :, t : t + 1]]) for y in x]
-        outs.append(mech.step(*here, ring))
-    outs = torch.cat(outs, 2)
-    assert_within(outs[0], exact[0, :, 61:91], terms=140)
-    assert_within(outs[1], exact[1, :, :30], terms=140)
