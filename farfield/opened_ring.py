@@ -78,6 +78,7 @@ class OpenedRing:
         weight: Tensor | None = None,
         pool: Pool | None = None,
         rotary: Rotary | None = None,
+        levels: int | None = None,
     ) -> OpenedRing:
         """The ring that goes on where a state stands; FMA.ring calls this with what the mechanism was made with.
 
@@ -88,6 +89,7 @@ class OpenedRing:
             store: "device", or "host" for the tokens in pinned host memory.
             level_bias: [G, levels], added to the logits of the summaries.
             weight: [G, D], of the learned score.
+            levels: at most; what lies beyond them is not read.
 
         Raises:
             ValueError: no such store, or the state has more tokens than `capacity`.
@@ -101,11 +103,10 @@ class OpenedRing:
                 f"OpenedRing: store='host' fetches what a key head's queries open together, but shared=False lets "
                 f"{heads // kv_heads} of them choose apart; use shared=True or store='device'"
             )
-        inner = FMARing.from_state(state, capacity=capacity, sinks=sinks, pool=pool, rotary=rotary)
+        inner = FMARing.from_state(state, capacity=capacity, sinks=sinks, pool=pool, rotary=rotary, levels=levels)
         blocks, device = -(-capacity // state.block), state.k.device
         numbers = {name: int(opening[name]) for name in ("detail", "picks", "beam", "shared", "summed", "hold")}
-        levels = inner.plan.levels
-        plan = Plan(*inner.plan[:4], levels, blocks * state.block, **numbers, score=SCORES.index(str(opening["score"])))
+        plan = Plan(*inner.plan[:5], blocks * state.block, **numbers, score=SCORES.index(str(opening["score"])))
         if level_bias is not None and level_bias.shape[1] < sum(n > 0 for n in plan.groups):
             raise ValueError(
                 f"OpenedRing: level_bias has {level_bias.shape[1]} levels, but capacity={capacity} needs "
@@ -289,10 +290,10 @@ class OpenedRing:
 
     def _fill(self, state: OpenedState, rotary: Rotary | None) -> None:
         """Bring an empty ring, of which the inner one is there, to where the state stands."""
-        plan, ring, tokens = self.plan, self.ring, state.tokens
+        plan, ring, tokens, begin = self.plan, self.ring, state.tokens, state.begin
         m, p, device = plan.block, plan.rank, self.kept_k.device
         for every, x in ((self.all_k, state.all_k), (self.all_v, state.all_v)):
-            every[:, :, :tokens] = x.to(every.device)
+            every[:, :, begin * m : tokens] = x.to(every.device)
         for kept, far in ((self.kept_k, ring.far_k), (self.kept_v, ring.far_v)):
             kept[:, :, : plan.sinks] = far[:, :, : plan.sinks]
         summarized = state.grown[-1].blocks
@@ -301,27 +302,29 @@ class OpenedRing:
                 old = state.levels[height]
                 k, many = old.k, old.k.shape[2]
                 if rotary is not None:
-                    first, stop = span_of_rows(torch.arange(many // p, device=device), height, m, p, False)
+                    groups = old.first + torch.arange(many // p, device=device)
+                    first, stop = span_of_rows(groups, height, m, p, False)
                     k = rotary(k, (first + stop - 1).double() / 2)
-                self.kept_k[:, :, start * p : start * p + many] = k
-                self.kept_v[:, :, start * p : start * p + many] = old.v
+                to = (start + old.first) * p
+                self.kept_k[:, :, to : to + many] = k
+                self.kept_v[:, :, to : to + many] = old.v
             # what the inner ring has made since, a level a token
             for group in range(summarized >> height, max((tokens - 1 - height) // m, 0) >> height):
                 slot = ring.plan.slot(height, group)
                 here, to = slice(slot * p, (slot + 1) * p), slice((start + group) * p, (start + group + 1) * p)
                 self.kept_k[:, :, to], self.kept_v[:, :, to] = ring.far_k[:, :, here], ring.far_v[:, :, here]
         levels, blocks = list(state.sketches), tokens // m
-        done = levels[0].rows.shape[2] if levels else 0
+        done = begin + levels[0].rows.shape[2] if levels else 0
         if blocks > done:
             at = torch.arange(done * m, blocks * m, device=device).view(1, blocks - done, m)
-            keys = to_blocks(state.all_k[:, :, done * m : blocks * m].to(device), m, blocks - done)
+            keys = to_blocks(state.all_k[:, :, (done - begin) * m : (blocks - begin) * m].to(device), m, blocks - done)
             present = (at >= plan.sinks).expand(keys.shape[0], -1, -1)
             new = opened.sketch(SCORES[plan.score], keys, present, plan.detail, below=levels)
             levels = [*(opened.joined(*pair) for pair in zip(levels, new, strict=False)), *new[len(levels) :]]
         at = 0
-        for groups, level in zip(plan.groups, levels, strict=False):
-            rows = level.rows.flatten(2, 3)
-            self.sketches[:, :, at : at + rows.shape[2]] = rows
+        for height, (groups, level) in enumerate(zip(plan.groups, levels, strict=False)):
+            rows, first = level.rows.flatten(2, 3), at + (begin >> height) * plan.detail
+            self.sketches[:, :, first : first + rows.shape[2]] = rows
             at += groups * plan.detail
 
     def _check_room(self) -> None:

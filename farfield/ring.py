@@ -45,7 +45,7 @@ class FMARing:
 
     and, shared by the batch, 4 G p 2 p c for learned filters and 8 for each rotated pair of channels. L is the
     smallest number of levels that reaches back over `capacity` tokens: nbytes grows with log(capacity) and does not
-    depend on how many tokens there were.
+    depend on how many tokens there were. With a horizon L is at most that of the horizon, and there is no capacity.
     """
 
     block: int
@@ -68,6 +68,7 @@ class FMARing:
     clock: Int[Tensor, "B C"]
     filters: Float[Tensor, "*filters"]  # [2, G, p, 2 p] of a learned pool, or empty
     turns: Float[Tensor, " pairs"]  # turns a token of each rotated pair of channels
+    endless: int = 0  # 1: what lies beyond the levels is not read, and the ring never full
 
     @staticmethod
     def empty(
@@ -83,6 +84,7 @@ class FMARing:
         sinks: int = 0,
         pool: Pool | None = None,
         rotary: Rotary | None = None,
+        levels: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> FMARing:
@@ -95,6 +97,7 @@ class FMARing:
             block, near, rank, sinks: as for FMA.
             pool: MeanPool or FilterPool, whose filters are taken as they are now. Default the mean.
             rotary: a rotation of halves with `pairs` and `base`, such as farfield.nn.Rope.
+            levels: at most; if the capacity needs more, what lies beyond them is not read and the ring is endless.
 
         Raises:
             ValueError: the sizes do not fit together, or the capacity needs more levels than a block has tokens.
@@ -104,7 +107,7 @@ class FMARing:
         radii(near, block, 0)
         if not 0 <= sinks <= block:
             raise ValueError(f"FMARing: sinks must lie in 0 .. block={block}, got {sinks}")
-        plan = _plan(capacity, block, near, rank, sinks)
+        plan = _plan(capacity, block, near, rank, sinks, levels)
         wide = torch.promote_types(dtype, torch.float32)
         value_width = width if value_width is None else value_width
 
@@ -138,6 +141,7 @@ class FMARing:
             zeros(batch, 2 * kv_heads + 1, dtype=torch.long),
             _filters(pool, kv_heads, rank, wide, device),
             _turns(rotary, width, device),
+            plan.endless,
         )
 
     @staticmethod
@@ -149,6 +153,7 @@ class FMARing:
         sinks: int = 0,
         pool: Pool | None = None,
         rotary: Rotary | None = None,
+        levels: int | None = None,
     ) -> FMARing:
         """The ring that goes on where a state of `extend` stands: prefill there, decode here. Arguments as for `empty`.
 
@@ -158,7 +163,8 @@ class FMARing:
         batch, kv_heads, _, width = state.k.shape
         ring = FMARing.empty(
             batch, kv_heads, width, state.v.shape[3], capacity=capacity, block=state.block, near=state.near,
-            rank=state.rank, sinks=sinks, pool=pool, rotary=rotary, dtype=state.k.dtype, device=state.k.device,
+            rank=state.rank, sinks=sinks, pool=pool, rotary=rotary, levels=levels, dtype=state.k.dtype,
+            device=state.k.device,
         )  # fmt: skip
         if state.tokens > ring.capacity:
             raise ValueError(f"FMARing: the state has {state.tokens} tokens, capacity={capacity} is too small")
@@ -168,7 +174,7 @@ class FMARing:
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.block, self.near, self.rank, self.sinks, self.sum_k.shape[2])
+        return Plan(self.block, self.near, self.rank, self.sinks, self.sum_k.shape[2], self.endless)
 
     @property
     def capacity(self) -> int:
@@ -303,11 +309,11 @@ def zero_(buffers: Sequence[Tensor], sequences: Tensor | None) -> None:
             x.index_fill_(0, sequences.to(x.device), 0)
 
 
-def _plan(capacity: int, block: int, near: int, rank: int, sinks: int) -> Plan:
+def _plan(capacity: int, block: int, near: int, rank: int, sinks: int, most: int | None) -> Plan:
     if capacity < 1:
         raise ValueError(f"FMARing: capacity must be at least 1, got {capacity}")
     levels = 1
-    while (plan := Plan(block, near, rank, sinks, levels)).capacity < capacity:
+    while (plan := Plan(block, near, rank, sinks, levels)).capacity < capacity and levels != most:
         levels += 1
     if levels > block:
         most = Plan(block, near, rank, sinks, block).capacity
@@ -315,7 +321,7 @@ def _plan(capacity: int, block: int, near: int, rank: int, sinks: int) -> Plan:
             f"FMARing: capacity={capacity} needs {levels} levels, but blocks of {block} tokens have time for {block}: "
             f"one level moves up a token. Use a capacity up to {most} or larger blocks."
         )
-    return plan
+    return plan._replace(endless=int(plan.capacity < capacity))
 
 
 def _filters(

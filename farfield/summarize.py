@@ -86,14 +86,16 @@ class Pool(nn.Module):
         raise NotImplementedError
 
     def grow(
-        self, k: Tensor, v: Tensor, count: Tensor | None, *, rank: int, first: int, pending: Sequence[Groups | None]
-    ) -> tuple[list[Groups], list[Groups | None]]:
+        self, k: Tensor, v: Tensor, count: Tensor | None, *, rank: int, first: int, pending: Sequence[Groups | None],
+        levels: int | None = None,
+    ) -> tuple[list[Groups], list[Groups | None]]:  # fmt: skip
         """All groups that further blocks of tokens complete, level by level.
 
         Args:
             k, v, count: the new blocks, as for `leaf`, in float32 or wider.
             first: how many blocks there were before.
             pending: what an earlier call returned: per level, what waits for more tokens.
+            levels: how many there are at most. Default: as many as have groups.
 
         Returns:
             The new groups of each level and what is pending after them.
@@ -104,13 +106,17 @@ class Pool(nn.Module):
         self.check(_sizes(k, v, k.shape[3], rank))
         # sums of many tokens stay in float32, whatever autocast would make of them
         with torch.autocast(k.device.type, enabled=False):
-            return self._grow(k, v, count, rank, first, pending)
+            return self._grow(k, v, count, rank, first, pending, levels)
 
-    def _grow(self, k, v, count, rank, first, pending) -> tuple[list[Groups], list[Groups | None]]:
+    def _grow(self, k, v, count, rank, first, pending, most) -> tuple[list[Groups], list[Groups | None]]:
         levels, waiting = [], []
         new = self.leaf(k, v, count, rank)
         while len(new) or len(levels) < len(pending):
             levels.append(new)
+            if len(levels) == most:
+                # nothing waits to be part of a level that is not there
+                waiting.append(None)
+                break
             old = pending[len(levels) - 1] if len(levels) <= len(pending) else None
             children = new if old is None else old.join(new)
             even = len(children) // 2 * 2
@@ -256,11 +262,11 @@ class ConvPool(Pool):
         self.most = levels
         self.made_for = {"width": width, "value_width": value_width, "block": block, "rank": rank}
 
-    def _grow(self, k, v, count, rank, first, pending):
+    def _grow(self, k, v, count, rank, first, pending, most):
         levels, waiting = [], []
         if count is not None:
             k, v = k * count[..., None], v * count[..., None]
-        for level in range(len(self.k_bias)):
+        for level in range(len(self.k_bias) if most is None else min(most, len(self.k_bias))):
             sums = Groups(
                 self._sums(k, self.k_weight[level], level, first),
                 self._sums(v, self.v_weight[level], level, first),
@@ -534,7 +540,7 @@ def pyramid(
         if present is not None:
             there = there & nn.functional.pad(present, (0, max(padded * tree.block - k.shape[2], 0)))
         count = there.to(blocks_k.dtype).unflatten(1, (padded, tree.block))[:, None]
-    found = pool.grow(blocks_k, blocks_v, count, rank=tree.rank, first=0, pending=())[0]
+    found = pool.grow(blocks_k, blocks_v, count, rank=tree.rank, first=0, pending=(), levels=tree.levels)[0]
     found = [groups.cut(0, n) for groups, n in zip(found, tree.groups, strict=False)]
     # the tokens before the levels
     far = [[nn.functional.pad(x[:, :, : tree.lo], (0, 0, 0, tree.lead - tree.lo))] if tree.lo else [] for x in (k, v)]

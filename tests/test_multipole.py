@@ -14,7 +14,7 @@ import farfield as ff
 from farfield.kernels import multipole as km
 from farfield.kernels import replay
 from farfield.ops import multipole as op
-from farfield.ops.multipole import Field, kept_parts, reached, refusal, tree_of
+from farfield.ops.multipole import LEVELS, Field, kept_parts, reached, refusal, tree_of
 from farfield.testing import compiled
 
 FIELDS = (Field(64, 64, 4, 0), Field(64, 128, 16, 5), Field(128, 384, 32, 128), Field(64, 64, 1, 3))
@@ -107,8 +107,8 @@ def test_the_mechanism_chooses_it_by_its_options(taken, monkeypatch):
     calls = []
     monkeypatch.setattr(op, "multipole", lambda q, k, v, field, scale: calls.append((field, scale)))
     ff.FMA()(*taken)
-    ff.FMA(block=128, near=256, rank=8, sinks=3, scale=0.3)(*taken)
-    assert calls == [((64, 128, 16, 0), None), ((128, 256, 8, 3), 0.3)]
+    ff.FMA(block=128, near=256, rank=8, sinks=3, scale=0.3, horizon=1 << 17)(*taken)
+    assert calls == [((64, 128, 16, 0, LEVELS), None), ((128, 256, 8, 3, 9), 0.3)]
     for other in (
         ff.FMA(pool="learned", kv_heads=2),
         ff.FMA(pool="softmax", kv_heads=2, width=64),

@@ -162,8 +162,10 @@ def literal_score_loss(mech, q, k, at):
     total, many = 0.0, 0
     for i in at:
         width, radius = mech.block, mech.near // mech.block
-        while i // width - radius > 0:
+        while i // width - radius > 0 and width < mech.block << mech.most:
             groups = [range(g * width, (g + 1) * width) for g in range(i // width - radius)]
+            # for a horizon of 32: two groups of 16
+            groups = groups if mech.horizon is None else [x for x in groups if x[0] >= (i // 16 - 1) * 16]
             groups = [[j for j in group if j >= mech.sinks] for group in groups]
             groups = [group for group in groups if group]
             if len(groups) > 1:
@@ -189,10 +191,12 @@ def literal_score_loss(mech, q, k, at):
     return total / many
 
 
-@pytest.mark.parametrize(("sinks", "segments"), [(0, "best"), (3, "sum"), (4, "best")])
-def test_the_loss_of_a_learned_score_is_the_definition(sinks, segments):
+@pytest.mark.parametrize(
+    ("sinks", "segments", "horizon"), [(0, "best", None), (3, "sum", None), (4, "best", None), (3, "sum", 32)]
+)
+def test_the_loss_of_a_learned_score_is_the_definition(sinks, segments, horizon):
     q, k, _ = (x.requires_grad_() for x in draw(83, batch=2))
-    mech = scored_by("learned", open=2, sinks=sinks, detail=2, segments=segments)
+    mech = scored_by("learned", open=2, sinks=sinks, detail=2, segments=segments, horizon=horizon)
     got = mech.score_loss(q, k, queries=9)
     exact = literal_score_loss(mech, q.detach(), k.detach(), torch.linspace(12, 82, 9).long().tolist())
     assert_within(got, exact.detach(), terms=83)
@@ -426,9 +430,10 @@ def test_options_changed_later_are_checked():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("tokens", [5, 60, 90])
-def test_rows_read_is_the_most(causal, tokens):
+@pytest.mark.parametrize("horizon", [None, 40])
+def test_rows_read_is_the_most(causal, tokens, horizon):
     q, k, _ = draw(tokens, heads=2)
-    mech = FMA(**SMALL, open=2, causal=causal)
+    mech = FMA(**SMALL, open=2, causal=causal, horizon=horizon)
     rows = []
     original = opened.attend
 
@@ -439,7 +444,7 @@ def test_rows_read_is_the_most(causal, tokens):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opened, "attend", watch)
         mech(q, k, k)
-    plain = FMA(**SMALL, causal=causal).rows_read(tokens)
+    plain = FMA(**SMALL, causal=causal, horizon=horizon).rows_read(tokens)
     if rows:
         assert plain < rows[0] <= mech.rows_read(tokens)
     else:

@@ -28,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from farfield.kernels.hopper import LN2, LOG2E, barriers, descriptor, processors, report, soften_scaled, sync, wait_full
 from farfield.kernels.multipole_walk import _anew
 from farfield.kernels.replay import start
+from farfield.ops.multipole import reaches
 from farfield.ops.pool import Tree
 
 
@@ -388,8 +389,10 @@ TILES = {
 
 
 def wants(q: Tensor, near: int, tree: Tree) -> bool:
-    """Whether this kernel takes what ops.multipole does: a near field and groups that have tiles, no sinks."""
-    return tree.lo == 0 and (q.shape[3], tree.block, near, tree.rank) in TILES
+    """Whether this kernel takes what ops.multipole does: all of it, without sinks, where the sizes have tiles."""
+    radius = near // tree.block
+    whole = reaches(tree.levels, tree.blocks + 1 + radius, radius)
+    return whole and tree.lo == 0 and (q.shape[3], tree.block, near, tree.rank) in TILES
 
 
 def forward(

@@ -17,6 +17,11 @@ attention. A query then reads near + m / 2 + k m tokens and at most p (1.5 + k) 
 keeps everything: the tokens, in host memory if wanted, all summaries, and the sketches that are chosen by. `extend`
 takes chunks of any length; single tokens go faster through the fixed buffers of `ring`.
 
+With `horizon=h` the tree ends at the level L that a sequence of h tokens needs. A query then reads the sinks and all
+tokens from the start of the r-th group of m 2^L tokens before its own on, r = near / (m 2^L) rounded up, and nothing
+before them; noncausal, up to the end of the r-th group after its own. Sequences of up to h tokens are read whole. The
+whole costs O(n), and decoding keeps O(log h), with `open=k` O(h).
+
 Departs from the paper:
 - The default pooling is the mean of segments and builds each level from the one below; "conv" is the paper's grouped
   convolution, one filter a level, here starting as the mean. The multiplicity bias, an option there, is always on.
@@ -34,7 +39,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 
 import torch
@@ -116,6 +121,7 @@ class FMAState(State):
     sink_v: Tensor
     levels: tuple[Level, ...]
     grown: tuple[Grown, ...]  # oldest first, without gaps
+    most: int = field(default=whole.LEVELS, kw_only=True)  # levels at most
 
     @property
     def rows(self) -> int:
@@ -157,13 +163,14 @@ PLAIN = tuple(f.name for f in fields(FMAState))  # told here, since torch.compil
 
 @dataclass(frozen=True)
 class OpenedState(FMAState):
-    """As FMAState with nothing forgotten, and what opening needs beside it."""
+    """As FMAState with nothing forgotten within the horizon, and what opening needs beside it."""
 
-    all_k: Tensor  # [B, G, tokens, D], rotated
+    all_k: Tensor  # [B, G, tokens - begin * block, D], rotated
     all_v: Tensor
     hold: int
-    askers: Tensor  # [B, H, tokens / hold, D], the query that chooses for each run, rotated; none where each does
-    sketches: tuple[opened.Sketch, ...]  # of the summarized blocks
+    askers: Tensor  # [B, H, as many / hold, D], the query that chooses for each run, rotated; none where each does
+    sketches: tuple[opened.Sketch, ...]  # of the summarized blocks from `begin` on
+    begin: int = 0  # blocks that are forgotten, whole groups of every level
 
     @property
     def host_nbytes(self) -> int:
@@ -185,14 +192,34 @@ class OpenedState(FMAState):
         state = super().crop(drop)
         assert isinstance(state, OpenedState)
         blocks = _summarized(state.tokens, self.block, self.near)
-        sketches = (opened.cut(x, 0, blocks >> height) for height, x in enumerate(self.sketches))
-        keep = state.tokens
+        counted = ((blocks >> height) - (self.begin >> height) for height in range(len(self.sketches)))
+        sketches = (opened.cut(x, 0, n) for n, x in zip(counted, self.sketches, strict=True))
+        keep = state.tokens - self.begin * self.block
         return replace(
             state,
             all_k=self.all_k[:, :, :keep],
             all_v=self.all_v[:, :, :keep],
             askers=self.askers[:, :, : -(-keep // self.hold)],
             sketches=tuple(sketches),
+        )
+
+    def after(self, begin: int) -> OpenedState:
+        """Without the blocks before `begin`, and without keeping their memory alive."""
+        blocks = begin - self.begin
+        tokens = blocks * self.block
+        levels = (x.after((begin >> height) - x.first, self.rank) for height, x in enumerate(self.levels))
+        sketches = (
+            opened.Sketch(*(_after(y, blocks >> height) for y in (x.rows, x.count)))
+            for height, x in enumerate(self.sketches)
+        )
+        return replace(
+            self,
+            levels=tuple(levels),
+            all_k=_after_there(self.all_k, tokens),
+            all_v=_after_there(self.all_v, tokens),
+            askers=_after(self.askers, tokens // self.hold if self.hold > 1 else 0),
+            sketches=tuple(sketches),
+            begin=begin,
         )
 
 
@@ -210,6 +237,9 @@ class FMA(Mechanism):
         sinks: the first tokens of each document are read one by one by every later query; at most `block`.
         queries: "kept", or "pooled" for the O(n) form (noncausal).
         rewind: tokens that `state.crop` can go back across summaries; the state grows by as many tokens.
+        horizon: how far back to read, in tokens: no further levels than a sequence of so many has, more than near +
+            block. Of longer ones a query sees the sinks and its last h / 2 to h tokens or, where h is no power of 2, up
+            to 2 h; see above. Default: everything.
         open: k, groups of level 1 that each query opens; may be changed at any time (`mech.open = 0`), except that
             a state made with 0 cannot go on with more.
         beam: groups of each coarser level that a query looks into on its way; at least `open`. Default 2 open.
@@ -271,6 +301,7 @@ class FMA(Mechanism):
             tokens=77,
             block=8,
         ),
+        Case(options={"block": 4, "near": 8, "rank": 2, "sinks": 3, "open": 1, "horizon": 24}, tokens=90, block=4),
     )
     supports = Supports(packed=True, rotary=True)
 
@@ -284,6 +315,7 @@ class FMA(Mechanism):
         sinks: int = 0,
         queries: str = "kept",
         rewind: int = 0,
+        horizon: int | None = None,
         open: int = 0,
         beam: int | None = None,
         score: str = "mean",
@@ -315,7 +347,14 @@ class FMA(Mechanism):
         if rewind < 0:
             raise ValueError(f"fma: rewind must not be negative, got {rewind}")
         self.block, self.near, self.rank, self.sinks = block, near, rank, sinks
-        self.queries, self.rewind = queries, rewind
+        self.queries, self.rewind, self.horizon = queries, rewind, horizon
+        # levels at most
+        self.most = whole.LEVELS if horizon is None else whole.reached(-(-horizon // block), near // block)
+        if not self.most:
+            raise ValueError(
+                f"fma: horizon={horizon} leaves no far field; it must be more than near + block = {near + block}, or "
+                "use the mechanism window"
+            )
         self.open, self.beam, self.score, self.shared, self.hold = open, beam, score, shared, hold
         self.detail, self.segments = math.gcd(16, block) if detail is None else detail, segments
         self._check_opening()
@@ -365,7 +404,7 @@ class FMA(Mechanism):
     def forward(self, q, k, v, *, group=None, rotary=None):
         field = None
         if group is None and rotary is None and self._means():
-            field = whole.Field(self.block, self.near, self.rank, self.sinks)
+            field = whole.Field(self.block, self.near, self.rank, self.sinks, self.most)
             out = whole.again(q, k, v, field, self.scale)
             if out is not None:
                 return out
@@ -579,8 +618,8 @@ class FMA(Mechanism):
         farfield.select.opened.omitted.
 
         Raises:
-            NotImplementedError: the pool is not the mean, there is a level_bias, queries are pooled, or the dtype is
-                below float32: the proof is not for these.
+            NotImplementedError: the pool is not the mean, there is a level_bias, queries are pooled, the dtype is below
+                float32, or the sequence goes beyond the horizon: the proof is not for these.
         """
         self.check(q, k, v)
         if type(self.pool) is not MeanPool or self.biased or self.queries == "pooled":
@@ -589,6 +628,11 @@ class FMA(Mechanism):
             raise NotImplementedError(f"fma: the bound needs float32 or float64, got {q.dtype}")
         blocks = -(-q.shape[2] // self.block)
         levels, radius = self._levels(blocks)
+        if levels < whole.reached(blocks, self.near // self.block):
+            raise NotImplementedError(
+                f"fma: the bound is for queries that read everything, but horizon={self.horizon} cuts {q.shape[2]} "
+                "tokens short; use a larger one or none"
+            )
         if not levels:
             out = self.forward(q, k, v)
             return out, torch.zeros_like(out[..., 0], dtype=torch.float64)
@@ -630,10 +674,13 @@ class FMA(Mechanism):
 
     def _levels(self, blocks: int) -> tuple[int, tuple[int, ...]]:
         """Levels that some query of so many blocks reads, and the radii of all."""
-        levels = whole.reached(blocks, self.near // self.block)
-        levels = levels if self.pool.most is None else min(levels, self.pool.most)
+        levels = self._at_most(whole.reached(blocks, self.near // self.block))
         self._reach(levels, blocks)
         return levels, radii(self.near, self.block, levels)
+
+    def _at_most(self, levels: int) -> int:
+        """So many, or those that the horizon has, or the pool."""
+        return min(levels, self.most, levels if self.pool.most is None else self.pool.most)
 
     def extend(self, q, k, v, state: FMAState | None = None, *, rotary=None):
         self.check(q, k, v, rotary=rotary)
@@ -644,7 +691,9 @@ class FMA(Mechanism):
         if state is None:
             nothing = k[:, :, :0], v[:, :, :0]
             empty = 0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),)
-            state = OpenedState(*empty, *nothing, self.hold, q[:, :, :0], ()) if self.open else FMAState(*empty)
+            state = FMAState(*empty, most=self.most)
+            if self.open:
+                state = OpenedState(*empty, *nothing, self.hold, q[:, :, :0], (), most=self.most)
         self._check_state(state)
         if not q.shape[2]:
             return no_tokens(q, v), state
@@ -652,7 +701,12 @@ class FMA(Mechanism):
         return out, self._forget(now)
 
     def _check_state(self, state: FMAState) -> None:
-        """Raise ValueError where `open` or `hold` are such as the state cannot go on with."""
+        """Raise ValueError where `open`, `hold` or `horizon` are such as the state cannot go on with."""
+        if state.most != self.most:
+            raise ValueError(
+                f"fma: the state was made with another horizon: it has {state.most} levels at most, horizon="
+                f"{self.horizon} has {self.most}; begin a new one"
+            )
         if self.open and not isinstance(state, OpenedState):
             raise ValueError(
                 f"fma: open={self.open} reads far tokens, but this state was made with open=0 and has forgotten them; "
@@ -674,7 +728,9 @@ class FMA(Mechanism):
         here, last = seen // m, (tokens - 1) // m
         far, starts = self._far_rows(levels, sinks, k, v, rotary)
         self._reach(len(starts), last + 1)
-        now = FMAState(tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown))
+        now = FMAState(
+            tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown), most=self.most
+        )
         if isinstance(state, OpenedState):
             now = self._remember(now, state, q, new_k, new_v, rotary)
             # a cropped state may have levels without groups
@@ -696,17 +752,24 @@ class FMA(Mechanism):
         return out, now
 
     def _open_further(self, q: Tensor, now: OpenedState, far: Rows, starts: Sequence[int]) -> Tensor:
-        """Opened attention of the last tokens of `now`; q is rotated."""
-        seen = now.tokens - q.shape[2]
+        """Opened attention of the last tokens of `now`; q is rotated.
+
+        Positions and groups are counted from the first token that is kept: the tree from there on is the same, since
+        only groups of the coarsest level are forgotten.
+        """
+        begin = now.begin * self.block
+        tokens = now.tokens - begin
+        seen = tokens - q.shape[2]
         rows = Rows(now.all_k.to(q.device), now.all_v.to(q.device))
         sketches = now.sketches[: len(starts)]
+        starts = [at + (now.begin >> height) for height, at in enumerate(starts)]
         found = self._quickly_further(q, rows, far, sketches, now.askers, seen)
         if found is not None:
             return found
         asking = q
         if self.hold > 1:
-            asking = now.askers[:, :, torch.arange(seen, now.tokens, device=q.device) // self.hold]
-        where = opened.place(seen, now.tokens, self.block, q.device)
+            asking = now.askers[:, :, torch.arange(seen, tokens, device=q.device) // self.hold]
+        where = opened.place(seen, tokens, self.block, q.device)
         return self._attend_opened(q, rows, far, sketches, where, starts, seen, asking=asking)[0]
 
     def _quickly_further(
@@ -753,19 +816,19 @@ class FMA(Mechanism):
         if rotary is not None:
             k = rotary(k, torch.arange(before.tokens, now.tokens, device=k.device))
         every_k, every_v = (appended(*pair) for pair in ((before.all_k, k), (before.all_v, v)))
-        sketches = list(before.sketches)
+        sketches, begin = list(before.sketches), before.begin
         done = sketches[0].rows.shape[2] if sketches else 0
-        stop = now.grown[-1].blocks
+        stop = now.grown[-1].blocks - begin
         if stop > done:
             here = slice(done * self.block, stop * self.block)
             at = torch.arange(here.start, here.stop, device=k.device).view(1, stop - done, self.block)
-            present = (at >= self.sinks).expand(k.shape[0], -1, -1)
+            present = (at + begin * self.block >= self.sinks).expand(k.shape[0], -1, -1)
             keys = to_blocks(every_k[:, :, here].to(k.device), self.block, stop - done)
-            new = opened.sketch(self.score, keys, present, self.detail, below=sketches)
+            new = opened.sketch(self.score, keys, present, self.detail, below=sketches)[: self.most]
             sketches = [*(opened.joined(*pair) for pair in zip(sketches, new, strict=False)), *new[len(sketches) :]]
         parts = {name: getattr(now, name) for name in PLAIN}
         return OpenedState(
-            **parts, all_k=every_k, all_v=every_v, hold=self.hold, askers=askers, sketches=tuple(sketches)
+            **parts, all_k=every_k, all_v=every_v, hold=self.hold, askers=askers, sketches=tuple(sketches), begin=begin
         )
 
     def _grow(self, k, v, state: FMAState, tokens: int) -> tuple[list[Level], list[Grown]]:
@@ -785,7 +848,9 @@ class FMA(Mechanism):
                 count = (at >= self.sinks).to(blocks_k.dtype).view(1, 1, stop - done, self.block)
                 count = count.expand(k.shape[0], -1, -1, -1)
             pending = grown[-1].pending
-            new, pending = self.pool.grow(blocks_k, blocks_v, count, rank=self.rank, first=done, pending=pending)
+            new, pending = self.pool.grow(
+                blocks_k, blocks_v, count, rank=self.rank, first=done, pending=pending, levels=self.most
+            )
             # copies: what waits is a small part of what it was cut from
             grown.append(Grown(stop, tuple(None if x is None else x.copy() for x in pending)))
             for height, groups in enumerate(new):
@@ -799,6 +864,10 @@ class FMA(Mechanism):
         # a state that was cropped has already forgotten more
         first, last = max(_summarized(back, self.block, self.near), state.first), (back - 1) // self.block
         radius = radii(self.near, self.block, len(state.levels))
+        if isinstance(state, OpenedState) and len(state.levels) == self.most:
+            # one group more than is read: then none that a query reads is counted as the sequence's first, with sinks
+            begin = (last >> self.most) - radius[-1] - 1 << self.most
+            state = state.after(begin) if begin > state.begin else state
         levels = []
         for height, level in enumerate(state.levels):
             oldest = max(2 * ((last >> (height + 1)) - radius[height + 1]), level.first)
@@ -844,7 +913,7 @@ class FMA(Mechanism):
         at = torch.arange(packing.tokens, device=q.device)
         within = at - packing.start.repeat_interleave(m, 1) * m
         blocks = packing.tokens // m
-        levels = depth(blocks) if self.pool.most is None else min(depth(blocks), self.pool.most)
+        levels = self._at_most(depth(blocks))
         # the sinks of document d are rows d * sinks ... of theirs
         documents = int(packing.document.max()) + 1
         first = torch.zeros(q.shape[0], documents + 1, dtype=torch.long, device=q.device)
@@ -967,8 +1036,8 @@ class FMA(Mechanism):
         return near, pack_lists(torch.cat(listed, -1), torch.cat(used, -1))
 
     def _reach(self, levels: int, blocks: int) -> None:
-        """Refuse a sequence of so many blocks if so many levels leave some of it unread."""
-        if (blocks - 1 >> levels) > radii(self.near, self.block, levels)[-1]:
+        """Refuse a sequence of so many blocks if so many levels leave some of it unread, but beyond the horizon."""
+        if levels < self.most and (blocks - 1 >> levels) > radii(self.near, self.block, levels)[-1]:
             raise ValueError(
                 f"fma: {blocks} blocks of {self.block} tokens need more than the pool's {levels} levels; "
                 "build it with more"
@@ -992,9 +1061,10 @@ class FMA(Mechanism):
         seen = (distance <= radius) | (i < self.sinks) | holds[..., i // m]
         if self.causal:
             seen &= i <= i[:, None]
+        widest = m << self.most
         logits, values = [(q @ k.mT * scale).masked_fill(~seen, float("-inf"))], [v]
         width = m
-        while (tokens - 1) // width > radius:
+        while (tokens - 1) // width > radius and width < widest:
             above = -(-radius // 2)
             parents = torch.nn.functional.pad(holds, (0, holds.shape[-1] % 2)).unflatten(-1, (-1, 2)).any(-1)
             for start in range(0, tokens, width // p):
@@ -1047,7 +1117,7 @@ class FMA(Mechanism):
         x = x[:, :, torch.arange(tokens) // self.hold * self.hold]
         k = k.detach().repeat_interleave(repeat, 1)
         levels = [(m, self.near // m)]
-        while (tokens - 1) // levels[-1][0] > levels[-1][1]:
+        while (tokens - 1) // levels[-1][0] > levels[-1][1] and levels[-1][0] < m << self.most:
             levels.append((2 * levels[-1][0], -(-levels[-1][1] // 2)))
         scores, parts = [], list(k.unbind(2) if self.score == "peak" else torch.zeros(tokens).unbind())
         for height, (width, _) in enumerate(levels[:-1]):
@@ -1104,7 +1174,9 @@ class FMA(Mechanism):
 
     def layouts(self, tokens: int) -> dict[str, Layout]:
         """The near and the far layout of a sequence, for pictures."""
-        plan = multipole(tokens=tokens, block=self.block, near=self.near, rank=self.rank, causal=self.causal)
+        plan = multipole(
+            tokens=tokens, block=self.block, near=self.near, rank=self.rank, causal=self.causal, levels=self.most
+        )
         return {"near": plan.near, "far": plan.far}
 
     def rows_read(self, tokens: int) -> float:
@@ -1117,12 +1189,16 @@ class FMA(Mechanism):
         rows = sum(x.visible for x in self.layouts(tokens).values()) + self.sinks * beyond / max(tokens, 1)
         blocks = -(-tokens // self.block)
         n, more = torch.arange(blocks, dtype=torch.float64), 0.0
-        levels = whole.reached(blocks, self.near // self.block)
-        for height, radius in enumerate(radii(self.near, self.block, levels)[:-1]):
-            own = n.div(2**height, rounding_mode="floor")
-            far = (own - radius).clamp(min=0)
+        levels = min(whole.reached(blocks, self.near // self.block), self.most)
+        *radius, last = radii(self.near, self.block, levels)
+        top = n.div(2**levels, rounding_mode="floor")
+        # the blocks first .. end - 1 are read at all
+        first, end = (top - last).clamp(min=0) * 2**levels, ((top + last + 1) * 2**levels).clamp(max=blocks)
+        for height, near in enumerate(radius):
+            own, low, high = (x.div(2**height, rounding_mode="floor") for x in (n, first, end + 2**height - 1))
+            far = (own - near - low).clamp(min=0)
             if not self.causal:
-                far += (-(-blocks // 2**height) - 1 - own - radius).clamp(min=0)
+                far += (high - 1 - own - near).clamp(min=0)
             opened = far.clamp(max=self.open)
             more += opened * self.rank if height else opened * (self.block - self.rank)
         share = torch.full((blocks,), float(self.block), dtype=torch.float64)
@@ -1140,6 +1216,8 @@ class FMA(Mechanism):
     ) -> FMARing | OpenedRing:
         """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens; see FMARing.
 
+        With a horizon that the capacity goes beyond, a FMARing never gets full.
+
         With `open` an OpenedRing, which holds all tokens.
 
         Args:
@@ -1152,7 +1230,9 @@ class FMA(Mechanism):
                 raise NotImplementedError(
                     "fma: a ring without opened groups has no tokens to keep in a store, nor a level_bias; use extend"
                 )
-            return FMARing.from_state(state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary)
+            return FMARing.from_state(
+                state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary, levels=self.most
+            )
         self._check_opening()
         opening = {
             "picks": self.open,
@@ -1167,6 +1247,7 @@ class FMA(Mechanism):
             state, heads=heads or state.askers.shape[1], capacity=capacity, sinks=self.sinks, opening=opening,
             scale=self._scale(state.k), store=store,
             level_bias=self.level_bias if self.biased else None, weight=self._weight(), pool=self.pool, rotary=rotary,
+            levels=self.most,
         )  # fmt: skip
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, ring: FMARing | OpenedRing) -> Tensor:
@@ -1175,6 +1256,12 @@ class FMA(Mechanism):
         if ring.plan[:4] != mine:
             raise ValueError(
                 f"fma: the ring has block, near, rank, sinks = {ring.plan[:4]}, the mechanism {mine}; make it by ring()"
+            )
+        held = ring.plan if isinstance(ring, FMARing) else ring.ring.plan
+        if held.levels > self.most or (held.endless and held.levels < self.most):
+            raise ValueError(
+                f"fma: the ring was made with another horizon: it has {held.levels} levels, horizon={self.horizon} has "
+                f"{self.most}; make it by ring()"
             )
         return ring.step(q, k, v, scale=self.scale)
 
@@ -1195,6 +1282,14 @@ def _layout(
 def _after(x: Tensor, rows: int) -> Tensor:
     """What follows the first rows, without keeping their memory alive."""
     return x[:, :, rows:].clone(memory_format=torch.contiguous_format)
+
+
+def _after_there(x: Tensor, rows: int) -> Tensor:
+    """The same in the kind of memory that x is in."""
+    if torch.compiler.is_compiling() or not x.is_pinned():
+        return _after(x, rows)
+    x = x[:, :, rows:]
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
 
 
 def _fill_groups(x: Tensor, sinks: int, short: int) -> Tensor:

@@ -20,13 +20,16 @@ HIDDEN = 1 << 62  # the end of a near row that holds no token yet
 
 
 class Plan(NamedTuple):
-    """What the sizes of a ring follow from: FMA's block, near, rank and sinks, and the number of levels."""
+    """What the sizes of a ring follow from: FMA's block, near, rank and sinks, and the number of levels; and whether
+    what lies beyond these is not read.
+    """
 
     block: int
     near: int
     rank: int
     sinks: int
     levels: int
+    endless: int = 0
 
     def radius(self, level: int) -> int:
         """Groups before its own that a query does not read at this level."""
@@ -59,8 +62,8 @@ class Plan(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Tokens that these levels reach back over."""
-        return (self.radius(self.levels) + 1 << self.levels) * self.block
+        """Tokens that these levels reach back over; endless: more than there can be."""
+        return HIDDEN if self.endless else (self.radius(self.levels) + 1 << self.levels) * self.block
 
     def slot(self, level: int, group: int) -> int:
         return self.start(level) + group % self.slots(level)

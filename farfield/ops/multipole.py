@@ -21,13 +21,19 @@ KEPT = 64  # plans
 RANKS = (1, 2, 4, 8, 16, 32)
 
 
+LEVELS = 64  # more than there can be
+
+
 class Field(NamedTuple):
-    """FMA's options: tokens of a block, tokens read one by one before it, rows of a group, first tokens always read."""
+    """FMA's options: tokens of a block, tokens read one by one before it, rows of a group, first tokens always read,
+    and levels at most, beyond which nothing is read.
+    """
 
     block: int
     near: int
     rank: int
     sinks: int
+    most: int = LEVELS
 
 
 def reached(blocks: int, radius: int) -> int:
@@ -38,13 +44,18 @@ def reached(blocks: int, radius: int) -> int:
     return levels
 
 
+def reaches(levels: int, blocks: int, radius: int) -> bool:
+    """Whether queries of so many blocks read everything by so many levels."""
+    return blocks - 1 >> levels <= radius + (1 << levels) - 1 >> levels
+
+
 @lru_cache(maxsize=256)
 def tree_of(tokens: int, field: Field) -> Tree:
     """What is summarized: all that the last query does not read one by one, in complete groups."""
-    block, near, rank, sinks = field
+    block, near, rank, sinks, most = field
     blocks, radius = -(-tokens // block), near // block
     done = blocks - 1 - radius
-    return Tree(block, rank, done, reached(blocks, radius), True, sinks, done * block)
+    return Tree(block, rank, done, min(reached(blocks, radius), most), True, sinks, done * block)
 
 
 def kept_parts(q: torch.Size, k: torch.Size, size: int, field: Field) -> tuple[int, int, int, int]:
@@ -54,7 +65,7 @@ def kept_parts(q: torch.Size, k: torch.Size, size: int, field: Field) -> tuple[i
     steps, and one graph serves all lengths.
     """
     batch, heads, tokens, width = q
-    block, near, rank, sinks = field
+    block, near, rank, sinks, _ = field
     rows = -(-sinks // rank) * rank + 2 * rank * (-(-tokens // block) - 1 - near // block)
     far = batch * k[1] * rows * width * size
     first = -(-batch * heads * tokens * 4 // 128) * 128
@@ -184,23 +195,23 @@ class _Multipole(torch.autograd.Function):
 
 @custom_op("farfield::multipole", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, block: int, near: int, rank: int, sinks: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, block: int, near: int, rank: int, sinks: int, most: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _plan(q, k, v, Field(block, near, rank, sinks), scale).forward(q, k, v)
+    return _plan(q, k, v, Field(block, near, rank, sinks, most), scale).forward(q, k, v)
 
 
 @_forward.register_fake
-def _(q, k, v, block, near, rank, sinks, scale):
-    size = kept_parts(q.shape, k.shape, q.element_size(), Field(block, near, rank, sinks))[-1]
+def _(q, k, v, block, near, rank, sinks, most, scale):
+    size = kept_parts(q.shape, k.shape, q.element_size(), Field(block, near, rank, sinks, most))[-1]
     return q.new_empty(q.shape), q.new_empty(size, dtype=torch.uint8)
 
 
 @custom_op("farfield::multipole_backward", mutates_args=())
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor,
-    block: int, near: int, rank: int, sinks: int, scale: float,
+    block: int, near: int, rank: int, sinks: int, most: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _plan(q, k, v, Field(block, near, rank, sinks), scale).backward(d_out, q, k, v, out, kept)
+    return _plan(q, k, v, Field(block, near, rank, sinks, most), scale).backward(d_out, q, k, v, out, kept)
 
 
 @_backward.register_fake
@@ -215,7 +226,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_out, d_kept):
-    return *_backward(d_out, *ctx.saved_tensors, *ctx.about), None, None, None, None, None
+    return *_backward(d_out, *ctx.saved_tensors, *ctx.about), *[None] * len(ctx.about)
 
 
 def _refuse(ctx, *grads):

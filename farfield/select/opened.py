@@ -246,6 +246,9 @@ def score_loss(
     exact = exact @ k.detach().to(exact.dtype).repeat_interleave(repeat, 1).mT
     exact = exact.masked_fill(torch.arange(tokens, device=k.device) < lead, float("-inf"))
     total, many = x.sum() * 0, at.new_zeros(())
+    # the first block that is read at all
+    top = len(radius) - 1
+    nearest = (at // (block << top) - radius[top]).clamp(min=0) << top
     for height, level in enumerate(sketches):
         width, groups = block << height, level.rows.shape[2]
         own = torch.nn.functional.pad(exact, (0, groups * width - tokens), value=float("-inf"))
@@ -253,7 +256,8 @@ def score_loss(
         rows, bias = told("learned", [level])
         score = (x @ rows.repeat_interleave(repeat, 1).mT + bias[:, :, None]).unflatten(-1, (groups, -1))
         score = score.logsumexp(-1) if summed else score.amax(-1)
-        far = torch.arange(groups, device=k.device) < (at // width - radius[height])[:, None]
+        number = torch.arange(groups, device=k.device)
+        far = (number < (at // width - radius[height])[:, None]) & (number >= nearest[:, None] >> height)
         far = far & (level.count.sum(-1) > 0)[:, :, None]
         far = far & (far.sum(-1, keepdim=True) > 1)
         share, guess = (y.masked_fill(~far, float("-inf")).log_softmax(-1) for y in (own, score))

@@ -294,6 +294,7 @@ def multipole(
     near: int = 128,
     rank: int = 16,
     causal: bool = True,
+    levels: int | None = None,
     device: torch.device | str | None = None,
 ) -> Multipole:
     """Near field exact, far field through ever coarser groups: each (query, token) pair is covered exactly once.
@@ -307,6 +308,7 @@ def multipole(
         block: tokens of a query block, of a near block and of a group of level 1.
         near: exact tokens to each side at least; a multiple of `block`.
         rank: rows of a group; the far layout's lists name groups of the pyramid `summarize(rows, block, rank)`.
+        levels: how many there are at most; tokens beyond the last one's groups are not read. Default: all are read.
 
     Source: Fast Multipole Attention (Kang, Tran, De Sterck 2023, arXiv:2310.11960), the interaction lists;
     near > block is ours.
@@ -314,7 +316,7 @@ def multipole(
     _positive(tokens=tokens, block=block, near=near, rank=rank)
     blocks = -(-tokens // block)
     first, start = [], 0
-    for level in range(depth(blocks)):
+    for level in range(depth(blocks) if levels is None else min(levels, depth(blocks))):
         first.append(start)
         start += -(-blocks // 2**level)
     near_list, far_list = tree_lists(blocks, radii(near, block, len(first)), first, causal, device=device)
