@@ -192,8 +192,8 @@ def _before(
     masks, before, totals, row_blocks, words, span, spans, DOWN: tl.constexpr, ACROSS: tl.constexpr
 ):  # fmt: skip
     """Readers of each row block in the words of a span before each, and in the span."""
-    segment, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    m = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
+    segment, part = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    m = tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     carry = tl.zeros([ACROSS], tl.int32)
     for begin in range(part * span, tl.minimum(part * span + span, words), DOWN):
         w = begin + tl.arange(0, DOWN)
@@ -319,8 +319,9 @@ def counted(
     grid = -(-tokens // some), segments, max(-(-picks // wide), 1)
     launch(_mark, grid, index, count, masks, *sizes, TOKENS=some, PICKS=wide, LEFT=left)
     # one more than there are row blocks: the number of what is not used
+    # there may be more tiles than the second axis of a grid has places, 65,535
     launch(
-        _before, (segments, tiles, spans), masks, before, totals, row_blocks, words, span, spans, DOWN=down,
+        _before, (tiles, segments, spans), masks, before, totals, row_blocks, words, span, spans, DOWN=down,
         ACROSS=across,
     )  # fmt: skip
     lots = segments if apart else 1
