@@ -37,10 +37,13 @@ FIRST = (  # the rest of OWN is in the second: other pools, ranks, widths and nu
     f"{NEAR}/{OPENED}",
     f"{NEAR}/{OPENED},rope_share=0",
 )
+ALL_OPENED = "fma-opened:rank=4,near=128,open=16,beam=32,detail=16,score=mean"  # 16 groups in every layer
+HELD_BESIDE = ("full", NEAR, f"{NEAR}/{OPENED}", f"{NEAR}/{OPENED},rope_share=0", ALL_OPENED)
 SUPERSEDED = "fma-opened:rank=4,near=128,open=4,beam=16,detail=16,score=mean"  # by fma with the same options
 SHORT = RESULTS / "compare-mechanisms.json"  # all mechanisms, with a quarter of the bytes
 LONG = RESULTS / "compare-csource-long.json"  # twice the bytes
 PASSED = RESULTS / "recall-passkey.json"
+PASSED_LONG = RESULTS / "recall-passkey-long.json"  # twice the steps
 BESIDE = ("full", "fma:rank=16,near=128", "window:width=512")  # models that the others are shown beside
 NOVELS = RESULTS / "compare-novels.json"  # five novels, and one held out
 REREAD = RESULTS / "compare-csource-lengths.json"  # models of COMPARED read with other fields
@@ -68,14 +71,17 @@ def name(label: str) -> str:
         # the control's means were rounded to bfloat16, its peaks not
         said += " by rounded means" if kind == "fma-opened" and options.get("score") == "mean" else ""
         said += f", sketches of {options['detail']}" if options.get("detail", "16") != "16" else ""
-        return said if options.get("rank") == "4" else f"{said}, {_rows(options.get('rank', '16'))} a group"
+        said += f", near {options['near']}" if options.get("near", "128") != "128" else ""
+        said += f", {_rows(options.get('rank', '16'))} a group" if options.get("rank") != "4" else ""
+        return f"{said}, {options['hold']} queries together" if "hold" in options else said
     if kind == "window":
         return f"window {options['width']}"
     if kind == "near-field":
         near = options.get("near", "128")
         return "near field alone" if near == "128" else f"near field alone, near {near}"
     if kind == "fma":
-        more = [f"{_rows(options['rank'])} a group"] if options.get("rank", "16") != "16" else []
+        more = [f"blocks of {options['block']}"] if "block" in options else []
+        more += [f"{_rows(options['rank'])} a group"] if options.get("rank", "16") != "16" else []
         more += [f"near {options['near']}"] if options.get("near", "128") != "128" else []
         more += [options["pool"]] if "pool" in options else []
         return ", ".join(["fma", *more])
@@ -101,8 +107,13 @@ def of_fma(found: Models) -> dict[str, Mapping[str, Any]]:
 
 def swept(found: Models) -> dict[str, Mapping[str, Any]]:
     """FMA with other options, and what it is shown beside."""
-    apart = (*FIRST, SUPERSEDED)
+    apart = {*FIRST, SUPERSEDED, *held(found)} - {ALL_OPENED}
     return {label: m for label, m in found.items() if label in FRAME or (m["attention"] in OWN and label not in apart)}
+
+
+def held(found: Models) -> dict[str, Mapping[str, Any]]:
+    """FMA with less choosing: queries that choose together, coarser sketches, and what they are shown beside."""
+    return {label: m for label, m in found.items() if label in HELD_BESIDE or "hold=" in label or "detail=8" in label}
 
 
 def others(found: Models) -> dict[str, Mapping[str, Any]]:
@@ -110,12 +121,15 @@ def others(found: Models) -> dict[str, Mapping[str, Any]]:
     return {label: m for label, m in found.items() if m["attention"] not in OWN or label in BESIDE}
 
 
-def scores(found: Models, before: Models = MappingProxyType({})) -> str:
-    """Bits per byte by position and by repeat, each seed's where there are several. `before`: after fewer bytes."""
+def scores(found: Models, before: Models = MappingProxyType({}), n: int = 8192) -> str:
+    """Bits per byte by position in windows of n and by repeat, each seed's where there are several.
+
+    `before`: after fewer bytes.
+    """
     share = {bucket: part for bucket, _, part in next(iter(found.values()))["by_repeat"]}
     # from the near field alone to full attention, where a comparison has both
     closed = any(m.get("gap") is not None for m in found.values())
-    headings = ["attention", "rows", *["10.6 M bytes"] * bool(before), "all", "first 512", "from 4,096"]
+    headings = ["attention", "rows", *["10.6 M bytes"] * bool(before), "all", f"first {n // 16:,}", f"from {n // 2:,}"]
     headings += ["gap closed"] * closed
     headings += [f"{b} ({share.get(b, 0):.0%})" for b in BUCKETS]
     body = []
@@ -171,13 +185,13 @@ def reread(path: Path = REREAD) -> str:
     return _read({at: " / ".join(each) for at, each in sorted(rows.items())})
 
 
-def found_again(start: str, length: int, path: Path = REREAD) -> dict[str, dict[str, Any]]:
-    """By label, the last that was found in windows of this length with fields whose name starts so."""
+def found_again(read: str, length: int, path: Path = REREAD) -> dict[str, dict[str, Any]]:
+    """By label, the last that was found in windows of this length with fields of this name, in all layers."""
     found = json.loads(path.read_text(encoding="utf-8"))
     return {
         part["checkpoint"][1]: x
         for key, part in found.items() if key != "env" for x in part["found"]
-        if x["group"] == "length" and x["length"] == length and x["label"].startswith(start)
+        if x["group"] == "length" and x["length"] == length and x["label"].removesuffix(" in all layers") == read
     }  # fmt: skip
 
 
@@ -218,6 +232,18 @@ def choices(part: str = "choice", path: Path = REREAD) -> str:
     return table(["read with", "rows", "all", *BUCKETS], body)
 
 
+def reread_together(path: Path = REREAD) -> str:
+    """Models trained with one number of queries that choose together, read with others."""
+    read: dict[str, dict[str, float]] = {}
+    for model, _, scored in _parts(path):
+        for x in scored:
+            if x["group"] == "choice" and x.get("overall") is not None and x["label"].startswith("hold="):
+                read.setdefault(model, {})[x["label"]] = x["overall"]
+    several = sorted({label for at in read.values() for label in at if "," not in label}, key=lambda x: int(x[5:]))
+    body = [[model, *(_bits(at.get(label)) for label in several)] for model, at in read.items()]
+    return table(["attention", *(f"read with {label}" for label in several)], body)
+
+
 def answers(path: Path = ASKED) -> str:
     """Share of right answers by length."""
     found = recall.merged(json.loads(path.read_text(encoding="utf-8")))
@@ -244,12 +270,15 @@ def asked(path: Path = REASKED) -> str:
 def written() -> dict[str, str]:
     """Every table by the name of its spot."""
     compared, mechanisms, novels = of_fma(models()), others(models()), models(NOVELS)
-    longer = models(LONG)
+    longer, together = models(LONG), held(models())
     return {
         "scores": scores(compared),
         "copies": copies(compared),
         "swept": scores(swept(models())),
         "swept-copies": copies({label: m for label, m in swept(models()).items() if label not in FIRST}),
+        "held": scores(together),
+        "held-copies": copies(together),
+        "held-read": reread_together(),
         "longer": scores(longer),
         "longer-copies": copies(longer),
         "lengths": lengths(compared),
@@ -264,6 +293,7 @@ def written() -> dict[str, str]:
         "asked": asked(),
         "answers": answers(),
         "passed": answers(PASSED),
+        "passed-longer": answers(PASSED_LONG),
     }
 
 
