@@ -50,7 +50,7 @@ from farfield.ops.append import Append
 from farfield.ops.attend import Call, Plan
 from farfield.ops.choose import Scoring
 from farfield.ops.lists import recent_sizes
-from farfield.ops.multipole import Field, tree_of
+from farfield.ops.multipole import LEVELS, Field, tree_of
 from farfield.ops.opened import SCORES
 from farfield.ops.opened import Plan as OpenedPlan
 from farfield.ops.pool import Tree
@@ -284,9 +284,9 @@ def pooling(case, tokens=5000):
     pool.backward(k, v, far_k, far_v, far_k if learned else none, far_v if learned else none, filters, tokens, tree)
 
 
-def reading(tokens=5000, dtype="bf16", width=64, block=64, near=64, rank=4):
+def reading(tokens=5000, dtype="bf16", width=64, block=64, near=64, rank=4, most=LEVELS):
     """FMA's forward where its kernel knows the tree."""
-    tree = tree_of(tokens, Field(block, near, rank, 0))
+    tree = tree_of(tokens, Field(block, near, rank, 0, most))
     q, k = (empty(1, heads, tokens, width, dtype=DTYPES[dtype]) for heads in (4, 2))
     far = empty(1, 2, tree.rows, width, dtype=DTYPES[dtype])
     assert multipole_hopper.wants(q, near, tree)
@@ -505,6 +505,10 @@ LAUNCHES = {
         for width in (64, 128)
     },
     "tree-fp16": lambda: reading(dtype="fp16"),
+    # with a horizon
+    "tree-cut-64": lambda: reading(most=3),
+    "tree-cut-m128-128": lambda: reading(5000, "bf16", 128, 128, 128, 16, 3),
+    "tree-cut-near-128-64": lambda: reading(5000, "bf16", 64, 64, 128, 16, 3),
     "walk": walking,
     "walk-fp16": lambda: walking(dtype="fp16"),
     "walk-long": lambda: walking(100_000),
@@ -597,7 +601,7 @@ FEW = (
     "forward-fma-fp32-256", "forward-everything-fp32",
     "backward-fma-64", "backward-fma-128", "backward-blocks64-128", "backward-blocks128-128",
     "decode-1", "decode-64", "decode-64-whole", "decode-fp32", "pool-64-m64-p4", "tree-m64-128", "tree-m128-64",
-    "tree-m128-128", "tree-near-128-64", "walk", "walk-long", "walk-128",
+    "tree-m128-128", "tree-near-128-64", "tree-cut-64", "walk", "walk-long", "walk-128",
     "walk-halves-64-100000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
     "append-sinks-rotary", "opened-step-4",
     "forward-sorted-128", "sorting-both",
@@ -647,7 +651,9 @@ def test_matrix_products_run_on_the_tensor_cores(name):
     assert launches[-1].count("HGMMA") >= 2
 
 
-@pytest.mark.parametrize("name", ["tree-m64-64", "tree-m64-128", "tree-m128-64", "tree-m128-128"])
+@pytest.mark.parametrize(
+    "name", ["tree-m64-64", "tree-m64-128", "tree-m128-64", "tree-m128-128", "tree-cut-64", "tree-cut-m128-128"]
+)
 def test_products_do_not_wait_for_each_other(name):
     """The compiler puts a wait behind every product of a kernel where one of its parts does not suit it."""
     with compiled.recording() as launches:
@@ -693,6 +699,7 @@ AT_LENGTH = {
     "tree": reading,
     "tree-m128": lambda n: reading(max(n, 257), block=128, near=128, rank=16),
     "tree-near-128": lambda n: reading(max(n, 193), near=128, rank=16),
+    "tree-cut": lambda n: reading(max(n, 257), most=1),
     # one kernel for up to 64 far rows, and one for more
     "walk": walking,
     "walk-128": lambda n: walking(n, width=128),

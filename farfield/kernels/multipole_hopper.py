@@ -44,17 +44,22 @@ def _place(item, items, blocks, heads, TILES: gl.constexpr):
 
 
 @gluon.jit
-def _far_tiles(n, RANK: gl.constexpr, RADIUS: gl.constexpr):
+def _far_tiles(n, most, RANK: gl.constexpr, RADIUS: gl.constexpr, CUT: gl.constexpr):
     """Tiles of 64 far rows that block n reads: on each level below that of its highest bit one group or two.
 
-    Where two blocks before n are read one by one, it is one group less of the lowest level.
+    Where two blocks before n are read one by one, it is one group less of the lowest level. CUT: `most` levels at most.
     """
     levels = 31 - gl.inline_asm_elementwise("clz.b32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=True, pack=1)
+    below = n
+    if CUT:
+        levels = gl.minimum(levels, most)
+        highest = 1 << gl.maximum(levels, 0)
+        below = n & (highest - 1) | highest
     if RANK < 8:
         # both groups of a level are a box
         rows = gl.maximum(levels, 0) * (2 * RANK)
     else:
-        ones = gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=True, pack=1)
+        ones = gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [below], dtype=gl.int32, is_pure=True, pack=1)
         rows = gl.maximum(levels + ones - RADIUS, 0) * RANK
     return (rows + 63) // 64
 
@@ -92,7 +97,9 @@ def _gather(far, tile, full, b, g, n, level, second, begin, size, far_rows, RANK
 
 
 @gluon.jit
-def _counts(n, level, second, log_segment, column, RANK: gl.constexpr, RADIUS: gl.constexpr):
+def _counts(
+    n, level, second, log_segment, most, column, RANK: gl.constexpr, RADIUS: gl.constexpr, CUT: gl.constexpr
+):  # fmt: skip
     """log2 of the tokens that each of 64 far rows stands for; -inf for those that block n does not read."""
     if RANK < 8:
         of = level + column // (2 * RANK)
@@ -103,14 +110,16 @@ def _counts(n, level, second, log_segment, column, RANK: gl.constexpr, RADIUS: g
             of = gl.where(column // RANK == i, level, of)
             level, second, _, _ = _after(n, level, second, 0, 0, RANK, RADIUS)
         there = n >> (of + 1) > 0
+    if CUT:
+        there = there & (of < most)
     return gl.where(there, (of + log_segment).to(gl.float32), float("-inf"))
 
 
 @gluon.jit
 def _load(
-    q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment,
+    q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment, most,
     REPEAT: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, RANK: gl.constexpr,
-    RADIUS: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    RADIUS: gl.constexpr, CUT: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values, by one warp: the values of 64 rows after the keys of the next."""
     tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
@@ -137,7 +146,7 @@ def _load(
         # its own block up to its last query, the block before, far rows
         own = (tile + 1) * GROUPS
         near = own + gl.minimum(n, RADIUS) * (BLOCK // 64)
-        count = near + _far_tiles(n, RANK, RADIUS)
+        count = near + _far_tiles(n, most, RANK, RADIUS, CUT)
         level, second, begin, size = 0, 0, 0, done
         if RADIUS == 2:
             # nor does an even block read any of it
@@ -153,7 +162,8 @@ def _load(
                 mbarrier.expect(full, BYTES)
                 tma.async_copy_global_to_shared(k, [b, g, row, 0], full, tiles.index(K0 + s))
             else:
-                counts.index(s).store(_counts(n, level, second, log_segment, column, RANK, RADIUS).to(counts.dtype))
+                told = _counts(n, level, second, log_segment, most, column, RANK, RADIUS, CUT)
+                counts.index(s).store(told.to(counts.dtype))
                 sync()
                 mbarrier.expect(full, BYTES)
                 level, second, begin, size = _gather(
@@ -206,9 +216,9 @@ def _skip(k_full, k_empty, v_full, v_empty, step, KS: gl.constexpr, VS: gl.const
 
 @gluon.jit
 def _compute(
-    out, lse, rings, items, blocks, heads, tokens, scale,
+    out, lse, rings, items, blocks, heads, tokens, most, scale,
     GROUP: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, RANK: gl.constexpr,
-    RADIUS: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    RADIUS: gl.constexpr, CUT: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
 ):  # fmt: skip
     tiles, counts, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     D: gl.constexpr = tiles.shape[4]
@@ -268,7 +278,7 @@ def _compute(
             acc = acc * gl.convert_layout(fade, of_value)[:, None]
             operand = gl.convert_layout(weights.to(tiles.dtype), left)
             last = step
-        for _ in range(_far_tiles(n, RANK, RADIUS)):
+        for _ in range(_far_tiles(n, most, RANK, RADIUS, CUT)):
             step += 1
             product, summed = _begin(queries, operand, acc, tiles, k_full, v_full, step, last, score, K0, KS, VS)
             scores = warpgroup_mma_wait(1, deps=[product])
@@ -312,11 +322,11 @@ def _compute(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["items", "blocks", "heads", "tokens", "done", "far_rows"])
+@gluon.jit(do_not_specialize=["items", "blocks", "heads", "tokens", "done", "far_rows", "most"])
 def multipole_hopper(
-    q, k, v, far_k, far_v, out, lse, items, blocks, heads, tokens, done, far_rows, log_segment, scale,
+    q, k, v, far_k, far_v, out, lse, items, blocks, heads, tokens, done, far_rows, log_segment, most, scale,
     REPEAT: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, RANK: gl.constexpr,
-    RADIUS: gl.constexpr, D: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    RADIUS: gl.constexpr, CUT: gl.constexpr, D: gl.constexpr, QS: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
     COMPUTING: gl.constexpr, LOADING: gl.constexpr,
 ):  # fmt: skip
     # queries, keys, values
@@ -334,24 +344,27 @@ def multipole_hopper(
     if GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
-                out, lse, rings, items, blocks, heads, tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
+                out, lse, rings, items, blocks, heads, tokens, most, scale,
+                0, BLOCK, TILES, GROUPS, RANK, RADIUS, CUT, QS, KS, VS,
             )),
             (_load, (
-                q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment,
-                REPEAT, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
+                q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment, most,
+                REPEAT, BLOCK, TILES, GROUPS, RANK, RADIUS, CUT, QS, KS, VS,
             )),
         ], [1], [LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute, (
-                out, lse, rings, items, blocks, heads, tokens, scale, 0, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
+                out, lse, rings, items, blocks, heads, tokens, most, scale,
+                0, BLOCK, TILES, GROUPS, RANK, RADIUS, CUT, QS, KS, VS,
             )),
             (_compute, (
-                out, lse, rings, items, blocks, heads, tokens, scale, 1, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
+                out, lse, rings, items, blocks, heads, tokens, most, scale,
+                1, BLOCK, TILES, GROUPS, RANK, RADIUS, CUT, QS, KS, VS,
             )),
             (_load, (
-                q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment,
-                REPEAT, BLOCK, TILES, GROUPS, RANK, RADIUS, QS, KS, VS,
+                q, k, v, far_k, far_v, rings, items, blocks, heads, done, far_rows, log_segment, most,
+                REPEAT, BLOCK, TILES, GROUPS, RANK, RADIUS, CUT, QS, KS, VS,
             )),
         ], [4, 1], [COMPUTING, LOADING])  # fmt: skip
 
@@ -389,10 +402,8 @@ TILES = {
 
 
 def wants(q: Tensor, near: int, tree: Tree) -> bool:
-    """Whether this kernel takes what ops.multipole does: all of it, without sinks, where the sizes have tiles."""
-    radius = near // tree.block
-    whole = reaches(tree.levels, tree.blocks + 1 + radius, radius)
-    return whole and tree.lo == 0 and (q.shape[3], tree.block, near, tree.rank) in TILES
+    """Whether this kernel takes what ops.multipole does: a near field and groups that have tiles, no sinks."""
+    return tree.lo == 0 and (q.shape[3], tree.block, near, tree.rank) in TILES
 
 
 def forward(
@@ -405,14 +416,16 @@ def forward(
     tiles = TILES[width, block, near, rank]
     parts, blocks = block // (64 * tiles.groups), -(-tokens // block)
     items = batch * heads * blocks * parts
+    radius = near // block
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     start(
         multipole_hopper, (min(items, processors(q.device) * tiles.programs),),
         *(descriptor(x, 64) for x in (q, k, v)), *(_boxes(x, 2 * rank if rank < 8 else rank) for x in (far_k, far_v)),
         descriptor(out, 64), lse, items, blocks, heads, tokens, tree.blocks, far_k.shape[2],
-        (block // rank).bit_length() - 1, scale,
+        (block // rank).bit_length() - 1, tree.levels, scale,
         REPEAT=heads // k.shape[1], BLOCK=block, TILES=parts, GROUPS=tiles.groups, RANK=rank,
-        RADIUS=near // block, D=width, QS=tiles.q_stages, KS=tiles.k_stages, VS=tiles.v_stages,
+        RADIUS=radius, CUT=not reaches(tree.levels, blocks, radius), D=width,
+        QS=tiles.q_stages, KS=tiles.k_stages, VS=tiles.v_stages,
         COMPUTING=(3 * (tiles.registers or 168) - tiles.loading) // 16 * 8, LOADING=tiles.loading,
         num_warps=4, **bounds,
     )  # fmt: skip

@@ -5,14 +5,14 @@ dtype, of which the second is what the first has lost, so that a score is off by
 scale sum_c |q_c mean_c| in bfloat16. A program adds up the segments of a piece of the sequence, and of these further
 levels while there are rows; what is left is a launch or two for pieces of pieces.
 
-Search, from the coarsest level whose groups cannot all be kept: a query's candidates are the children of the groups
-that it has kept one level above, and of the first group behind these that is no far one. On the upper levels, where
-groups are few, one launch scores all of them for every query, and one finds each query's best, level by level. Of the
-levels below two launches each do so. One scores candidates only, a program holding the children of one parent and going
-through the queries that look into it: as many products as there are candidates. One keeps each query's best, by
-looking for a number that as many scores reach as are kept: no sort, and ties go to the lower group. Who looks into a
-parent is a bit for each query, set by an integer *or*, which comes out the same in any order. A query's choice follows
-from its own scores alone.
+Search, from the coarsest level whose groups cannot all be kept, or where the tree ends early, from there: a query's
+candidates are the children of the groups that it has kept one level above, and of the first group behind these that is
+no far one. On the upper levels, where groups are few, one launch scores all of them for every query, and one finds each
+query's best, level by level. Of the levels below two launches each do so. One scores candidates only, a program holding
+the children of one parent and going through the queries that look into it: as many products as there are candidates.
+One keeps each query's best, by looking for a number that as many scores reach as are kept: no sort, and ties go to the
+lower group. Who looks into a parent is a bit for each query, set by an integer *or*, which comes out the same in any
+order. A query's choice follows from its own scores alone.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ COLUMNS = 128  # rows of sketches that queries meet at a time there
 CLEARED = 4096
 PROGRAMS = 2112  # that score at once, each with a list of its own in memory
 RUNS = 1 << 14  # queries of a search: their scores are in memory
+WIDEST = 256  # groups of the coarsest level up to which as many queries are searched for
 
 
 class Sketches(NamedTuple):
@@ -64,6 +65,12 @@ def _counted(first, size, sinks):
 def _far(n, height, radius):
     """How many groups of a level lie before the neighbours of block n's."""
     return tl.maximum((n >> height) - ((radius + (1 << height) - 1) >> height), 0)
+
+
+@triton.jit
+def _low(n, height, levels, radius):
+    """The first group of a level that block n reads anything of: the tree ends at `levels`."""
+    return _far(n, levels, radius) << (levels - height)
 
 
 @triton.jit
@@ -233,14 +240,14 @@ def means(
     _store_means(high, low, to, total3, number, (row < many3)[:, None] & wide)
 
 
-VARIES = ["heads", "runs", "begin", "hold", "words", "height", "blocks", "radius", "sinks", "beam"]
+VARIES = ["heads", "runs", "begin", "hold", "words", "height", "blocks", "levels", "radius", "sinks", "beam"]
 
 
 @triton.jit(do_not_specialize=[*VARIES, "parents", "below", "split", "all_rows", "total", "q_b", "q_h", "q_t"])
 def score_children(
     q, high, low, kept, bits, next_bits, scores, readers,
-    heads, runs, begin, hold, words, height, blocks, radius, sinks, beam, parents, below, split, all_rows, total,
-    q_b, q_h, q_t, scale,
+    heads, runs, begin, hold, words, height, blocks, levels, radius, sinks, beam, parents, below, split, all_rows,
+    total, q_b, q_h, q_t, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     STEPS: tl.constexpr, TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr,
@@ -293,8 +300,11 @@ def score_children(
         neighbours = own - first
         filled = neighbours
         tl.debug_barrier()
+        # those from `ends` on do not reach back to it
+        ends = ((parent >> (levels - height - 1)) + ((radius + (1 << levels) - 1) >> levels) + 1) << levels
+        ends = tl.minimum(stop, (tl.maximum(ends * (BLOCK // hold) - begin, 0) + 31) // 32)
         # the last one is nobody's but as a neighbour, and has no bits
-        for w in range(own // 32, tl.where(parent + 1 < parents, stop, 0), WORDS):
+        for w in range(own // 32, tl.where(parent + 1 < parents, ends, 0), WORDS):
             at = w + span
             word = tl.load(bits + (unit * parents + parent) * words + at, mask=at < stop, other=0)
             many = _ones(word)
@@ -310,7 +320,8 @@ def score_children(
         for some in range(neighbours, filled, WORDS):
             inside = some + span < filled
             i = tl.load(readers + some + span, mask=inside, other=0)
-            known = tl.minimum(_far((begin + i) * hold // BLOCK, height + 1, radius), beam)
+            n = (begin + i) * hold // BLOCK
+            known = tl.minimum(_far(n, height + 1, radius) - _low(n, height + 1, levels, radius), beam)
             slot = tl.zeros([WORDS], tl.int32)
             for half in tl.static_range(STEPS):
                 probe = slot + (SLOTS >> (half + 1))
@@ -356,6 +367,7 @@ def score_children(
         "bottom",
         "top",
         "blocks",
+        "levels",
         "radius",
         "sinks",
         "width",
@@ -369,7 +381,8 @@ def score_children(
 )
 def score_every(
     q, high, low, scores,
-    heads, runs, begin, hold, bottom, top, blocks, radius, sinks, width, tiles, units, all_rows, q_b, q_h, q_t, scale,
+    heads, runs, begin, hold, bottom, top, blocks, levels, radius, sinks, width, tiles, units, all_rows,
+    q_b, q_h, q_t, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     TWICE: tl.constexpr, SUM: tl.constexpr,
@@ -411,10 +424,12 @@ def score_every(
     size = (BLOCK // DETAIL) << height
     number = tl.where(there, _counted((group * DETAIL + column) * size, size, sinks), 0).to(tl.float32)
     more = tl.where(number > 0, tl.log(tl.maximum(number, 1.0)), float("-inf"))
-    # of groups that are far for none of a tile's queries nobody asks
+    # of groups that are far for none of a tile's queries, or too far for all, nobody asks
     reach = (radius + (1 << height) - 1) >> height
     first = tl.maximum(((group + reach + 1) << height) * BLOCK // hold - begin, 0) // BT
-    for tile in range(first + tl.program_id(1), tiles, tl.num_programs(1)):
+    ends = ((group + GROUPS - 1) >> (levels - height)) + ((radius + (1 << levels) - 1) >> levels) + 1
+    ends = (tl.maximum((ends << levels) * BLOCK // hold - begin, 0) + BT - 1) // BT
+    for tile in range(first + tl.program_id(1), tl.minimum(tiles, ends), tl.num_programs(1)):
         i = tile * BT + spot
         asked = (i < runs) & (r < STACK)
         q_at = (b * q_b + (u * STACK + r) * q_h + i.to(tl.int64) * q_t)[:, None] * D_UNIT + dims
@@ -583,13 +598,13 @@ def _mark(bits, parents, words, unit, i, parent, above, chosen0, chosen1, chosen
     tl.atomic_or(bits + (2 * above + 1) * far, bit, mask=chosen3, sem="relaxed")
 
 
-DOWN = ["runs", "begin", "hold", "words", "top", "bottom", "radius", "beam", "all_runs", "picks", "tiles", "parents"]
+DOWN = ["runs", "begin", "hold", "words", "top", "bottom", "levels", "radius", "beam", "all_runs", "picks", "tiles"]
 
 
-@triton.jit(do_not_specialize=[*DOWN, "width"])
+@triton.jit(do_not_specialize=[*DOWN, "parents", "width"])
 def descend(
     scores, kept, bits, leaves, count,
-    runs, begin, hold, words, top, bottom, radius, beam, all_runs, picks, tiles, parents, width,
+    runs, begin, hold, words, top, bottom, levels, radius, beam, all_runs, picks, tiles, parents, width,
     STACK: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Each query's best groups level by level where all are scored: the parents below, or at the end the leaves.
@@ -605,13 +620,13 @@ def descend(
     n, last = (begin + i) * hold // BLOCK, (begin + runs - 1) * hold // BLOCK
     kept += (unit * runs + i) * SLOTS
     # at first whatever is far is kept
-    tl.store(kept[None, :] + slot, tl.broadcast_to(slot, [SLOTS, BT]), mask=inside[None, :])
+    tl.store(kept[None, :] + slot, slot + _low(n, top, levels, radius)[None, :], mask=inside[None, :])
     base = width
     for turn in range(top - bottom):
         height = top - 1 - turn
         base -= _far(last, height + 1, radius) + 1
         here, above = _far(n, height, radius), _far(n, height + 1, radius)
-        kept_now, listed = tl.minimum(above, beam), here - 2 * above
+        kept_now, listed = tl.minimum(above - _low(n, height + 1, levels, radius), beam), here - 2 * above
         valid = (slot < kept_now[None, :]) & inside[None, :]
         tl.debug_barrier()
         parent = tl.load(kept[None, :] + slot, mask=valid, other=0)
@@ -633,7 +648,7 @@ def descend(
 @triton.jit(do_not_specialize=[*VARIES, "all_runs", "picks", "tiles", "parents"])
 def keep_best(
     scores, kept, next_kept, next_bits, leaves, count,
-    heads, runs, begin, hold, words, height, blocks, radius, sinks, beam, all_runs, picks, tiles, parents,
+    heads, runs, begin, hold, words, height, blocks, levels, radius, sinks, beam, all_runs, picks, tiles, parents,
     STACK: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Each query's best children by their scores, ascending: the next parents, or at the end the leaves.
@@ -647,7 +662,7 @@ def keep_best(
     inside = i < runs
     n = (begin + i) * hold // BLOCK
     here, above = _far(n, height, radius), _far(n, height + 1, radius)
-    kept_now, listed = tl.minimum(above, beam), here - 2 * above
+    kept_now, listed = tl.minimum(above - _low(n, height + 1, levels, radius), beam), here - 2 * above
     valid = (slot < kept_now[None, :]) & inside[None, :]
     parent = tl.load(kept + ((unit * runs + i) * SLOTS)[None, :] + slot, mask=valid, other=0)
     most = tl.minimum(2 * kept_now + listed, picks if LAST else beam)
@@ -725,8 +740,10 @@ def choose(
     asking, q_at = _dense(asking)
     unit = _unit(asking, width, *q_at)
     about = [n // unit for n in q_at], unit, kv_heads
-    for begin in range(0, runs, RUNS):
-        here, *found = (x[:, :, begin : begin + RUNS] for x in (asking, leaves, count))
+    # of a tree that ends early many groups are the coarsest, each with a score for every query
+    step = -(-RUNS // min(max((tree.blocks >> tree.levels) // WIDEST, 1), 16))
+    for begin in range(0, runs, step):
+        here, *found = (x[:, :, begin : begin + step] for x in (asking, leaves, count))
         _search(here, sketches, tree, plan, scale, first + begin, *about, *found, runs)
     return leaves, count
 
@@ -743,21 +760,26 @@ def _search(
     stack_tile, slots, words = padded(stack, 1), padded(beam), -(-runs // 32)
     last = (begin + runs - 1) * hold // tree.block
     far = [max((last >> h) - ((radius + (1 << h) - 1) >> h), 0) for h in range(tree.levels + 1)]
-    top = next(h for h in range(1, tree.levels + 1) if far[h] <= beam)
+    # the far groups of a level that a query reads anything of are no more than `seen`
+    reach = radius + (1 << tree.levels) - 1 >> tree.levels
+    seen = [((reach + 1) << tree.levels - h) - (radius + (1 << h) - 1 >> h) - 1 for h in range(tree.levels + 1)]
+    top = next(h for h in range(1, tree.levels + 1) if min(far[h], seen[h]) <= beam)
     new = leaves.new_empty
     kept = [new(units, runs, slots) for _ in range(2)]
     stacked = max(ROWS, stack_tile)
     shape = width, padded(width), unit, stacked
-    pairs = [far[h + 1] + 1 for h in range(top)]
     few = max(FEW * slots // 16, min(MANY, SCORED // runs))
+    # where the tree ends early: a higher level has fewer groups, though none of them is kept
+    top = next(h for h in range(top, tree.levels + 1) if far[h] < few or far[h] <= beam or h == tree.levels)
+    pairs = [far[h + 1] + 1 for h in range(top)]
     bottom = next(h for h in range(top) if pairs[h] <= few or h == top - 1)
     every = new((units, stack, sum(pairs[bottom:]), runs, 2), dtype=torch.float32)
     groups = max(2, COLUMNS // detail)
     tiles, chunks = -(-runs // (stacked // stack_tile)), sum(-(-2 * n // groups) for n in pairs[bottom:])
     start(
         score_every, (chunks * units, max(1, min(tiles, PROGRAMS // (chunks * units)))),
-        q, sketches.high, sketches.low, every, heads, runs, begin, hold, bottom, top, tree.blocks, radius, tree.lo,
-        every.shape[2], tiles, units, sketches.high.shape[2], *q_at, scale,
+        q, sketches.high, sketches.low, every, heads, runs, begin, hold, bottom, top, tree.blocks, tree.levels,
+        radius, tree.lo, every.shape[2], tiles, units, sketches.high.shape[2], *q_at, scale,
         stack, stack_tile, heads // kv_heads, tree.block, detail, *shape, groups, sketches.twice, bool(summed),
         num_warps=WARPS, num_stages=2,
     )  # fmt: skip
@@ -771,8 +793,8 @@ def _search(
         start(clear, (-(-many // CLEARED),), bits[1], many, SIZE=CLEARED)
     start(
         descend, (tiles * units,),
-        every, kept[0], bits[1], leaves, count, runs, begin, hold, words, top, bottom, radius, beam, all_runs, picks,
-        tiles, below, every.shape[2], stack, tree.block, size, slots, LAST=bottom == 0, num_warps=1,
+        every, kept[0], bits[1], leaves, count, runs, begin, hold, words, top, bottom, tree.levels, radius, beam,
+        all_runs, picks, tiles, below, every.shape[2], stack, tree.block, size, slots, LAST=bottom == 0, num_warps=1,
     )  # fmt: skip
     scores = new((units, stack, slots + 1, runs, 2), dtype=torch.float32) if bottom else every
     for turn, height in enumerate(reversed(range(bottom))):
@@ -784,7 +806,7 @@ def _search(
         split = -(-split // 32) * 32
         total *= -(-runs // split)
         programs = min(PROGRAMS, total)
-        numbers = heads, runs, begin, hold, words, height, tree.blocks, radius, tree.lo, beam
+        numbers = heads, runs, begin, hold, words, height, tree.blocks, tree.levels, radius, tree.lo, beam
         start(
             score_children, (programs,),
             q, sketches.high, sketches.low, kept[turn % 2], bits[0], bits[1], scores, new(programs, 2 * split),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from farfield.kernels.append import _complete, _slot
 from farfield.kernels.attend import padded
-from farfield.kernels.opened_search import _counted, _far
+from farfield.kernels.opened_search import _counted, _far, _low
 from farfield.ops.opened_step import Plan, Step
 
 ROWS = 256  # of sketches that a program scores at a time
@@ -216,10 +216,10 @@ def _list(
 
 
 @triton.jit
-def _top(n, beam, RADIUS: tl.constexpr):
+def _top(n, beam, RADIUS: tl.constexpr, LEVELS: tl.constexpr):
     """The lowest level above the first of which all far groups can be kept."""
     top = 1
-    while _far(n, top, RADIUS) > beam:
+    while _far(n, top, RADIUS) - _low(n, top, LEVELS, RADIUS) > beam:
         top += 1
     return top
 
@@ -259,8 +259,9 @@ def open_step(
         sketches += (b * HEADS + g) * all_rows * D
         q += b * q_b + u * STACK * q_h
         # at first whatever is far is kept
-        top = _top(n, beam, RADIUS)
-        held, many, before = tl.arange(0, SLOTS), _far(n, top, RADIUS), _rows_before(blocks, top, DETAIL)
+        top = _top(n, beam, RADIUS, LEVELS)
+        low = _low(n, top, LEVELS, RADIUS)
+        held, many, before = low + tl.arange(0, SLOTS), _far(n, top, RADIUS) - low, _rows_before(blocks, top, DETAIL)
         for turn in range(top):
             height = top - 1 - turn
             before -= (blocks >> height) * DETAIL
@@ -306,10 +307,11 @@ def open_level(
         n = (tl.minimum(t, capacity - 1) // BLOCK).to(tl.int32)
         sketches += (b * HEADS + g) * all_rows * D
         q += b * q_b + u * STACK * q_h
-        top = _top(n, beam, RADIUS)
-        held, many = slot, _far(n, tl.maximum(top, height + 1), RADIUS)
+        top = _top(n, beam, RADIUS, LEVELS)
+        begin = top if FIRST else tl.maximum(top, height + 1)
+        low = _low(n, begin, LEVELS, RADIUS)
+        held, many = low + slot, _far(n, begin, RADIUS) - low
         if FIRST:
-            many = _far(n, top, RADIUS)
             before = _rows_before(blocks, top, DETAIL)
             for turn in range(top - 1 - height):
                 above = top - 1 - turn

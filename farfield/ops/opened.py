@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.library import custom_op
 
 from farfield.ops.eager import eager, recorded
-from farfield.ops.multipole import reaches
 from farfield.ops.pool import Tree
 
 SCORES = ("peak", "mean")  # of select.opened.SCORES, those that there are kernels for
@@ -55,9 +54,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | No
         return f"take blocks of 64 and 128, ranks and sketches of powers of two, got {tree.block} and {tree.rank}"
     if max(plan.picks, plan.beam) > MOST or q.shape[1] // k.shape[1] > MOST:
         return f"take {MOST} groups and query heads of a key head at most"
-    radius = plan.near // tree.block
-    if not reaches(tree.levels, tree.blocks + 1 + radius, radius):
-        return f"take sequences up to their horizon, here {tree.levels} levels"
     if not tree.complete or not q.shape[0] * q.shape[1]:
         return "take causal sequences, at least one of them"
     if tree.levels > LEVELS and plan.hold % TILE:

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farfield.ops.multipole import reaches
-
 SCORES = ("box", "ball", "peak", "mean", "learned")  # those of select.opened
 
 
@@ -102,8 +100,6 @@ def refusal(q: Tensor, step: Step) -> str | None:
         return f"takes means, not score={SCORES[plan.score]!r}"
     if plan.detail & (plan.detail - 1) or plan.beam > 127:
         return f"takes sketches of powers of two and a beam of 127 at most, got {plan.detail} and {plan.beam}"
-    if not reaches(plan.levels, plan.blocks, plan.near // plan.block):
-        return f"takes sequences up to their horizon, here {plan.levels} levels"
     return None
 
 

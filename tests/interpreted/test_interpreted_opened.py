@@ -23,6 +23,7 @@ CASES = {
         523,
     ),
     "heads apart": ({"near": 128, "rank": 16, "open": 1, "detail": 1, "shared": False, "score": "peak"}, 2, 1, 650),
+    "a horizon": ({"near": 64, "rank": 4, "open": 2, "beam": 2, "detail": 2, "sinks": 3, "horizon": 256}, 2, 1, 980),
     "no first block": ({"near": 64, "rank": 32, "open": 3, "beam": 3, "sinks": 64, "detail": 32}, 2, 2, 448),
 }
 
@@ -88,6 +89,7 @@ def test_choice_and_attention(name, monkeypatch):
 RUNS = {
     "together": ({"rank": 4, "open": 3, "sinks": 3, "score": "mean"}, 2, 1),
     "sums": ({"rank": 4, "open": 2, "score": "mean", "detail": 4, "segments": "sum"}, 2, 2),
+    "a horizon": ({"rank": 4, "open": 2, "beam": 3, "sinks": 3, "detail": 4, "score": "mean", "horizon": 512}, 2, 1),
     "apart": ({"rank": 16, "open": 2, "beam": 6, "detail": 1, "shared": False, "score": "peak"}, 2, 1),
 }
 

@@ -19,6 +19,8 @@ CASES = {
     "apart": {"open": 2, "sinks": 3, "detail": 2, "shared": False},
     "sums": {"open": 3, "beam": 3, "segments": "sum", "detail": 8, "sinks": 16},
     "held": {"open": 2, "hold": 4, "detail": 1},
+    "a horizon": {"open": 2, "sinks": 3, "detail": 4, "horizon": 128},
+    "a horizon of many groups": {"open": 1, "beam": 2, "detail": 4, "horizon": 256},
 }
 
 
