@@ -249,3 +249,5 @@ def test_the_bound_is_refused_where_the_horizon_cuts():
 def test_a_horizon_within_the_near_field_is_refused(horizon):
     with pytest.raises(ValueError, match=r"must be more than near \+ block = 8"):
         FMA(**SMALL, horizon=horizon)
+    with pytest.raises(AttributeError, match="horizon"):
+        FMA(**SMALL, horizon=32).horizon = 64  # pyright: ignore[reportAttributeAccessIssue]

@@ -354,7 +354,7 @@ class FMA(Mechanism):
         if rewind < 0:
             raise ValueError(f"fma: rewind must not be negative, got {rewind}")
         self.block, self.near, self.rank, self.sinks = block, near, rank, sinks
-        self.queries, self.rewind, self.horizon = queries, rewind, horizon
+        self.queries, self.rewind, self._horizon = queries, rewind, horizon
         # levels at most
         self.most = whole.LEVELS if horizon is None else whole.reached(-(-horizon // block), near // block)
         if not self.most:
@@ -388,6 +388,11 @@ class FMA(Mechanism):
             if kv_heads is None or width is None:
                 raise ValueError("fma: score='learned' has parameters and needs kv_heads and width")
             self.spread = nn.Parameter(torch.full((kv_heads, width), 0.5))
+
+    @property
+    def horizon(self) -> int | None:
+        """How far back to read; another one needs another mechanism, since states and rings are made for it."""
+        return self._horizon
 
     def _scale(self, q: Tensor) -> float:
         """What the products of queries and keys are multiplied by."""
