@@ -14,17 +14,19 @@ are, which may be pinned host memory, read through its device address.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from farfield.kernels.append import _complete, _slot
 from farfield.kernels.attend import padded
-from farfield.kernels.opened_search import _counted, _far, _low
+from farfield.kernels.opened_search import _counted, _far, _low, _plus
 from farfield.ops.opened_step import Plan, Step
 
 ROWS = 256  # of sketches that a program scores at a time
 WARPS = 8
+SHARED_ROWS, SHARED_WARPS = 128, 4  # where programs share a level
 # programs that all lists together are shared out over where there are few, and from how many a list on
 PROGRAMS, FEWEST = 264, 3
 
@@ -107,78 +109,77 @@ def keep(
 
 @triton.jit
 def _score(
-    q, sketches, held, many, it, before, here, size, q_h, scale, found,
+    q, sketches, kept, scores, many, begin, before, here, size, q_h, scale,
     D: tl.constexpr, D_TILE: tl.constexpr, DETAIL: tl.constexpr, SINKS: tl.constexpr, STACK: tl.constexpr,
-    STACK_TILE: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, SUM: tl.constexpr,
+    SLOTS: tl.constexpr, PAIRS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """`found` [STACK_TILE, CHUNKS, 2 PAIRS] with the scores of the children of parents it * PAIRS, ... of `held`.
+    """The scores [STACK, 2 SLOTS] of the children of parents begin .. begin + PAIRS - 1 of those in `kept`.
 
     Args:
-        held: the groups that were kept and, as number `many`, the first behind them that is no far one.
+        kept: the groups that were kept and, as number `many`, the first behind them that is no far one.
         before, here, size: rows before the level's, its far groups, and the tokens of a row.
     """
-    dims, chunk, head = tl.arange(0, D_TILE), tl.arange(0, CHUNKS), tl.arange(0, STACK_TILE)
-    column = tl.arange(0, PAIRS * 2 * DETAIL)
-    parent = tl.sum(tl.where(chunk[:, None] == it, tl.reshape(held, [CHUNKS, PAIRS]), 0), 0)
-    first = tl.broadcast_to(2 * parent[:, None] * DETAIL, [PAIRS, 2 * DETAIL])
-    row = tl.reshape(first, [PAIRS * 2 * DETAIL]) + column % (2 * DETAIL)
-    there = (it * PAIRS + column // (2 * DETAIL) <= many) & (row // DETAIL < here)
+    dims, child, column = tl.arange(0, D_TILE), tl.arange(0, 2 * PAIRS), tl.arange(0, PAIRS * 2 * DETAIL)
+    pair = begin + column // (2 * DETAIL)
+    parent = tl.load(kept + pair, mask=pair <= many, other=0)
+    row = 2 * parent * DETAIL + column % (2 * DETAIL)
+    there = (pair <= many) & (row // DETAIL < here)
     at = (before + row).to(tl.int64)[:, None] * D + dims
     tile = tl.load(sketches + at, mask=there[:, None] & (dims < D)[None, :], other=0.0)
     count = tl.where(there, _counted(row * size, size, SINKS), 0).to(tl.float32)
     more = tl.where(count > 0, tl.log(tl.maximum(count, 1.0)), float("-inf"))
     for r in tl.static_range(STACK):
         asked = tl.load(q + r * q_h + dims, mask=dims < D, other=0.0).to(tl.float32) * scale
-        logits = tl.reshape(tl.sum(tile * asked[None, :], 1) + more, [PAIRS * 2, DETAIL])
+        logits = tl.reshape(tl.sum(tile * asked[None, :], 1) + more, [2 * PAIRS, DETAIL])
         best = tl.max(logits, 1)
         if SUM:
             base = tl.where(best == float("-inf"), 0.0, best)
             best = base + tl.log(tl.sum(tl.exp(logits - base[:, None]), 1))
-        mine = (head == r)[:, None, None] & (chunk == it)[None, :, None]
-        found = tl.where(mine, best[None, None, :], found)
-    return found
+        tl.store(scores + r * (2 * SLOTS) + 2 * begin + child, best, mask=2 * begin + child < 2 * SLOTS)
 
 
 @triton.jit
-def _keep_best(found, held, many, here, most, STACK: tl.constexpr, SLOTS: tl.constexpr):
-    """The best children by their scores [STACK_TILE, 2 SLOTS], ascending, the next `held` and `many`."""
-    slot, c = tl.arange(0, SLOTS), tl.arange(0, 2 * SLOTS)
-    if STACK > 1:
-        # shares of a softmax for each head, added up over the heads; as logarithms
-        peak = tl.max(found, 1)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        mass = tl.sum(tl.exp(found - peak[:, None]), 1)
-        found -= (peak + tl.log(tl.where(mass > 0, mass, 1.0)))[:, None]
-        peak = tl.max(found, 0)
-        base = tl.where(peak == float("-inf"), 0.0, peak)
-        score = base + tl.log(tl.sum(tl.exp(found - base[None, :]), 0))
-    else:
-        score = tl.reshape(found, [2 * SLOTS])
-    pair = tl.reshape(tl.broadcast_to(held[:, None], [SLOTS, 2]), [2 * SLOTS])
-    group = 2 * pair + c % 2
-    valid = (c // 2 <= many) & (group < here) & (score > float("-inf"))
+def _keep_best(scores, kept, into, many, here, most, STACK: tl.constexpr, SLOTS: tl.constexpr):
+    """The best children by their scores, ascending, and the first group that is no far one: to `into`. How many."""
+    c = tl.arange(0, 2 * SLOTS)
+    group = 2 * tl.load(kept + c // 2, mask=c // 2 <= many, other=0) + c % 2
+    valid = (c // 2 <= many) & (group < here)
+    score = tl.full([2 * SLOTS], float("-inf"), tl.float32)
+    for r in tl.static_range(STACK):
+        mine = tl.load(scores + r * (2 * SLOTS) + c, mask=valid, other=float("-inf"))
+        if STACK > 1:
+            # shares of a softmax for each head, added up over the heads; as logarithms
+            peak = tl.max(mine, 0)
+            peak = tl.where(peak == float("-inf"), 0.0, peak)
+            mass = tl.sum(tl.exp(mine - peak), 0)
+            score = _plus(score, mine - peak - tl.log(tl.where(mass > 0, mass, 1.0)))
+        else:
+            score = mine
+    valid = valid & (score > float("-inf"))
     score = tl.where(valid, score, float("-inf"))
     # of equal scores the lower groups
     ahead = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (c[None, :] < c[:, None]))
     chosen = valid & (tl.sum(ahead.to(tl.int32), 1) < most)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     many = tl.sum(chosen.to(tl.int32), 0)
-    mine = chosen[None, :] & (place[None, :] == slot[:, None])
-    held = tl.sum(tl.where(mine, group[None, :], 0), 1)
-    return tl.where(slot == many, here, held), many
+    # what is read above may lie where this is written
+    tl.debug_barrier()
+    tl.store(into + place, group, mask=chosen)
+    tl.store(into + many, here)
+    tl.debug_barrier()
+    return many
 
 
 @triton.jit
 def _list(
-    leaf, many, kept, near, near_count, far, far_count, n, blocks,
+    kept, many, near, near_count, far, far_count, n, blocks,
     RADIUS: tl.constexpr, GROUPS: tl.constexpr, LEVELS: tl.constexpr, LEVEL_TILE: tl.constexpr,
-    SLOTS: tl.constexpr, LOCAL: tl.constexpr, SINK_TILE: tl.constexpr,
+    PICKS: tl.constexpr, LOCAL: tl.constexpr, SINK_TILE: tl.constexpr,
 ):  # fmt: skip
-    """The near and the far list of a query in block n that opens these groups, ascending; `kept` is scratch memory."""
-    slot, level = tl.arange(0, SLOTS), tl.arange(0, LEVEL_TILE)
+    """The near and the far list of a query in block n that opens the `many` groups in `kept`, ascending."""
+    slot, level = tl.arange(0, PICKS), tl.arange(0, LEVEL_TILE)
     there = slot < many
-    tl.store(kept + slot, leaf)
-    tl.debug_barrier()
+    leaf = tl.load(kept + slot, mask=there, other=0)
     before = tl.load(kept + slot - 1, mask=there & (slot > 0), other=-1)
     after = tl.load(kept + slot + 1, mask=slot + 1 < many, other=-1)
     # what is opened lies before what is near
@@ -238,12 +239,12 @@ SIZES = ["capacity", "blocks", "all_rows", "q_b", "q_h", "picks", "beam", "width
 
 @triton.jit(do_not_specialize=SIZES)
 def open_step(
-    q, sketches, clock, kept, near, near_count, far, far_count, position,
+    q, sketches, clock, kept, scores, near, near_count, far, far_count, position,
     capacity, blocks, all_rows, picks, beam, width, far_width, q_b, q_h, scale,
     HEADS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, STACK: tl.constexpr, REPEAT: tl.constexpr,
     BLOCK: tl.constexpr, RADIUS: tl.constexpr, RANK: tl.constexpr, SINKS: tl.constexpr, LEVELS: tl.constexpr,
     LEVEL_TILE: tl.constexpr, DETAIL: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, SLOTS: tl.constexpr,
-    STACK_TILE: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, LOCAL: tl.constexpr,
+    PICKS: tl.constexpr, PAIRS: tl.constexpr, LOCAL: tl.constexpr,
     SINK_TILE: tl.constexpr, SUM: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Lists of the newest token's query. PAIRS: parents whose children are scored at a time."""
@@ -254,44 +255,48 @@ def open_step(
     clock += b * PARTS + HEADS + u
     t = tl.load(clock)
     # the first query of a run has chosen for the others, and all of a run read the same
+    slot = tl.arange(0, SLOTS)
     if t % HOLD == 0:
         n = (tl.minimum(t, capacity - 1) // BLOCK).to(tl.int32)
         sketches += (b * HEADS + g) * all_rows * D
         q += b * q_b + u * STACK * q_h
+        kept += pid * SLOTS
+        scores += pid * STACK * (2 * SLOTS)
         # at first whatever is far is kept
         top = _top(n, beam, RADIUS, LEVELS)
         low = _low(n, top, LEVELS, RADIUS)
-        held, many, before = low + tl.arange(0, SLOTS), _far(n, top, RADIUS) - low, _rows_before(blocks, top, DETAIL)
+        many, before = _far(n, top, RADIUS) - low, _rows_before(blocks, top, DETAIL)
+        tl.store(kept + slot, low + slot)
+        tl.debug_barrier()
         for turn in range(top):
             height = top - 1 - turn
             before -= (blocks >> height) * DETAIL
             here = _far(n, height, RADIUS)
-            found = tl.full([STACK_TILE, CHUNKS, PAIRS * 2], float("-inf"), tl.float32)
-            for it in range(many // PAIRS + 1):
-                found = _score(
-                    q, sketches, held, many, it, before, here, (BLOCK // DETAIL) << height, q_h, scale, found,
-                    D, D_TILE, DETAIL, SINKS, STACK, STACK_TILE, PAIRS, CHUNKS, SUM,
+            for begin in range(0, many + 1, PAIRS):
+                _score(
+                    q, sketches, kept, scores, many, begin, before, here, (BLOCK // DETAIL) << height, q_h, scale,
+                    D, D_TILE, DETAIL, SINKS, STACK, SLOTS, PAIRS, SUM,
                 )  # fmt: skip
+            tl.debug_barrier()
             most = tl.where(height == 0, picks, beam)
-            found = tl.reshape(found, [STACK_TILE, 2 * SLOTS])
-            held, many = _keep_best(found, held, many, here, most, STACK, SLOTS)
+            many = _keep_best(scores, kept, kept, many, here, most, STACK, SLOTS)
         _list(
-            held, many, kept + pid * SLOTS, near + pid * width, near_count + pid, far + pid * far_width,
-            far_count + pid, n, blocks, RADIUS, GROUPS, LEVELS, LEVEL_TILE, SLOTS, LOCAL, SINK_TILE,
+            kept, many, near + pid * width, near_count + pid, far + pid * far_width, far_count + pid, n, blocks,
+            RADIUS, GROUPS, LEVELS, LEVEL_TILE, PICKS, LOCAL, SINK_TILE,
         )  # fmt: skip
     tl.store(position + pid, t)
     tl.debug_barrier()
     tl.store(clock, t + 1)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "height", "parts"])
+@triton.jit(do_not_specialize=[*SIZES, "height", "parts", "room"])
 def open_level(
-    q, sketches, clock, kept, before_kept, scores, before_scores, near, near_count, far, far_count, position,
-    capacity, blocks, all_rows, picks, beam, width, far_width, q_b, q_h, height, parts, scale,
+    q, sketches, clock, kept, before_kept, scores, before_scores, alone, near, near_count, far, far_count, position,
+    capacity, blocks, all_rows, picks, beam, width, far_width, q_b, q_h, height, parts, room, scale,
     HEADS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, STACK: tl.constexpr, REPEAT: tl.constexpr,
     BLOCK: tl.constexpr, RADIUS: tl.constexpr, RANK: tl.constexpr, SINKS: tl.constexpr, LEVELS: tl.constexpr,
     LEVEL_TILE: tl.constexpr, DETAIL: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, SLOTS: tl.constexpr,
-    STACK_TILE: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, LOCAL: tl.constexpr,
+    PICKS: tl.constexpr, PAIRS: tl.constexpr, LOCAL: tl.constexpr,
     SINK_TILE: tl.constexpr, SUM: tl.constexpr, HOLD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One level of the same, shared out over `parts` programs a list: each repeats the choice from the scores of the
@@ -302,57 +307,56 @@ def open_level(
     g = u if STACK > 1 else u // REPEAT
     clock += b * PARTS + HEADS + u
     t = tl.load(clock)
-    slot, c, head = tl.arange(0, SLOTS), tl.arange(0, 2 * SLOTS), tl.arange(0, STACK_TILE)
+    slot = tl.arange(0, SLOTS)
     if t % HOLD == 0:
         n = (tl.minimum(t, capacity - 1) // BLOCK).to(tl.int32)
         sketches += (b * HEADS + g) * all_rows * D
         q += b * q_b + u * STACK * q_h
+        # every program has a copy of its own of what is kept; the last launch has one program a list
+        kept += (unit * room + part) * (SLOTS + 1)
+        before_kept += (unit * room + part) * (SLOTS + 1)
+        scores += unit * STACK * (2 * SLOTS)
+        before_scores += unit * STACK * (2 * SLOTS)
+        alone += (unit * parts + part) * STACK * (2 * SLOTS)
         top = _top(n, beam, RADIUS, LEVELS)
-        begin = top if FIRST else tl.maximum(top, height + 1)
-        low = _low(n, begin, LEVELS, RADIUS)
-        held, many = low + slot, _far(n, begin, RADIUS) - low
+        level = top if FIRST else tl.maximum(top, height + 1)
+        low = _low(n, level, LEVELS, RADIUS)
+        many = _far(n, level, RADIUS) - low
+        if (height + 1 >= top) | FIRST:
+            tl.store(kept + slot, low + slot)
+            tl.debug_barrier()
         if FIRST:
             before = _rows_before(blocks, top, DETAIL)
             for turn in range(top - 1 - height):
                 above = top - 1 - turn
                 before -= (blocks >> above) * DETAIL
                 here = _far(n, above, RADIUS)
-                found = tl.full([STACK_TILE, CHUNKS, PAIRS * 2], float("-inf"), tl.float32)
-                for it in range(many // PAIRS + 1):
-                    found = _score(
-                        q, sketches, held, many, it, before, here, (BLOCK // DETAIL) << above, q_h, scale, found,
-                        D, D_TILE, DETAIL, SINKS, STACK, STACK_TILE, PAIRS, CHUNKS, SUM,
+                for begin in range(0, many + 1, PAIRS):
+                    # with scores of its own: the others are as far
+                    _score(
+                        q, sketches, kept, alone, many, begin, before, here, (BLOCK // DETAIL) << above, q_h, scale,
+                        D, D_TILE, DETAIL, SINKS, STACK, SLOTS, PAIRS, SUM,
                     )  # fmt: skip
-                found = tl.reshape(found, [STACK_TILE, 2 * SLOTS])
-                held, many = _keep_best(found, held, many, here, beam, STACK, SLOTS)
+                tl.debug_barrier()
+                many = _keep_best(alone, kept, kept, many, here, beam, STACK, SLOTS)
         elif height + 1 < top:
             # the level above was scored
-            before_kept += unit * (SLOTS + 1)
-            held, many = tl.load(before_kept + slot), tl.load(before_kept + SLOTS)
-            mask = (head < STACK)[:, None] & (c // 2 <= many)[None, :]
-            at = before_scores + (unit * STACK + head)[:, None] * (2 * SLOTS) + c
-            found = tl.load(at, mask=mask, other=float("-inf"))
+            many = tl.load(before_kept + SLOTS)
             here, most = _far(n, height + 1, RADIUS), tl.where(height < 0, picks, beam)
-            held, many = _keep_best(found, held, many, here, most, STACK, SLOTS)
+            many = _keep_best(before_scores, before_kept, kept, many, here, most, STACK, SLOTS)
+        tl.store(kept + SLOTS, many)
         if LAST:
             _list(
-                held, many, kept + unit * (SLOTS + 1), near + unit * width, near_count + unit, far + unit * far_width,
-                far_count + unit, n, blocks, RADIUS, GROUPS, LEVELS, LEVEL_TILE, SLOTS, LOCAL, SINK_TILE,
+                kept, many, near + unit * width, near_count + unit, far + unit * far_width, far_count + unit, n,
+                blocks, RADIUS, GROUPS, LEVELS, LEVEL_TILE, PICKS, LOCAL, SINK_TILE,
             )  # fmt: skip
         elif height < top:
-            if part == 0:
-                tl.store(kept + unit * (SLOTS + 1) + slot, held)
-                tl.store(kept + unit * (SLOTS + 1) + SLOTS, many)
             here, before = _far(n, height, RADIUS), _rows_before(blocks, height, DETAIL)
-            found = tl.full([STACK_TILE, CHUNKS, PAIRS * 2], float("-inf"), tl.float32)
-            for it in range(part, many // PAIRS + 1, parts):
-                found = _score(
-                    q, sketches, held, many, it, before, here, (BLOCK // DETAIL) << height, q_h, scale, found,
-                    D, D_TILE, DETAIL, SINKS, STACK, STACK_TILE, PAIRS, CHUNKS, SUM,
+            for begin in range(part * PAIRS, many + 1, parts * PAIRS):
+                _score(
+                    q, sketches, kept, scores, many, begin, before, here, (BLOCK // DETAIL) << height, q_h, scale,
+                    D, D_TILE, DETAIL, SINKS, STACK, SLOTS, PAIRS, SUM,
                 )  # fmt: skip
-            mine = (head < STACK)[:, None] & (c // (2 * PAIRS) % parts == part)[None, :]
-            at = scores + (unit * STACK + head)[:, None] * (2 * SLOTS) + c
-            tl.store(at, tl.reshape(found, [STACK_TILE, 2 * SLOTS]), mask=mine)
     if LAST:
         tl.store(position + unit, t)
         tl.debug_barrier()
@@ -411,7 +415,17 @@ def launch_open(q: Tensor, step: Step, scale: float) -> None:
     units, slots, stack = batch * lists, padded(plan.beam + 1, 1), heads // lists
     q = q if q.stride(3) == 1 else q.contiguous()
     tile = triton.next_power_of_2
-    pairs = max(1, min(slots, ROWS // (2 * plan.detail)))
+
+    def scored(rows: int) -> int:
+        """Parents whose children are so many rows of sketches."""
+        return max(1, min(slots, rows // (2 * plan.detail)))
+
+    # what a program scores for several heads stays in registers too
+    less = 1 if stack == 1 else 2
+    pairs, warps = scored(ROWS // less), WARPS
+    shared = min(-(-(plan.beam + 1) // pairs), PROGRAMS // units) >= FEWEST
+    if shared:
+        pairs, warps = scored(SHARED_ROWS // less), SHARED_WARPS
     numbers = (
         plan.capacity, plan.blocks, step.sketches.shape[2], plan.picks, plan.beam, step.near.shape[3],
         step.far.shape[3], q.stride(0), q.stride(1),
@@ -421,26 +435,28 @@ def launch_open(q: Tensor, step: Step, scale: float) -> None:
         "HEADS": kv_heads, "PARTS": step.clock.shape[1], "LISTS": lists, "STACK": stack, "REPEAT": heads // kv_heads,
         "BLOCK": plan.block, "RADIUS": radius, "RANK": plan.rank, "SINKS": plan.sinks, "LEVELS": plan.levels,
         "LEVEL_TILE": tile(plan.levels), "DETAIL": plan.detail, "D": width, "D_TILE": tile(width), "SLOTS": slots,
-        "STACK_TILE": padded(stack, 1), "PAIRS": pairs, "CHUNKS": slots // pairs, "LOCAL": padded(radius + 1, 1),
+        "PICKS": padded(plan.picks, 1), "PAIRS": pairs, "LOCAL": padded(radius + 1, 1),
         "SINK_TILE": padded(max(plan.sink_groups, 1), 1), "SUM": bool(plan.summed), "HOLD": plan.hold,
     }  # fmt: skip
     parts = max(1, min(-(-(plan.beam + 1) // pairs), PROGRAMS // units))
-    if parts < FEWEST:
-        kept = step.near.new_empty(units, slots)
+    new = step.near.new_empty
+    if not shared:
         open_step[(units,)](
-            q, step.sketches, step.clock, kept, *lists_at, *numbers, scale, **constants, num_warps=WARPS
+            q, step.sketches, step.clock, new(units, slots), new((units, stack, 2 * slots), dtype=torch.float32),
+            *lists_at, *numbers, scale, **constants, num_warps=warps,
         )  # fmt: skip
         return
-    # the levels below one whose groups one program scores at once
-    split = max(1, (max(plan.blocks // (2 * plan.beam), 1)).bit_length())
-    split = min(split, plan.levels)
-    kept = [step.near.new_empty(units, slots + 1) for _ in range(2)]
-    scores = [step.sketches.new_empty(units, stack, 2 * slots, dtype=step.sketches.dtype) for _ in range(2)]
+    # the levels whose groups are more than one program scores at once
+    split = min(max(plan.blocks // (2 * plan.beam), 1).bit_length(), plan.levels)
+    kept = [new(units, parts, slots + 1) for _ in range(2)]
+    scores = [new((units, stack, 2 * slots), dtype=torch.float32) for _ in range(2)]
+    alone = new((units * parts, stack, 2 * slots), dtype=torch.float32)
     for turn in range(split + 1):
         now, last = turn % 2, turn == split
         open_level[(units if last else units * parts,)](
-            q, step.sketches, step.clock, kept[now], kept[1 - now], scores[now], scores[1 - now], *lists_at, *numbers,
-            split - 1 - turn, 1 if last else parts, scale, **constants, FIRST=turn == 0, LAST=last, num_warps=WARPS,
+            q, step.sketches, step.clock, kept[now], kept[1 - now], scores[now], scores[1 - now], alone, *lists_at,
+            *numbers, split - 1 - turn, 1 if last else parts, parts, scale, **constants, FIRST=turn == 0, LAST=last,
+            num_warps=warps,
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ CASES = {
 def test_a_step_is_that_of_pytorch(name, fewest, monkeypatch):
     # several rounds on a level, of one program or of several
     monkeypatch.setattr(kernels, "ROWS", 16)
+    monkeypatch.setattr(kernels, "SHARED_ROWS", 16)
     monkeypatch.setattr(kernels, "FEWEST", fewest)
     options = CASES[name]
     mech = FMA(block=16, near=16, rank=4, **options)
