@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from farfield.state import State
+
+if TYPE_CHECKING:
+    from farfield.token_ring import Ring
 
 Rotary = Callable[[Tensor, Tensor], Tensor]
 """`rotary(x, position)`: rotate x [B, H, T, D] to the positions [T] or [B, T], which may be fractional."""
@@ -125,6 +128,24 @@ class Mechanism(nn.Module):
         """
         raise NotImplementedError(f"{self.name}: no decode state; call forward on the whole sequence")
 
+    def ring(self, state: Any, *, capacity: int, rotary: Rotary | None = None) -> Ring:
+        """Buffers of fixed size that go on where a state of `extend` stands, for sequences of up to `capacity` tokens.
+
+        Args:
+            rotary: as `extend` had it.
+
+        Raises:
+            ValueError: the state has more tokens than `capacity`.
+            NotImplementedError: the mechanism, or its options, have no such buffers; `extend` decodes.
+        """
+        raise NotImplementedError(f"{self.name}: no buffers of fixed size to decode from; decode with extend")
+
+    def step(
+        self, q: Float[Tensor, "B H 1 D"], k: Float[Tensor, "B G 1 D"], v: Float[Tensor, "B G 1 E"], ring: Any
+    ) -> Float[Tensor, "B H 1 E"]:
+        """`extend` by one token a sequence, in place and without gradients: what a CUDA graph captures."""
+        return ring.step(q, k, v, scale=self.scale)
+
     def auxiliary(self, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None) -> Float[Tensor, ""] | None:
         """What weights of the mechanism minimize that the output has no gradient for, such as those of a score that
         selects; None where there are none. Arguments as the forward's; no gradient for them."""
@@ -171,8 +192,12 @@ class Mechanism(nn.Module):
                 raise ValueError(f"{who}: group must be [B, T] = [{q.shape[0]}, {q.shape[2]}], got {list(group.shape)}")
             if group.is_floating_point() or group.dtype == torch.bool:
                 raise TypeError(f"{who}: group holds integer document ids, got {group.dtype}")
+        self.check_rotary(rotary)
+
+    def check_rotary(self, rotary: Rotary | None) -> None:
+        """Refuse a rotation that the mechanism does not place."""
         if rotary is not None and not self.supports.rotary:
-            raise NotImplementedError(f"{who}: does not place rotations itself; rotate q and k before the call")
+            raise NotImplementedError(f"{self.name}: does not place rotations itself; rotate q and k before the call")
 
 
 def no_tokens(q: Float[Tensor, "B H 0 D"], v: Float[Tensor, "B G 0 E"]) -> Float[Tensor, "B H 0 E"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from farfield.mechanism import Rotary
 from farfield.ops.attend import attend
-from farfield.ops.opened_step import SCORES, Plan, Step
+from farfield.ops.opened_step import SCORES, Plan, Step, refusal
 from farfield.ring import FMARing, zero_
 from farfield.select import opened
 from farfield.select.opened_step import fetch_opened, opened_step, write_lists
@@ -182,6 +182,11 @@ class OpenedRing:
     def host_nbytes(self) -> int:
         """Bytes of them that are not on the device."""
         return sum(getattr(self, name).nbytes for name in STORED) if self.store == "host" else 0
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step: on a GPU, where kernels take it."""
+        return self.ring.capturable and refusal(self.ring.near_k, self.buffers()) is None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every buffer under its name, those of the inner ring after `ring.`."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from farfield.mechanism import Rotary
 from farfield.ops.append import HIDDEN, Plan, append
 from farfield.ops.attend import attend
+from farfield.ops.token_step import DTYPES, WIDEST
 from farfield.select.static import radii
 from farfield.state import State
 from farfield.summarize import FilterPool, Groups, MeanPool, Pool, check_rank, to_blocks
@@ -140,7 +141,7 @@ class FMARing:
             zeros(batch, 1, 1, dtype=torch.long),
             zeros(batch, 2 * kv_heads + 1, dtype=torch.long),
             _filters(pool, kv_heads, rank, wide, device),
-            _turns(rotary, width, device),
+            turns_of(rotary, width, device),
             plan.endless,
         )
 
@@ -190,6 +191,12 @@ class FMARing:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(x.nbytes for x in self.tensors().values())
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step: on a GPU, where kernels take it."""
+        wide = max(self.near_k.shape[3], self.near_v.shape[3]) <= WIDEST
+        return self.near_k.is_cuda and self.near_k.dtype in DTYPES and wide
 
     def tensors(self) -> dict[str, Tensor]:
         """Every buffer under its name."""
@@ -342,7 +349,7 @@ def _filters(
     return torch.stack([found.k[0, :, 0], found.v[0, :, 0]]).contiguous()
 
 
-def _turns(rotary: Rotary | None, width: int, device: torch.device | str | None) -> Tensor:
+def turns_of(rotary: Rotary | None, width: int, device: torch.device | str | None) -> Tensor:
     """Turns a token of each rotated pair of channels."""
     pairs, base = (0, 1.0) if rotary is None else (getattr(rotary, name, None) for name in ("pairs", "base"))
     if pairs is None or base is None:

@@ -485,6 +485,17 @@ def test_decoding_with_opened_groups_is_checked_against_extend():
     assert here["device bytes"] - there["device bytes"] == held
 
 
+def test_generating_is_timed_against_states_and_full_attention():
+    shape = {"tokens": [150], "model": ["mixed"], "layers": 4, "width": 32, "heads": 2}
+    made = runner.run("generate", **shape, against=["extend", "full"], **SMALL)
+    assert [x.status for x in made] == ["ok"] * 3, made[0].reason
+    for each in made:
+        assert each.rates["tokens/s"] == pytest.approx(1 / each.seconds)
+    own, states, full = (x.rates["state bytes"] for x in made)
+    # room for what may follow
+    assert states < own < full
+
+
 @pytest.mark.parametrize("name", ["hip", "moba", "nsa", "ssa"])
 def test_a_choice_is_timed_beside_its_forward(name):
     own, whole = runner.run("choosing", tokens=[150], mechanism=[name], width=[16], heads=4, **SMALL)

@@ -308,7 +308,7 @@ def test_log_scale_refuses_what_it_cannot_count():
 def test_norm_bounds_the_logits_by_the_gain():
     layer = Attention(32, 2, mechanism="full")
     with torch.no_grad():
-        q, k, _, _ = layer._project(100 * torch.randn(1, 8, 32), 0)
+        q, k, _, _ = layer._placed(*layer._heads(100 * torch.randn(1, 8, 32)), torch.arange(8), False)
     assert float(layer.gain[0].detach()) == pytest.approx(1.6)
     assert float((q @ k.mT).abs().max()) / 4 <= 1.6 * 4 * 1.001  # gain * sqrt(D)
 

@@ -42,6 +42,7 @@ from farfield.kernels import (
     pool,
     prefix,
     scan,
+    token_step,
 )
 from farfield.nn import Rope
 from farfield.ops import hashed as ops_hashed
@@ -330,6 +331,18 @@ def appending(batch=1, width=128, dtype="bf16", sinks=0, rotary=None):
     append.launch(Append(*token, *held, ring.plan))
 
 
+def stepping(batch=2, width=128, dtype="bf16"):
+    """What a step does between its products."""
+    long, dtype = torch.long, DTYPES[dtype]
+    turns, recent = empty(width // 4, dtype=torch.float64), (empty(batch, n, 768, dtype=dtype) for n in (1, 3))
+    token_step.launch_convolve(*recent, empty(4, 768, dtype=dtype))
+    q, k, v = (empty(batch, h, 1, width, dtype=dtype) for h in (32, 8, 8))
+    token_step.launch_place(q, k, empty(32, dtype=dtype), empty(batch, 1, dtype=long), turns, 900, 0.147)
+    rows = [empty(batch, 8, 9000, width, dtype=dtype) for _ in range(2)]
+    about = empty(batch, 1, 9000, dtype=long), empty(batch, 1, 1, dtype=torch.int32), empty(batch, 1, 1, dtype=long)
+    token_step.launch_append(k, v, *rows, *about, empty(batch, dtype=long), 64, 4, 1 << 62, 64)
+
+
 def sorting(shared, tokens=5000, many=16, dtype="bf16", width=64):
     """What sorted attention launches besides attend."""
     bucket, x = empty(1, 4, tokens, dtype=torch.int32), empty(1, 4, tokens, width, dtype=DTYPES[dtype])
@@ -592,6 +605,8 @@ LAUNCHES = {
     "append": appending,
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
     "append-fp32": lambda: appending(width=64, dtype="fp32"),
+    "token": stepping,
+    "token-fp32": lambda: stepping(width=64, dtype="fp32"),
 }
 
 
@@ -605,7 +620,7 @@ FEW = (
     "decode-1", "decode-64", "decode-64-whole", "decode-fp32", "pool-64-m64-p4", "tree-m64-128", "tree-m128-64",
     "tree-m128-128", "tree-near-128-64", "tree-cut-64", "walk", "walk-long", "walk-128",
     "walk-halves-64-100000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
-    "append-sinks-rotary", "opened-step-4",
+    "append-sinks-rotary", "opened-step-4", "token",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
     "branches-64", "mix-64", "opened-2-64", "opened-runs-64",

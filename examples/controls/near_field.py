@@ -8,9 +8,11 @@ A control, to be found by FARFIELD_MECHANISMS=examples/controls.
 
 import torch
 
-from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.select.static import near_lists, pack_lists
+from farfield.state import NearState
+from farfield.token_ring import TokenRing
 from farfield.types import Layout, Rows
 
 
@@ -28,7 +30,7 @@ class NearField(Mechanism):
         arxiv="2310.11960",
     )
     cases = (Case(options={"block": 8, "near": 16, "sinks": 3}, tokens=101, block=8),)
-    supports = Supports(noncausal=False, decode=False)
+    supports = Supports(noncausal=False)
 
     def __init__(
         self, *, block: int = 64, near: int = 128, sinks: int = 0, causal: bool = True, scale: float | None = None
@@ -48,6 +50,42 @@ class NearField(Mechanism):
         near, sinks = self._layouts(q.shape[2], q.device)
         return attend(q, [(Rows(k, v), near), (far, sinks)] if len(far) else [(Rows(k, v), near)], scale=self.scale).out
 
+    def extend(self, q, k, v, state: NearState | None = None, *, rotary=None):
+        self.check(q, k, v, rotary=rotary)
+        m, nothing = self.block, (k[:, :, :0], v[:, :, :0])
+        state = state or NearState(0, m, self.near, 0, *nothing, *nothing)
+        if not q.shape[2]:
+            return no_tokens(q, v), state
+        seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
+        k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+        held = (state.sink_k, state.sink_v) if seen >= self.sinks else (k[:, :, : self.sinks], v[:, :, : self.sinks])
+        # a query block reads one list: further blocks must start where those of the sequence do
+        lead = seen % m if (tokens - 1) // m > seen // m else 0
+        asking = torch.nn.functional.pad(q, (0, 0, lead, 0))
+        q_block = m if (tokens - 1) // m > seen // m else q.shape[2]
+        n, radius = torch.arange(seen // m, (tokens - 1) // m + 1, device=q.device), self.near // m
+        listed, used = near_lists(n[None], radius, True, torch.full_like(n, tokens)[None])
+        index, count = pack_lists(listed - first // m, used)
+        near = Layout(index[:, None], count[:, None], q_block, m, asking.shape[2], k.shape[2], True)
+        sources = [(Rows(k, v, end=torch.arange(first, tokens, device=q.device)), near)]
+        if self.sinks:
+            sources.append((Rows(*held), self._sinks(n, q_block, asking.shape[2], held[0].shape[2])))
+        position = torch.arange(seen - lead, tokens, device=q.device)
+        out = attend(asking, sources, scale=self.scale, position=position).out[:, :, lead:]
+        # the next token reads from here on; copies, or the state would hold on to the whole chunk
+        now = max(tokens // m * m - self.near, 0)
+        k, v, *held = (x.clone() for x in (k[:, :, now - first :], v[:, :, now - first :], *held))
+        return out, NearState(tokens, m, self.near, now, k, v, *held)
+
+    def ring(self, state: NearState, *, capacity: int | None = None, rotary: Rotary | None = None) -> TokenRing:
+        """As Mechanism.ring; of the same size for any capacity, so that it needs none."""
+        self.check_rotary(rotary)
+        k, v = torch.cat([state.sink_k, state.k], 2), torch.cat([state.sink_v, state.v], 2)
+        sinks = torch.arange(state.sink_k.shape[2], device=k.device)
+        at = torch.cat([sinks, torch.arange(state.first, state.tokens, device=k.device)])
+        span = self.near + self.block
+        return TokenRing.of(k, v, at, tokens=state.tokens, span=span, block=self.block, sinks=self.sinks)
+
     def reference(self, q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
@@ -63,7 +101,9 @@ class NearField(Mechanism):
         n, radius = torch.arange(-(-tokens // self.block), device=device), self.near // self.block
         index, count = pack_lists(*near_lists(n[None], radius, True, torch.full_like(n, len(n))[None]))
         near = Layout(index[:, None], count[:, None], self.block, self.block, tokens, tokens, True)
-        rows = min(self.sinks, tokens)
-        # blocks that see token 0 among the near ones read no sink twice
-        used = ((n > radius) & (rows > 0)).int()[None, None]
-        return near, Layout(torch.zeros_like(used)[..., None], used, self.block, max(rows, 1), tokens, rows)
+        return near, self._sinks(n, self.block, tokens, min(self.sinks, tokens))
+
+    def _sinks(self, n: torch.Tensor, q_block: int, tokens: int, rows: int) -> Layout:
+        """That of the sinks, for these query blocks: those that see token 0 among the near ones read no sink twice."""
+        used = ((n > self.near // self.block) & (rows > 0)).int()[None, None]
+        return Layout(torch.zeros_like(used)[..., None], used, q_block, max(rows, 1), tokens, rows)

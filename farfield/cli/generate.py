@@ -40,7 +40,7 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the text.")] = False,
 ) -> None:
-    """Continue a prompt, streaming: the prompt in chunks, then token by token from the state."""
+    """Continue a prompt, streaming: the prompt in chunks, then token by token, from fixed buffers where there are."""
     from farfield.nn import Decoder
     from farfield.train import generate as sample
     from farfield.train import load_codec, load_model, stream_text
@@ -52,14 +52,16 @@ def generate(
         raise ValueError(f"generate: {checkpoint} is an encoder; only a decoder generates text")
     ids = codec.encode(text)
     made = 0
-    started = time.perf_counter()
+    started = begun = last = time.perf_counter()
 
     def counted():
-        nonlocal made
+        nonlocal made, begun, last
         for token in sample(
             model, ids.tolist(), new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
             chunk=chunk, dtype=dtype,
         ):  # fmt: skip
+            last = time.perf_counter()
+            begun = begun if made else last
             made += 1
             yield token
 
@@ -72,8 +74,8 @@ def generate(
     finally:
         typer.echo()
     if not quiet:
-        taken = time.perf_counter() - started
-        typer.echo(f"{len(ids):,} + {made:,} tokens, {made / taken:.1f} new ones a second", err=True)
+        rate = f", then {(made - 1) / (last - begun):.1f} a second" if made > 1 else ""
+        typer.echo(f"{len(ids):,} + {made:,} tokens: the first after {begun - started:.2f} s{rate}", err=True)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

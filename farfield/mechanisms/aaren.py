@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.ops import averages as op
 from farfield.ops.scan import Prefix, prefix_scores, prefix_softmax
+from farfield.token_ring import StateRing
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,14 @@ class Aaren(Mechanism):
             query, sums = state.query, Prefix(state.peak, state.mass, state.total)
         out, sums = prefix_softmax(self._scores(query, k), v, sums)
         return out, AarenState(seen + q.shape[2], query, *sums)
+
+    def ring(self, state: AarenState, *, capacity: int | None = None, rotary: Rotary | None = None) -> StateRing:
+        """As Mechanism.ring; of the same size for any capacity, so that it needs none."""
+        self.check_rotary(rotary)
+        return StateRing.of(state)
+
+    def step(self, q, k, v, ring: StateRing):
+        return ring.step(lambda state: self.extend(q, k, v, state))
 
     def reference(self, q, k, v):
         repeat = q.shape[1] // k.shape[1]

@@ -10,11 +10,12 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from farfield.mechanism import Case, Mechanism, Paper, Supports
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports
 from farfield.ops.attend import attend
 from farfield.packing import blank, documents
 from farfield.select import static
 from farfield.state import Cache
+from farfield.token_ring import TokenRing
 from farfield.types import Rows
 
 
@@ -51,6 +52,11 @@ class Full(Mechanism):
         # aligned lower-right: the last query reads everything
         mask = causal_lower_right(q.shape[2], k.shape[2])
         return _sdpa(q, k, v, attn_mask=mask, scale=self.scale), Cache(k.shape[2], k, v)
+
+    def ring(self, state: Cache, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
+        self.check_rotary(rotary)
+        at = torch.arange(state.tokens, device=state.k.device)
+        return TokenRing.of(state.k, state.v, at, tokens=state.tokens, span=capacity, capacity=capacity)
 
     def reference(self, q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

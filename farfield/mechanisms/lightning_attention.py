@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.ops.scan import Decays, again, scan
 from farfield.packing import blank, documents
+from farfield.token_ring import StateRing
 
 CONVENTIONS = ("released", "paper", "fla")
 
@@ -122,6 +123,14 @@ class LightningAttention(Mechanism):
         if not q.shape[2]:
             out = no_tokens(q, v)
         return out, LightningState(q.shape[2] + (0 if state is None else state.tokens), memory)
+
+    def ring(self, state: LightningState, *, capacity: int | None = None, rotary: Rotary | None = None) -> StateRing:
+        """As Mechanism.ring; of the same size for any capacity, so that it needs none."""
+        self.check_rotary(rotary)
+        return StateRing.of(state)
+
+    def step(self, q, k, v, ring: StateRing):
+        return ring.step(lambda state: self.extend(q, k, v, state))
 
     def reference(self, q, k, v):
         heads = q.shape[1]

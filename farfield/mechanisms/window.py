@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farfield.mechanism import Case, Mechanism, Paper, State, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.packing import blank, documents
 from farfield.select import static
+from farfield.token_ring import TokenRing
 from farfield.types import Layout, Rows
 
 
@@ -105,15 +106,19 @@ class SlidingWindow(Mechanism):
         if not q.shape[2]:
             out = no_tokens(q, v)
         else:
-            # rows are the sinks and what follows the gap behind them
-            at = torch.arange(rows, device=q.device)
-            end = torch.where(at < self.sinks, at, at + tokens - rows)
+            end = _positions(rows, tokens, self.sinks, q.device)
             position = torch.arange(seen, tokens, device=q.device)
             out = attend(q, Rows(k, v, end=end), self._layout(q, rows), scale=self.scale, position=position).out
         first = rows - (self.width - 1 + self.rewind)
         if first > self.sinks:
             k, v = (torch.cat([x[:, :, : self.sinks], x[:, :, first:]], 2) for x in (k, v))
         return out, WindowState(tokens, k, v, self.width, self.sinks)
+
+    def ring(self, state: WindowState, *, capacity: int | None = None, rotary: Rotary | None = None) -> TokenRing:
+        """As Mechanism.ring; of the same size for any capacity, so that it needs none."""
+        self.check_rotary(rotary)
+        at = _positions(state.k.shape[2], state.tokens, state.sinks, state.k.device)
+        return TokenRing.of(state.k, state.v, at, tokens=state.tokens, span=state.width, sinks=state.sinks)
 
     def reference(self, q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -168,6 +173,12 @@ class SlidingWindow(Mechanism):
             sources.append((Rows(sink_k, sink_v, end=rows[:, None], bias=bias, group=owner[:, None]), layout))
         asking = document.masked_fill(document < 0, -2)[:, None]
         return attend(q, sources, scale=self.scale, group=asking).out
+
+
+def _positions(rows: int, tokens: int, sinks: int, device: torch.device) -> Tensor:
+    """Where the rows of a state of so many tokens stand: the sinks, and what follows the gap behind them."""
+    at = torch.arange(rows, device=device)
+    return torch.where(at < sinks, at, at + tokens - rows)
 
 
 def _documents_of_blocks(document: Tensor, block: int, count: int) -> tuple[Tensor, Tensor]:

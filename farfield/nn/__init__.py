@@ -3,8 +3,8 @@
 from farfield.nn.block import MLP, Block
 from farfield.nn.config import ModelConfig
 from farfield.nn.conv import ShortConv
-from farfield.nn.layer import Attention, LayerState
-from farfield.nn.models import Decoder, DecoderState, Encoder, build
+from farfield.nn.layer import Attention, LayerRing, LayerState
+from farfield.nn.models import Decoder, DecoderRing, DecoderState, Encoder, build
 from farfield.nn.rope import Rope
 
 __all__ = [
@@ -12,8 +12,10 @@ __all__ = [
     "Attention",
     "Block",
     "Decoder",
+    "DecoderRing",
     "DecoderState",
     "Encoder",
+    "LayerRing",
     "LayerState",
     "ModelConfig",
     "Rope",

@@ -7,7 +7,7 @@ from typing import cast
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from farfield.nn.layer import Attention, LayerState
+from farfield.nn.layer import Attention, LayerRing, LayerState
 
 
 class MLP(nn.Module):
@@ -44,3 +44,8 @@ class Block(nn.Module):
         out, state = self.attention.extend(self.attention_norm(x), state)
         x = x + self.dropout(out)
         return x + self.dropout(self.mlp(self.mlp_norm(x))), cast(LayerState, state)
+
+    def step(self, x: Float[Tensor, "B 1 W"], ring: LayerRing, position: Int[Tensor, "B 1"]) -> Float[Tensor, "B 1 W"]:
+        """One further token a sequence, which stands at `position`; `ring` takes it in place."""
+        x = x + self.attention.step(self.attention_norm(x), ring, position)
+        return x + self.mlp(self.mlp_norm(x))

@@ -16,6 +16,9 @@ from farfield import mechanisms
 from farfield.mechanism import Mechanism, Rotary, State
 from farfield.nn.conv import ShortConv
 from farfield.nn.rope import Rope
+from farfield.ops.token_step import placed
+from farfield.ring import turns_of
+from farfield.token_ring import Ring
 
 SPARE = 32  # inputs kept beyond what the convolution reads, at least, so that crop can take back as many tokens
 
@@ -42,6 +45,20 @@ class LayerState(State):
                 )
             recent = recent[:, :left]
         return LayerState(keep, self.inner.crop(drop), recent, self.reach)
+
+
+@dataclass(frozen=True)
+class LayerRing:
+    """The same in buffers of fixed size: its mechanism's, and the last inputs of its convolution."""
+
+    inner: Ring
+    recent: Tensor | None  # [B, reach, W]
+    turns: Tensor  # turns a token of each pair of channels that the layer rotates itself
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every buffer under its name."""
+        found = {f"inner.{name}": x for name, x in self.inner.tensors().items()}
+        return found if self.recent is None else {**found, "recent": self.recent}
 
 
 class Attention(nn.Module):
@@ -124,7 +141,7 @@ class Attention(nn.Module):
                 "give packed documents in sequences of at most as many tokens, or one by one"
             )
         mixed = x if self.conv is None else self.conv(x, group)
-        q, k, v, rotary = self._project(mixed, 0)
+        q, k, v, rotary = self._placed(*self._heads(mixed), *self._positions(0, x))
         return self._join(self.attended(q, k, v, group, rotary))
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, group: Tensor | None, rotary: Rotary | None) -> Tensor:
@@ -145,21 +162,59 @@ class Attention(nn.Module):
             mixed, reach = self.conv.extend(x, recent), self.conv.before
             # cloned, or the state would hold on to the whole chunk
             recent = torch.cat([recent, x], 1)[:, -(reach + self.spare) :].clone()
-        q, k, v, rotary = self._project(mixed, tokens)
+        q, k, v, rotary = self._placed(*self._heads(mixed), *self._positions(tokens, x))
         with _plain(x):
             out, inner = self.mechanism.extend(q, k, v, state.inner if state else None, rotary=rotary)
         return self._join(out), LayerState(tokens + x.shape[1], inner, recent, reach)
 
-    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Rotary | None]:
+    @torch.no_grad()
+    def ring(self, state: LayerState, *, capacity: int) -> LayerRing:
+        """The fixed buffers that go on where `state` stands; as Mechanism.ring."""
+        inner = self.mechanism.ring(state.inner, capacity=capacity, rotary=self.rope if self.inside else None)
+        recent = state.recent
+        if recent is not None:
+            recent = recent[:, max(0, recent.shape[1] - state.reach) :]
+            recent = torch.nn.functional.pad(recent, (0, 0, state.reach - recent.shape[1], 0)).clone()
+        return LayerRing(
+            inner, recent, turns_of(None if self.inside else self.rope, self.head_width, inner.tokens.device)
+        )
+
+    @torch.no_grad()
+    def step(self, x: Float[Tensor, "B 1 W"], ring: LayerRing, position: Int[Tensor, "B 1"]) -> Float[Tensor, "B 1 W"]:
+        """`extend` by one token a sequence, which stands at `position`, in place."""
+        mixed = x
+        if self.conv is not None and ring.recent is not None:
+            mixed = self.conv.step(x, ring.recent)
+        q, k, v = self._heads(mixed)
+        found = placed(q, k, position, gain=self.gain, grown=self.log_scale, turns=ring.turns)
+        if found is None:
+            q, k, v, _ = self._placed(q, k, v, position, self.log_scale > 0)
+        else:
+            q, k = found
+        with _plain(x):
+            out = self.mechanism.step(q, k, v, ring.inner)
+        return self._join(out)
+
+    def _positions(self, start: int, x: Tensor) -> tuple[Tensor | None, bool]:
+        """Of the tokens x from position `start` on, where they are needed, and whether queries have grown by them."""
+        grown = 0 < self.log_scale < start + x.shape[1]
+        needed = grown or (self.rope is not None and not self.inside)
+        return torch.arange(start, start + x.shape[1], device=x.device) if needed else None, grown
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (rearrange(p(x), "b t (h d) -> b h t d", d=self.head_width) for p in (self.q, self.k, self.v))
+        return q, k, v
+
+    def _placed(
+        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, grown: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Rotary | None]:
+        """q and k as the mechanism gets them, and the rotation that it places. `position`: [T] or [B, T]."""
         if self.gain is not None:
             q, k = _unit(q, self.gain[:, None, None]), _unit(k)
-        grown = 0 < self.log_scale < start + x.shape[1]
-        position = torch.arange(start, start + x.shape[1], device=x.device) if grown or not self.inside else None
         if grown and position is not None:
             wide = torch.promote_types(q.dtype, torch.float32)
             factor = (position + 1).clamp(min=self.log_scale).to(wide).log() / math.log(self.log_scale)
-            q = (q * factor[:, None]).to(q.dtype)
+            q = (q * factor[..., None, :, None]).to(q.dtype)
         if self.rope is None or self.inside or position is None:
             return q, k, v, self.rope
         return self.rope(q, position), self.rope(k, position), v, None

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from farfield.mechanism import Mechanism, State
 from farfield.nn.block import Block
 from farfield.nn.config import ModelConfig
-from farfield.nn.layer import Attention, LayerState
+from farfield.nn.layer import Attention, LayerRing, LayerState
 
 IGNORE = -100  # a target that does not count, as in F.cross_entropy
 LOGITS = 1 << 23  # logits alive at a time in `loss`
@@ -28,6 +28,45 @@ class DecoderState(State):
 
     def crop(self, drop: int) -> DecoderState:
         return DecoderState(self.tokens - drop, tuple(layer.crop(drop) for layer in self.layers))
+
+
+@dataclass(frozen=True)
+class DecoderRing:
+    """What a Decoder remembers, in buffers of fixed size: those of each layer, and a clock for each sequence.
+
+    `Decoder.ring` makes one of a state. Changed in place by `Decoder.step` and `reorder_`.
+    """
+
+    layers: tuple[LayerRing, ...]
+    clock: Int[Tensor, "B 1"]
+
+    @property
+    def tokens(self) -> Int[Tensor, " B"]:
+        """Tokens of each sequence so far, on the device."""
+        return self.clock[:, 0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.nbytes for x in self.tensors().values())
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step: nothing in it waits for the host."""
+        return all(layer.inner.capturable for layer in self.layers)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every buffer under its name."""
+        found = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.tensors().items()}
+        return {**found, "clock": self.clock}
+
+    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
+        """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
+        own = [self.clock, *(layer.recent for layer in self.layers if layer.recent is not None)]
+        for layer in self.layers:
+            layer.inner.reorder_(beams)
+        for x in own:
+            x.copy_(x.index_select(0, beams.to(x.device)))
 
 
 class Transformer(nn.Module):
@@ -197,6 +236,33 @@ class Decoder(Transformer):
             x = x[:, -1:]
         seen = (state.tokens if state else 0) + tokens.shape[1]
         return F.linear(self.norm(x), self.output_weight), DecoderState(seen, tuple(layers))
+
+    @torch.no_grad()
+    def ring(self, state: DecoderState, *, capacity: int) -> DecoderRing:
+        """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens.
+
+        Raises:
+            ValueError: the state has more tokens than `capacity`, or a mechanism cannot hold as many.
+            NotImplementedError: a layer's mechanism has no such buffers; `extend` decodes.
+        """
+        layers = [
+            cast(Block, block).attention.ring(layer, capacity=capacity)
+            for block, layer in zip(self.blocks, state.layers, strict=True)
+        ]
+        first = next(iter(state.tensors().values()))
+        clock = torch.full((len(first), 1), state.tokens, dtype=torch.long, device=first.device)
+        return DecoderRing(tuple(layers), clock)
+
+    @torch.no_grad()
+    def step(self, tokens: Int[Tensor, "B 1"], ring: DecoderRing) -> Float[Tensor, "B 1 V"]:
+        """`extend` by one token a sequence, in place and without dropout or gradients: what a CUDA graph captures."""
+        if tokens.shape != ring.clock.shape:
+            raise ValueError(f"Decoder: step takes tokens {list(ring.clock.shape)}, got {list(tokens.shape)}")
+        x = self._embed(tokens)
+        for block, layer in zip(self.blocks, ring.layers, strict=True):
+            x = cast(Block, block).step(x, layer, ring.clock)
+        ring.clock.add_(1)
+        return F.linear(self.norm(x), self.output_weight)
 
 
 class Encoder(Transformer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,18 @@ def compiled(model: Decoder | Encoder, *, on: bool = True, backend: str = "induc
             block._compiled_call_impl = None
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected within: an older graph among it would be freed, which a capture does not survive."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class Captured:
     """A step that is called a few times as it is written, then captured, and replayed from there on.
 
@@ -64,7 +77,7 @@ class Captured:
         if self.graph is None:
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            with _uncollected(), torch.cuda.graph(self.graph, stream=self.stream):
                 self.out = self.step()
         self.graph.replay()
         assert self.out is not None

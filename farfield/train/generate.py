@@ -1,16 +1,25 @@
-"""Text from a decoder: the prompt in chunks, then one token at a time from the state."""
+"""Text from a decoder: the prompt in chunks, then one token at a time, from buffers of fixed size where all layers have
+them; on a GPU that is one CUDA graph a token, the draw included.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from farfield.nn import Decoder, DecoderState
+from farfield.nn import Decoder, DecoderRing, DecoderState
 from farfield.train.codec import Codec
-from farfield.train.config import autocast
+from farfield.train.config import DTYPES, autocast
+from farfield.train.fast import Captured
+
+WAYS = ("auto", "ring", "extend")
+DRAWS = 1024  # numbers to draw by that are on the device at a time
 
 
 def generate(
@@ -25,6 +34,7 @@ def generate(
     chunk: int = 2048,
     stop: int | None = None,
     dtype: str = "float32",
+    way: str = "auto",
 ) -> Iterator[int]:
     """Token ids that continue the prompt, each as soon as it is drawn.
 
@@ -38,9 +48,12 @@ def generate(
         chunk: prompt tokens a forward, which bounds memory.
         stop: a token that ends the text and is not given out.
         dtype: "float32" or "bfloat16" (autocast).
+        way: "ring" decodes from buffers of fixed size for the prompt and all new tokens, "extend" from states that
+            grow; "auto" takes rings on a GPU, where every layer has one.
 
     Raises:
         ValueError: an argument out of range.
+        NotImplementedError: way="ring", and a layer's mechanism has no such buffers (at the first token).
     """
     if not isinstance(model, Decoder):
         raise ValueError(f"generate: only a Decoder generates text, got {type(model).__name__}")
@@ -53,39 +66,201 @@ def generate(
         )
     if new_tokens < 0 or chunk < 1:
         raise ValueError(f"generate: need new_tokens >= 0 and chunk >= 1, got {new_tokens} and {chunk}")
+    if way not in WAYS:
+        raise ValueError(f"generate: way must be one of {', '.join(WAYS)}, got {way!r}")
     check_sampling(temperature, top_k, top_p)
     autocast(model.embed.weight.device, dtype)  # an unknown dtype is refused now, not at the first token
     draw = torch.Generator()
     draw.seed() if seed is None else draw.manual_seed(seed)
-    return _generate(model, ids, new_tokens, (temperature, top_k, top_p), draw, chunk, stop, dtype)
+    return _generate(model, ids, new_tokens, (temperature, top_k, top_p), draw, chunk, stop, dtype, way)
 
 
-def _generate(model, ids, new_tokens, sampling, draw, chunk, stop, dtype) -> Iterator[int]:
+def _generate(model, ids, new_tokens, sampling, draw, chunk, stop, dtype, way) -> Iterator[int]:
     if not new_tokens:
         return
-    state = None
-    for piece in ids.split(chunk):
-        logits, state = _step(model, piece, state, dtype)
+    device = model.embed.weight.device
+    first, *others = ids.split(chunk)
+    with _evaluated(model, device, dtype):
+        logits, state = model.extend(first[None].to(device), last=True)
+        for piece in others:
+            logits, state = model.extend(piece[None].to(device), state, last=True)
+    ring = None if way == "extend" else _ring(model, state, len(ids) + new_tokens, way)
+    numbers = Numbers(draw, device)
+    if ring is None:
+        step: Callable[[], Tensor] = Extending(model, state, logits, sampling, numbers, dtype)
+    else:
+        step = Stepping(model, ring, logits, sampling, numbers, dtype)
+    read = _Reader(device)
+    wanted = read(step())
     for left in range(new_tokens - 1, -1, -1):
-        token = int(torch.multinomial(probabilities(logits, *sampling), 1, generator=draw))
+        # the next token is under way while this one is read and used
+        following = read(step()) if left and ring is not None else None
+        token = wanted()
         if token == stop:
             return
         yield token
         if left:
-            logits, state = _step(model, torch.tensor([token]), state, dtype)
+            wanted = following or read(step())
 
 
-def _step(model: Decoder, tokens: Tensor, state: DecoderState | None, dtype: str) -> tuple[Tensor, DecoderState]:
-    """Logits of the token after these, on the CPU."""
-    # modes are set for one step only: the caller runs between two tokens
-    device, training = model.embed.weight.device, model.training
+def _ring(model: Decoder, state: DecoderState, capacity: int, way: str) -> DecoderRing | None:
+    """The ring that goes on after the prompt; None where "auto" decodes by `extend`."""
+    if way == "auto" and model.embed.weight.device.type == "cpu":
+        return None  # states have only what there is, and no launch costs anything
+    try:
+        return model.ring(state, capacity=capacity)
+    except (NotImplementedError, ValueError):
+        # a pool or a rotation that rings do not take, or more levels than a block has tokens
+        if way == "ring":
+            raise
+        return None
+
+
+class Numbers:
+    """The numbers in 0..1 that tokens are drawn by, DRAWS of them on the device at a time: the same on every device."""
+
+    def __init__(self, draw: torch.Generator, device: torch.device):
+        self.draw, self.used = draw, 0
+        self.held = torch.empty(DRAWS, dtype=torch.float64, device=device)
+        self.at = torch.zeros(1, dtype=torch.long, device=device)
+
+    def fill(self) -> None:
+        """Before each draw, where the host is not left out: further numbers once those held are used."""
+        if self.used % DRAWS == 0:
+            self.held.copy_(torch.rand(DRAWS, dtype=torch.float64, generator=self.draw))
+            self.at.zero_()
+        self.used += 1
+
+    def next(self) -> Tensor:
+        """The next one, [1]; nothing that waits for the host."""
+        number = self.held.index_select(0, self.at)
+        self.at.add_(1)
+        return number
+
+
+class Extending:
+    """Token after token from states that grow. A call returns the next, [1, 1] on the device."""
+
+    def __init__(self, model, state, logits, sampling, numbers: Numbers, dtype: str):
+        self.model, self.state, self.logits, self.sampling, self.dtype = model, state, logits, sampling, dtype
+        self.numbers = numbers
+        self.token: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        self.numbers.fill()
+        with _evaluated(self.model, self.logits.device, self.dtype):
+            if self.token is not None:
+                self.logits, self.state = self.model.extend(self.token, self.state, last=True)
+            self.token = drawn(self.logits[:, -1], self.numbers.next(), *self.sampling)[:, None]
+        return self.token
+
+
+class Stepping:
+    """The same from a ring; on a GPU a CUDA graph after a few tokens."""
+
+    def __init__(self, model, ring: DecoderRing, logits, sampling, numbers: Numbers, dtype: str):
+        self.logits: Tensor | None = logits
+        self.sampling, self.numbers = sampling, numbers
+        self.token = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
+        # no method of this: a graph in a cycle of references would be freed at any time, captures of others among them
+        self.step = partial(_step, model, ring, _rounded(model, dtype), self.token, numbers, sampling, dtype)
+        self.captured = Captured(self.step, ()) if ring.capturable else None
+
+    def __call__(self) -> Tensor:
+        self.numbers.fill()
+        if self.logits is not None:
+            # of the prompt's last token
+            self.token.copy_(drawn(self.logits[:, -1], self.numbers.next(), *self.sampling)[:, None])
+            self.logits = None
+        elif self.captured is not None:
+            self.captured()
+        else:
+            self.step()
+        return self.token.clone()
+
+
+def _step(model, ring, weights, token, numbers, sampling, dtype) -> Tensor:
+    """`token` becomes the one behind it, in place."""
+    with _evaluated(model, token.device, dtype):
+        logits = functional_call(_Step(model), weights, (token, ring))
+        token.copy_(drawn(logits[:, -1], numbers.next(), *sampling)[:, None])
+    return token
+
+
+class _Step(nn.Module):
+    """A model whose forward is its step."""
+
+    def __init__(self, model: Decoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, ring: DecoderRing) -> Tensor:
+        return self.model.step(tokens, ring)
+
+
+def _rounded(model: Decoder, dtype: str) -> dict[str, Tensor]:
+    """Weights of products as autocast rounds them: a graph would round them again for every token."""
+    if dtype == "float32":
+        return {}
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    return {f"model.{name}.weight": m.weight.detach().to(DTYPES[dtype]) for name, m in layers}
+
+
+@contextmanager
+def _evaluated(model: Decoder, device: torch.device, dtype: str) -> Iterator[None]:
+    """Modes of one step only: the caller runs between two tokens."""
+    training = model.training
     model.eval()
     try:
         with torch.no_grad(), autocast(device, dtype):
-            logits, state = model.extend(tokens[None].to(device), state, last=True)
+            yield
     finally:
         model.train(training)
-    return logits[0, -1].cpu(), state
+
+
+class _Reader:
+    """Brings tokens [1, 1] to the host; what it returns waits for the one."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.turn = device.type == "cuda", 0
+        self.places = [torch.zeros(1, 1, dtype=torch.long, pin_memory=True) for _ in range(2)] if self.cuda else []
+
+    def __call__(self, token: Tensor) -> Callable[[], int]:
+        if not self.cuda:
+            return lambda: int(token)
+        place, done = self.places[self.turn % 2], torch.cuda.Event()
+        self.turn += 1
+        place.copy_(token, non_blocking=True)
+        done.record()
+
+        def value() -> int:
+            done.synchronize()
+            return int(place)
+
+        return value
+
+
+def drawn(
+    logits: Float[Tensor, "*B V"],
+    number: Float[Tensor, "*#B"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Int[Tensor, "*B"]:
+    """The token that a number in 0..1 draws from `probabilities`: the first that with all lower ids has a larger share.
+
+    Nothing in it waits for the host.
+    """
+    if temperature == 0:
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        # of equal ones the lower id, which argmax does not promise
+        return torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)
+    kept = probabilities(logits, temperature, top_k, top_p)
+    sums = kept.cumsum(-1)
+    place = (sums <= number[..., None] * sums[..., -1:]).sum(-1)
+    # rounding may leave the sum of all below the number
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return torch.minimum(place, torch.where(kept > 0, ids, 0).amax(-1))
 
 
 def probabilities(
@@ -96,6 +271,8 @@ def probabilities(
     Float64. Of equal logits the lower id is the likelier one. At least one token is left.
     """
     check_sampling(temperature, top_k, top_p)
+    if temperature and top_k is None and top_p is None:
+        return (logits.double() / temperature).softmax(-1)
     ranked, order = torch.sort(logits.double(), dim=-1, descending=True, stable=True)
     if temperature == 0:
         kept = torch.zeros_like(ranked)
@@ -104,11 +281,11 @@ def probabilities(
         kept = (ranked / temperature).softmax(-1)
         if top_k is not None:
             kept[..., top_k:] = 0
-            kept /= kept.sum(-1, keepdim=True)
+            kept = kept / kept.sum(-1, keepdim=True)
         if top_p is not None:
             # a token stays while those before it do not reach top_p
-            kept[kept.cumsum(-1) - kept >= top_p] = 0
-            kept /= kept.sum(-1, keepdim=True)
+            kept = kept.masked_fill(kept.cumsum(-1) - kept >= top_p, 0)
+            kept = kept / kept.sum(-1, keepdim=True)
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 

@@ -1,0 +1,254 @@
+"""Decode states in buffers of fixed size, for mechanisms that read tokens and for those that keep a state alone.
+
+A `TokenRing` holds the keys and values of the first tokens and of the last ones, or of all. A `StateRing` holds a state
+whose tensors keep their shapes. `farfield.ring` has that of FMA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from farfield.ops.append import HIDDEN
+from farfield.ops.append_token import append_token
+from farfield.ops.attend import attend
+from farfield.ops.token_step import DTYPES, WIDEST
+from farfield.state import State
+from farfield.types import Layout, Rows
+
+ROWS = 64  # of a list's entry
+
+
+class Ring(Protocol):
+    """What a model asks of a mechanism's fixed buffers. All that changes in them is on the device, and in place."""
+
+    @property
+    def tokens(self) -> Int[Tensor, " B"]:
+        """Tokens of each sequence so far, on the device."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step waits for nothing that the host does, so that a CUDA graph can hold it."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every buffer under its name."""
+        ...
+
+    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
+        """Sequence i becomes sequence beams[i], in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenRing:
+    """Keys and values in fixed buffers: the first `sinks` tokens, and the others in `span` rows that are used again.
+
+    A query reads the sinks, its own block of `block` tokens and the span / block - 1 blocks before it: block = 1 is a
+    window of `span` tokens, span = capacity everything. Each sequence has a clock of its own. Bytes:
+
+        B (G (D + E) (sinks + span) itemsize + 8 (sinks + span) + 20)    and 4 a list entry of 64 rows
+    """
+
+    block: int
+    sinks: int
+    capacity: int
+    k: Float[Tensor, "B G S D"]
+    v: Float[Tensor, "B G S E"]
+    end: Int[Tensor, "B 1 S"]  # position of each row
+    index: Int[Tensor, "1 1 1 N"]
+    count: Int[Tensor, "B 1 1"]
+    position: Int[Tensor, "B 1 1"]
+    clock: Int[Tensor, " B"]
+
+    @staticmethod
+    @torch.no_grad()
+    def of(
+        k: Float[Tensor, "B G R D"],
+        v: Float[Tensor, "B G R E"],
+        position: Int[Tensor, " R"],
+        *,
+        tokens: int,
+        span: int,
+        block: int = 1,
+        sinks: int = 0,
+        capacity: int | None = None,
+    ) -> TokenRing:
+        """The ring that goes on after `tokens` tokens, of which those at hand stand at `position`.
+
+        Args:
+            span: rows beside the sinks, a multiple of `block`.
+            capacity: tokens that a sequence may have; None: any number. Past it `step` raises on the CPU and returns
+                NaN on a GPU.
+
+        Raises:
+            ValueError: more tokens than `capacity`.
+        """
+        if capacity is not None and tokens > capacity:
+            raise ValueError(f"TokenRing: the state has {tokens} tokens, capacity={capacity} is too small")
+        batch, rows, device = len(k), sinks + span, k.device
+        ring_k, ring_v = (torch.zeros(*x.shape[:2], rows, x.shape[3], dtype=x.dtype, device=device) for x in (k, v))
+        end = torch.full((batch, 1, rows), HIDDEN, dtype=torch.long, device=device)
+        # what a token of the last block reads
+        first = (max(tokens - 1, 0) // block + 1) * block - span
+        held = (position < sinks) | (position >= first)
+        at = position[held]
+        to = torch.where(at < sinks, at, sinks + at % span)
+        ring_k[:, :, to], ring_v[:, :, to] = k[:, :, held], v[:, :, held]
+        end[:, :, to] = at
+        return TokenRing(
+            block,
+            sinks,
+            HIDDEN if capacity is None else capacity,
+            ring_k,
+            ring_v,
+            end,
+            torch.arange(-(-rows // ROWS), dtype=torch.int32, device=device)[None, None, None],
+            torch.zeros(batch, 1, 1, dtype=torch.int32, device=device),
+            torch.zeros(batch, 1, 1, dtype=torch.long, device=device),
+            torch.full((batch,), tokens, dtype=torch.long, device=device),
+        )
+
+    @property
+    def tokens(self) -> Int[Tensor, " B"]:
+        """Tokens of each sequence so far, on the device."""
+        return self.clock
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.nbytes for x in self.tensors().values())
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step."""
+        return self.k.is_cuda and self.k.dtype in DTYPES and max(self.k.shape[3], self.v.shape[3]) <= WIDEST
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every buffer under its name."""
+        found = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: x for name, x in found if isinstance(x, Tensor)}
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> TokenRing:
+        """The same ring with these buffers."""
+        return replace(self, **tensors)
+
+    def copy(self) -> TokenRing:
+        """A ring that shares no memory with this one."""
+        return self.replaced({name: x.clone() for name, x in self.tensors().items()})
+
+    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
+        """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
+        reorder_({name: x for name, x in self.tensors().items() if name != "index"}, beams)
+
+    @torch.no_grad()
+    def step(
+        self,
+        q: Float[Tensor, "B H 1 D"],
+        k: Float[Tensor, "B G 1 D"],
+        v: Float[Tensor, "B G 1 E"],
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "B H 1 E"]:
+        """Take one token a sequence and return its attention. No gradients.
+
+        Raises:
+            ValueError: shapes do not fit the ring, or the ring is full (CPU).
+            TypeError: another dtype than the ring's.
+        """
+        batch, rows = len(self.clock), self.k.shape[2]
+        wanted = [(batch, x.shape[1], 1, x.shape[3]) for x in (self.k, self.v)]
+        if q.shape[0] != batch or q.shape[2:] != (1, self.k.shape[3]) or [k.shape, v.shape] != wanted:
+            raise ValueError(
+                f"TokenRing: takes q [{batch}, H, 1, {self.k.shape[3]}], k {list(wanted[0])} and v {list(wanted[1])}, "
+                f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            )
+        if {q.dtype, k.dtype, v.dtype} != {self.k.dtype}:
+            raise TypeError(f"TokenRing: holds {self.k.dtype}, got {q.dtype}, {k.dtype} and {v.dtype}")
+        append_token(
+            k, v, self.k, self.v, self.end, self.count, self.position, self.clock,
+            [self.block, self.sinks, self.capacity, ROWS],
+        )  # fmt: skip
+        layout = Layout(self.index.expand(batch, -1, -1, -1), self.count, 1, ROWS, 1, rows, causal=True)
+        return attend(q, Rows(self.k, self.v, end=self.end), layout, scale=scale, position=self.position).out
+
+
+@dataclass(frozen=True)
+class StateRing:
+    """A state whose tensors keep their shapes from token to token, written in place by `take`."""
+
+    state: State  # `tokens` of it is that of the beginning
+    clock: Int[Tensor, " B"]
+
+    @staticmethod
+    def of(state: State) -> StateRing:
+        """A ring that shares no memory with the state.
+
+        Raises:
+            ValueError: a state without tokens, which has no tensors yet.
+        """
+        held = list(state.tensors().values())
+        if not state.tokens or not held:
+            raise ValueError("StateRing: the state has no tokens; extend it by one at least")
+        return StateRing(state.copy(), held[0].new_full((len(held[0]),), state.tokens, dtype=torch.long))
+
+    @property
+    def tokens(self) -> Int[Tensor, " B"]:
+        """Tokens of each sequence so far, on the device."""
+        return self.clock
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.nbytes for x in self.tensors().values())
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step."""
+        return self.clock.is_cuda
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every buffer under its name."""
+        return {**{f"state.{name}": x for name, x in self.state.tensors().items()}, "clock": self.clock}
+
+    def copy(self) -> StateRing:
+        """A ring that shares no memory with this one."""
+        return StateRing(self.state.copy(), self.clock.clone())
+
+    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
+        """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
+        reorder_(self.tensors(), beams)
+
+    @torch.no_grad()
+    def step(self, extend: Callable[[Any], tuple[Tensor, State]]) -> Tensor:
+        """What `extend` returns for the state, which becomes the new one."""
+        out, now = extend(self.state)
+        mine = self.state.tensors()
+        for name, x in now.tensors().items():
+            if x is not mine[name]:
+                mine[name].copy_(x)
+        self.clock.add_(1)
+        return out
+
+
+def reorder_(buffers: Mapping[str, Tensor], beams: Tensor) -> None:
+    """Sequence i of each becomes sequence beams[i].
+
+    Raises:
+        ValueError: fewer or more beams than sequences.
+    """
+    for x in buffers.values():
+        if len(beams) != len(x):
+            raise ValueError(f"reorder_: needs {len(x)} beams, one a sequence, got {len(beams)}")
+        x.copy_(x.index_select(0, beams.to(x.device)))
