@@ -28,11 +28,12 @@ help:
 demo: $(VENV)/.run-time
 	$(BIN)/python -m farfield demo $(ARGS)
 
-# no compiled code of an earlier run; one thread a process, since the processes share the cores
+# no compiled code of an earlier run; one thread a process, since the processes share the cores; who is done takes tests
+# that another has not begun
 test: export TORCHINDUCTOR_FORCE_DISABLE_CACHES = 1
 test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

@@ -30,8 +30,13 @@ def _seed():
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items):
-    """With the type checker on, wrong arguments raise its errors, and tracers do not see through its wrappers."""
+def pytest_collection_modifyitems(config, items):
+    """Test processes that share the work begin with the longest tests, so that no one ends alone with them.
+
+    With the type checker on, wrong arguments raise its errors, and tracers do not see through its wrappers.
+    """
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.name != "test_kernels.py")
     if TYPECHECK:
         skip = pytest.mark.skip(reason="FARFIELD_TYPECHECK=1")
         for item in items:
