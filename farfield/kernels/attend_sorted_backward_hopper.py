@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from farfield.kernels.attend_backward_hopper import TOLD
 from farfield.kernels.attend_backward_hopper import _compute as _compute_rows
 from farfield.kernels.attend_backward_queries_hopper import _weigh
-from farfield.kernels.attend_sorted_hopper import LOADERS, LOADING, SAID, SEGMENT, _copy, _places
+from farfield.kernels.attend_sorted_hopper import LOADERS, LOADING, SAID, SEGMENT, _asked, _copy, _places, _told
 from farfield.kernels.hopper import ALIGNED, LOG2E, barriers, processors, report, sync, wait_empty, wait_full
 from farfield.kernels.replay import start
 
@@ -116,29 +116,16 @@ def _compute_queries(
     left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     per_row: gl.constexpr = gl.SliceLayout(1, score)
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    WORDS: gl.constexpr = gl.BlockedLayout([SAID], [32], [4], [0])
-    PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     dtype: gl.constexpr = q_ring.dtype
     factor = scale * LOG2E
     step, turn, item = 0, 0, 0
     while item < items:
         p = wait_full(q_full, turn)
-        which = gl.arange(0, SAID, WORDS)
-        word = said.index(p).load(WORDS)
-        item = gl.sum(gl.where(which == 0, word, 0), 0)
-        tiles = gl.sum(gl.where(which == 1, word, 0), 0)
-        row = gl.sum(gl.where(which == 2, word, 0), 0)
+        item, tiles, row = _told(said, p)
         if item < items:
-            unit, n = item // blocks, item % blocks
-            first = n * (GROUPS * 64) + GROUP * 64
-            line = unit.to(gl.int64) * (blocks * (GROUPS * 64)) + first
-            # asked for early: they are needed at the end
-            asks = gl.load(q_token + line + gl.arange(0, 64, gl.SliceLayout(1, across)))[:, None]
-            at, least = first, first
-            if POSITION:
-                at = gl.load(position + line + gl.arange(0, 64, per_row))
-                # every warp holds all of them, so that the least is found within a warp
-                least = gl.min(gl.load(position + line + gl.arange(0, 64, PAIR)), 0)
+            unit, first, line, asks, at, least = _asked(
+                item, q_token, position, blocks, GROUP, GROUPS, across, per_row, POSITION
+            )  # fmt: skip
             queries = q_ring.index(p * GROUPS + GROUP)
             d_tile = d_ring.index(p * GROUPS + GROUP)
             mass = lse_ring.index(p * GROUPS + GROUP).load(per_row)

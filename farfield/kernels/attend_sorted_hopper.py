@@ -105,6 +105,38 @@ def _gather(
 
 
 @gluon.jit
+def _told(said, p):
+    """What place p says: a number of a block of queries, how many tiles of rows it reads, and where these begin."""
+    WORDS: gl.constexpr = gl.BlockedLayout([SAID], [32], [4], [0])
+    which = gl.arange(0, SAID, WORDS)
+    word = said.index(p).load(WORDS)
+    item = gl.sum(gl.where(which == 0, word, 0), 0)
+    tiles = gl.sum(gl.where(which == 1, word, 0), 0)
+    low = gl.sum(gl.where(which == 2, word, 0), 0)
+    return item, tiles, low
+
+
+@gluon.jit
+def _asked(
+    item, q_token, position, blocks,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, across: gl.constexpr, per_row: gl.constexpr, POSITION: gl.constexpr,
+):  # fmt: skip
+    """Of a group of queries: batch and head, the first slot and its place in memory, tokens, positions, the least."""
+    PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    unit, n = item // blocks, item % blocks
+    first = n * (GROUPS * 64) + GROUP * 64
+    line = unit.to(gl.int64) * (blocks * (GROUPS * 64)) + first
+    # asked for early: they are needed at the end
+    asks = gl.load(q_token + line + gl.arange(0, 64, gl.SliceLayout(1, across)))[:, None]
+    at, least = first, first
+    if POSITION:
+        at = gl.load(position + line + gl.arange(0, 64, per_row))
+        # every warp holds all of them, so that the least is found within a warp
+        least = gl.min(gl.load(position + line + gl.arange(0, 64, PAIR)), 0)
+    return unit, first, line, asks, at, least
+
+
+@gluon.jit
 def _compute(
     out, lse, said, q_ring, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_token, position,
     out_b, out_h, out_t, items, blocks, heads, rows, scale,
@@ -117,29 +149,16 @@ def _compute(
     per_row: gl.constexpr = gl.SliceLayout(1, score)
     of_value: gl.constexpr = gl.SliceLayout(1, value)
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    WORDS: gl.constexpr = gl.BlockedLayout([SAID], [32], [4], [0])
-    PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     dtype: gl.constexpr = q_ring.dtype
     factor = scale * LOG2E
     step, turn, item = 0, 0, 0
     while item < items:
         p = wait_full(q_full, turn)
-        which = gl.arange(0, SAID, WORDS)
-        word = said.index(p).load(WORDS)
-        item = gl.sum(gl.where(which == 0, word, 0), 0)
-        listed = gl.sum(gl.where(which == 1, word, 0), 0)
-        low = gl.sum(gl.where(which == 2, word, 0), 0)
+        item, listed, low = _told(said, p)
         if item < items:
-            unit, n = item // blocks, item % blocks
-            first = n * (GROUPS * 64) + GROUP * 64
-            line = unit.to(gl.int64) * (blocks * (GROUPS * 64)) + first
-            # asked for early: they are needed at the end
-            asks = gl.load(q_token + line + gl.arange(0, 64, gl.SliceLayout(1, across)))[:, None]
-            at, least = first, first
-            if POSITION:
-                at = gl.load(position + line + gl.arange(0, 64, per_row))
-                # every warp holds all of them, so that the least is found within a warp
-                least = gl.min(gl.load(position + line + gl.arange(0, 64, PAIR)), 0)
+            unit, first, line, asks, at, least = _asked(
+                item, q_token, position, blocks, GROUP, GROUPS, across, per_row, POSITION
+            )  # fmt: skip
             peak = gl.full([64], float("-inf"), gl.float32, per_row)
             mass = gl.zeros([64], gl.float32, per_row)
             acc = gl.zeros([64, D], gl.float32, value)
