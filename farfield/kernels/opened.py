@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farfield.kernels import opened_search, opened_sketches
 from farfield.kernels.attend import padded
 from farfield.kernels.opened_search import _far
 from farfield.kernels.replay import start
@@ -194,7 +195,7 @@ def lists_of_runs(
     new = leaves.new_empty
     near_index, far_index = new(batch, lists, runs, width), new(batch, lists, runs, far_width)
     near_count, far_count = new(batch, lists, runs), new(batch, lists, runs)
-    size = 32
+    size = 16
     start(
         run_lists, (-(-runs // size), batch * lists),
         leaves, count, near_index, near_count, far_index, far_count,
@@ -202,3 +203,12 @@ def lists_of_runs(
         tree.block, tree.rank, padded(picks, 1), padded(radius + 1, 1), size, padded(sinks, 1), num_warps=4,
     )  # fmt: skip
     return near_index, near_count, far_index, far_count
+
+
+def runs(
+    q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Far rows and their biases, and the near and far lists of each run of queries, index and count of each."""
+    *far, sketches = opened_sketches.pooled(k, v, tree, plan.detail)
+    chosen = opened_search.choose(opened_search._asking(q, plan), sketches, tree, plan, scale)
+    return *far, *lists_of_runs(*chosen, tree, plan)

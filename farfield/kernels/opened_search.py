@@ -1,9 +1,4 @@
-"""Which groups each query of opened FMA opens, found down the tree: sketches of all levels, then a few launches.
-
-Sketches: rows of `select.opened`. A peak is one of the keys and stays in their dtype. A mean is two numbers of their
-dtype, of which the second is what the first has lost, so that a score is off by at most 2^-16 of
-scale sum_c |q_c mean_c| in bfloat16. A program adds up the segments of a piece of the sequence, and of these further
-levels while there are rows; what is left is a launch or two for pieces of pieces.
+"""Which groups each query of opened FMA opens, found down the tree by sketches of all levels, in a few launches.
 
 Search, from the coarsest level whose groups cannot all be kept, or where the tree ends early, from there: a query's
 candidates are the children of the groups that it has kept one level above, and of the first group behind these that is
@@ -17,8 +12,6 @@ order. A query's choice follows from its own scores alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +19,7 @@ from torch import Tensor
 
 from farfield.kernels.attend import _dense, padded
 from farfield.kernels.attend_listed import _unit
+from farfield.kernels.opened_sketches import Sketches, _counted, sketches_of
 from farfield.kernels.replay import start
 from farfield.kernels.transpose import clear
 from farfield.ops.opened import SCORES, Plan
@@ -39,27 +33,13 @@ WORDS = 256  # of bits that are looked at together
 KEPT = 128  # pairs of candidates of a warp that keeps the best, of 32 queries at most
 # pairs of groups of a level that all are scored, whoever asks for them, for a beam of 16, in proportion for others;
 # where queries are few, up to MANY
-FEW, MANY, SCORED = 64, 512, 1 << 18
+FEW, MANY, SCORED = 64, 512, 1 << 19
 COLUMNS = 128  # rows of sketches that queries meet at a time there
 CLEARED = 4096
 ASKED = 16  # queries that are added up at a time
 PROGRAMS = 2112  # that score at once, each with a list of its own in memory
 RUNS = 1 << 14  # queries of a search: their scores are in memory
 WIDEST = 256  # groups of the coarsest level up to which as many queries are searched for
-
-
-class Sketches(NamedTuple):
-    """[B, G, R, D]: `detail` rows for each group of each level, level by level; `low` counts only where `twice`."""
-
-    high: Tensor
-    low: Tensor
-    twice: bool
-
-
-@triton.jit
-def _counted(first, size, sinks):
-    """Tokens of a segment that are no sinks."""
-    return size - tl.minimum(tl.maximum(sinks - first, 0), size)
 
 
 @triton.jit
@@ -87,158 +67,6 @@ def _ones(x):
 def _below(x):
     """A word with bits 0 .. x - 1 set."""
     return tl.where(x >= 32, -1, (1 << tl.minimum(tl.maximum(x, 0), 31)) - 1)
-
-
-@triton.jit(do_not_specialize=["segments", "sinks", "all_rows", "kv_heads", "k_b", "k_h", "k_r"])
-def leaf_peaks(
-    k, means, peaks, segments, sinks, all_rows, kv_heads, k_b, k_h, k_r,
-    SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr,
-):  # fmt: skip
-    """Level 1: of every segment of a block the mean and the key farthest from it."""
-    UNROLL: tl.constexpr = 4 if SEGMENT >= 4 else SEGMENT
-    unit = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
-    dims = tl.arange(0, D_TILE)
-    wide = (dims < D)[None, :]
-    first = row * SEGMENT
-    k_at = k + (unit // kv_heads * k_b + unit % kv_heads * k_h) * D_UNIT + (first * k_r)[:, None] * D_UNIT + dims
-    mean = tl.zeros([SEGMENTS, D_TILE], tl.float32)
-    # the keys are read three times, from memory once
-    for begin in range(0, SEGMENT, UNROLL):
-        for t in tl.static_range(UNROLL):
-            there = (row < segments) & (first + begin + t >= sinks)
-            key = tl.load(k_at + (begin + t) * k_r * D_UNIT, mask=there[:, None] & wide, other=0.0)
-            mean += key.to(tl.float32)
-    number = _counted(first, SEGMENT, sinks).to(tl.float32)
-    mean = mean / tl.where(number > 0, number, 1.0)[:, None]
-    far = tl.zeros([SEGMENTS], tl.float32) - 1.0
-    for begin in range(0, SEGMENT, UNROLL):
-        for t in tl.static_range(UNROLL):
-            there = (row < segments) & (first + begin + t >= sinks)
-            key = tl.load(k_at + (begin + t) * k_r * D_UNIT, mask=there[:, None] & wide, other=0.0)
-            apart = key.to(tl.float32) - mean
-            far = tl.where(there, tl.maximum(far, tl.sum(apart * apart, 1)), far)
-    # the first of several as far: of two tokens rounding would choose
-    peak = tl.zeros([SEGMENTS, D_TILE], k.dtype.element_ty)
-    open_ = far >= 0
-    for begin in range(0, SEGMENT, UNROLL):
-        for t in tl.static_range(UNROLL):
-            there = (row < segments) & (first + begin + t >= sinks)
-            key = tl.load(k_at + (begin + t) * k_r * D_UNIT, mask=there[:, None] & wide, other=0.0)
-            apart = key.to(tl.float32) - mean
-            take = open_ & there & (tl.sum(apart * apart, 1) >= 0.9999 * far)
-            peak = tl.where(take[:, None], key, peak)
-            open_ = open_ & (take == 0)
-    to = (unit * all_rows + row)[:, None] * D + dims
-    mask = (row < segments)[:, None] & wide
-    tl.store(means + to, mean, mask=mask)
-    tl.store(peaks + to, peak, mask=mask)
-
-
-@triton.jit(do_not_specialize=["below", "above", "many", "size", "sinks", "all_rows"])
-def parent_peaks(
-    means, peaks, below, above, many, size, sinks, all_rows, D: tl.constexpr, D_TILE: tl.constexpr, ROWS: tl.constexpr
-):
-    """A further level: row i of it, from row `above`, is put together from rows 2i and 2i + 1 from row `below`."""
-    unit = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dims = tl.arange(0, D_TILE)
-    mask = (row < many)[:, None] & (dims < D)
-    left = (unit * all_rows + below + 2 * row)[:, None] * D + dims
-    n0 = _counted(2 * row * size, size, sinks).to(tl.float32)
-    n1 = _counted((2 * row + 1) * size, size, sinks).to(tl.float32)
-    total = tl.where(n0 + n1 > 0, n0 + n1, 1.0)
-    m0, m1 = tl.load(means + left, mask=mask, other=0.0), tl.load(means + left + D, mask=mask, other=0.0)
-    p0, p1 = tl.load(peaks + left, mask=mask, other=0.0), tl.load(peaks + left + D, mask=mask, other=0.0)
-    mean = m0 * (n0 / total)[:, None] + m1 * (n1 / total)[:, None]
-    d0, d1 = p0.to(tl.float32) - mean, p1.to(tl.float32) - mean
-    far0 = tl.where(n0 > 0, tl.sum(d0 * d0, 1), -1.0)
-    far1 = tl.where(n1 > 0, tl.sum(d1 * d1, 1), -1.0)
-    first = far0 >= 0.9999 * tl.maximum(far0, far1)
-    to = (unit * all_rows + above + row)[:, None] * D + dims
-    tl.store(means + to, mean, mask=mask)
-    tl.store(peaks + to, tl.where(first[:, None], p0, p1), mask=mask)
-
-
-@triton.jit
-def _store_means(high, low, to, total, number, mask):
-    """Sums over so many tokens as means, in two numbers of 16 bits."""
-    mean = total / tl.where(number > 0, number, 1.0)[:, None]
-    rounded = mean.to(high.dtype.element_ty)
-    tl.store(high + to, rounded, mask=mask)
-    tl.store(low + to, (mean - rounded.to(tl.float32)).to(low.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _leaf(k_at, k_r, first, there, wide, sinks, SEGMENT: tl.constexpr, D_UNIT: tl.constexpr):
-    """Sums of SEGMENT keys."""
-    UNROLL: tl.constexpr = 4 if SEGMENT >= 4 else SEGMENT
-    total = tl.zeros(k_at.shape, tl.float32)
-    for begin in range(0, SEGMENT, UNROLL):
-        for t in tl.static_range(UNROLL):
-            mask = there & (first + begin + t >= sinks)
-            total += tl.load(k_at + (begin + t) * k_r * D_UNIT, mask=mask[:, None] & wide, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit(do_not_specialize=["height", "blocks", "levels", "sinks", "all_rows", "kv_heads", "k_b", "k_h", "k_r"])
-def means(
-    k, high, low, height, blocks, levels, sinks, all_rows, kv_heads, k_b, k_h, k_r,
-    SEGMENT: tl.constexpr, DETAIL: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, LEAF: tl.constexpr,
-):  # fmt: skip
-    """Three levels above `height` for ROWS rows of the last; LEAF: `height` itself too, read from the tokens.
-
-    Rows that become one lie in the same registers, those of each of the eight places in a tile of their own.
-    """
-    unit, row = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dims = tl.arange(0, D_TILE)
-    wide = (dims < D)[None, :]
-    size0, before0 = tl.full([], SEGMENT, tl.int64) << height, unit * all_rows
-    for x in range(height):
-        before0 += (blocks >> x) * DETAIL
-    many0, many1 = (blocks >> height) * DETAIL, (blocks >> (height + 1)) * DETAIL
-    many2, many3 = (blocks >> (height + 2)) * DETAIL, (blocks >> (height + 3)) * DETAIL
-    before1 = before0 + many0
-    before2 = before1 + many1
-    before3 = before2 + many2
-    many1 = tl.where(height + 1 < levels, many1, 0)
-    many2 = tl.where(height + 2 < levels, many2, 0)
-    many3 = tl.where(height + 3 < levels, many3, 0)
-    k_at = k + (unit // kv_heads * k_b + unit % kv_heads * k_h) * D_UNIT
-    total3 = tl.zeros([ROWS, D_TILE], tl.float32)
-    for c in tl.static_range(2):
-        total2 = tl.zeros([ROWS, D_TILE], tl.float32)
-        for b in tl.static_range(2):
-            total1 = tl.zeros([ROWS, D_TILE], tl.float32)
-            for a in tl.static_range(2):
-                line = 8 * row + (4 * c + 2 * b + a)
-                there = line < many0
-                number = _counted(line * size0, size0, sinks).to(tl.float32)
-                to = (before0 + line)[:, None] * D + dims
-                if LEAF:
-                    first = line * SEGMENT
-                    at = k_at + (first * k_r)[:, None] * D_UNIT + dims
-                    total = _leaf(at, k_r, first, there, wide, sinks, SEGMENT, D_UNIT)
-                    _store_means(high, low, to, total, number, there[:, None] & wide)
-                else:
-                    mean = tl.load(high + to, mask=there[:, None] & wide, other=0.0).to(tl.float32)
-                    mean += tl.load(low + to, mask=there[:, None] & wide, other=0.0).to(tl.float32)
-                    total = mean * number[:, None]
-                total1 += total
-            line = 4 * row + (2 * c + b)
-            number = _counted(line * (2 * size0), 2 * size0, sinks).to(tl.float32)
-            to = (before1 + line)[:, None] * D + dims
-            _store_means(high, low, to, total1, number, (line < many1)[:, None] & wide)
-            total2 += total1
-        line = 2 * row + c
-        number = _counted(line * (4 * size0), 4 * size0, sinks).to(tl.float32)
-        to = (before2 + line)[:, None] * D + dims
-        _store_means(high, low, to, total2, number, (line < many2)[:, None] & wide)
-        total3 += total2
-    number = _counted(row * (8 * size0), 8 * size0, sinks).to(tl.float32)
-    to = (before3 + row)[:, None] * D + dims
-    _store_means(high, low, to, total3, number, (row < many3)[:, None] & wide)
 
 
 @triton.jit(do_not_specialize=["runs", "hold", "askers", "heads", "q_b", "q_h", "q_t"])
@@ -697,42 +525,6 @@ def keep_best(
     else:
         _keep(next_kept + (unit * runs + i) * SLOTS, parent, above, c0, c1, c2, c3, r0, r1, r2, r3)
         _mark(next_bits, parents, words, unit, i, parent, above, c0, c1, c2, c3)
-
-
-def sketches_of(k: Tensor, tree: Tree, detail: int, score: str) -> Sketches:
-    """`detail` rows for each group of each level, by score "peak" or "mean"."""
-    batch, kv_heads, _, width = k.shape
-    many = [n * detail for n in tree.groups]
-    shape = batch, kv_heads, sum(many), width
-    k, k_at = _dense(k)
-    unit, segment, wide = _unit(k, width, *k_at), tree.block // detail, padded(width)
-    k_at = [n // unit for n in k_at]
-    if score == "mean":
-        high, low = k.new_empty(shape), k.new_empty(shape)
-        rows = 1024 // wide
-        for height in range(0, max(tree.levels - 1, 1), 3):
-            start(
-                means, (-(-many[height] // (8 * rows)), batch * kv_heads),
-                k, high, low, height, tree.blocks, tree.levels, tree.lo, sum(many), kv_heads, *k_at,
-                segment, detail, rows, width, wide, unit, LEAF=height == 0, num_warps=4,
-            )  # fmt: skip
-        return Sketches(high, low, True)
-    kept = torch.empty(shape, dtype=torch.float32, device=k.device)
-    peaks = k.new_empty(shape)
-    size = max(1, 1024 // wide)
-    start(
-        leaf_peaks, (-(-many[0] // size), batch * kv_heads),
-        k, kept, peaks, many[0], tree.lo, sum(many), kv_heads, *k_at, segment, size, width, wide, unit, num_warps=4,
-    )  # fmt: skip
-    below, rows = 0, 32
-    for height in range(1, tree.levels):
-        start(
-            parent_peaks, (-(-many[height] // rows), batch * kv_heads),
-            kept, peaks, below, below + many[height - 1], many[height], segment << (height - 1), tree.lo, sum(many),
-            width, wide, rows, num_warps=4,
-        )  # fmt: skip
-        below += many[height - 1]
-    return Sketches(peaks, peaks, False)
 
 
 def chosen(q: Tensor, k: Tensor, tree: Tree, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:

@@ -443,6 +443,10 @@ class FMA(Mechanism):
         far, starts = None, []
         if levels:
             tree = self._tree(q.shape[2], blocks, levels, radius[0])
+            if self.open and rotary is None:
+                out = self._at_once(q, k, v, tree)
+                if out is not None:
+                    return out
             found = pyramid(self.pool, k, v, tree)
             k, v = found.k, found.v
             far_k = found.far_k if rotary is None else rotary(found.far_k, found.span.double().mean(0))
@@ -479,6 +483,18 @@ class FMA(Mechanism):
             and self.queries == "kept"
             and type(self._modules["pool"]) is MeanPool
         )
+
+    def _at_once(self, q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor | None:
+        """Opened attention of runs of queries that pools and chooses in one pass, None where it has to be two."""
+        self._check_opening()
+        if type(self._modules["pool"]) is not MeanPool or self.score not in on_gpu.SCORES:
+            return None
+        plan, scale = self.plan(), self._scale(q)
+        if not scale or on_gpu.refusal(q, k, v, tree, plan) or not on_gpu.at_once(q, k, v, tree, plan):
+            return None
+        (far_k, far_v, bias), near, listed = on_gpu.runs(q, k, v, tree, plan, scale)
+        far = Rows(far_k, far_v, bias=self._bias(bias, tree.lead, tree.groups))
+        return opened.attend_runs(q, Rows(k, v), far, near, listed, self.hold, self.block, self.rank, scale).out
 
     def _quickly(self, q: Tensor, k: Tensor, v: Tensor, far: Rows, tree: Tree) -> Tensor | None:
         """Opened attention by kernels of its own, None where they do not take it; q and the keys are rotated."""

@@ -105,6 +105,30 @@ def lists(
     return (near, near_count), (far, far_count)
 
 
+def at_once(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> bool:
+    """Whether `runs` takes a call that `refusal` has nothing against: nobody sees operations or wants gradients."""
+    if plan.hold % TILE or SCORES[plan.score] != "mean" or not eager(q, k, v) or recorded(q, k, v):
+        return False
+    from farfield.kernels import opened_sketches
+
+    return opened_sketches.takes(tree, plan.detail)
+
+
+def runs(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G T D"],
+    v: Float[Tensor, "B G T D"],
+    tree: Tree,
+    plan: Plan,
+    scale: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Means as far rows (keys, values, biases [1, 1, R]), and `lists` of what `choose` finds: one pass over k and v."""
+    from farfield.kernels import opened, plans
+
+    far_k, far_v, bias, near, near_count, far, far_count = plans.plainly(opened.runs, (q, k, v), tree, plan, scale)
+    return (far_k, far_v, bias), (near, near_count), (far, far_count)
+
+
 def attend(
     q: Float[Tensor, "B H T D"],
     k: Float[Tensor, "B G T D"],
