@@ -473,6 +473,9 @@ def opening(
     tree = tree_of(max(tokens, 3 * block + 1), field)
     q, k = (empty(1, n, tokens, width) for n in (heads, kv_heads))
     plan = OpenedPlan(field.near, detail, picks, 2 * picks, 1, hold, SCORES.index(score), askers=askers)
+    if hold > 1 and score == "mean":
+        opened.runs(q, k, k, tree, plan, 0.125)
+        return
     leaves, count = opened_search.chosen(q, k, tree, plan, 0.125)
     if hold > 1:
         opened.lists_of_runs(leaves, count, tree, plan)
@@ -735,6 +738,7 @@ AT_LENGTH = {
     "branches": lambda n: branching(64, tokens=n),
     "mix": lambda n: mixing(64, tokens=n),
     "opened": lambda n: opening(4, 64, tokens=n),
+    "opened-runs": lambda n: opening(4, 64, hold=64, tokens=n),
     "scan": lambda n: scanning(SCAN["64"], n),
     "prefix": lambda n: prefixes(PREFIX["64"], False, n),
 }

@@ -25,6 +25,7 @@ from farfield.kernels.replay import start
 from farfield.ops.pool import Tree
 
 LN2 = tl.constexpr(0.6931471805599453)
+TILE, WARPS = 1024, 4  # numbers that a program of the lowest levels holds of each of them
 LIFTS = 6  # levels that a program makes of what others have left
 
 
@@ -347,7 +348,7 @@ def _means(
     (k, k_at), (v, v_at) = _dense(k), _dense(v)
     unit, wide, sides = _unit(k, width, *k_at, *v_at), padded(width), 1 + far
     rank = tree.rank if far else detail
-    shift, rows = (detail // rank).bit_length() - 1, 1024 // wide
+    shift, rows = (detail // rank).bit_length() - 1, TILE // wide
     lifts = rows.bit_length() - 1
     lead = tree.lead if far else 0
     numbers = tree.blocks, tree.levels, tree.lo, lead, high.shape[2], into[0].shape[2]
@@ -357,7 +358,7 @@ def _means(
     start(
         mean_leaves, (chunks, batch * kv_heads, sides),
         k, v, high, low, *into, above, *numbers, kv_heads, *(n // unit for n in (*k_at, *v_at)),
-        *same, rows, lifts, width, wide, unit, num_warps=4,
+        *same, rows, lifts, width, wide, unit, num_warps=WARPS,
     )  # fmt: skip
     # the highest far rows stand for as many tokens as sketches of `shift` levels more would
     while height < tree.levels - 1 + shift:

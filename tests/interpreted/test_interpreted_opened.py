@@ -8,9 +8,10 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
 
-from farfield.kernels import attend_opened, opened_search
+from farfield.kernels import attend_opened, opened_search, opened_sketches
 from farfield.kernels import opened as kernels
 from farfield.mechanisms.fma import FMA
+from farfield.ops.pool import Tree
 from farfield.select import opened
 from farfield.summarize import pyramid
 from farfield.testing.units import assert_within
@@ -136,3 +137,41 @@ def test_lists_of_runs(name, monkeypatch):
         assert torch.equal(count, all_[:, :, 9:])
         used = torch.arange(part.shape[3]) < count[..., None]
         assert torch.equal(part[used], whole[:, :, 9:][used])
+
+
+@pytest.mark.parametrize(("blocks", "rank", "detail", "sinks"), [(5, 4, 16, 0), (37, 4, 4, 70), (137, 1, 8, 3)])
+def test_far_rows_and_sketches_are_means(blocks, rank, detail, sinks):
+    levels = blocks.bit_length()
+    tree = Tree(64, rank, blocks, levels, True, sinks, blocks * 64)
+    gen = torch.Generator().manual_seed(blocks)
+    # strides of their own
+    k = torch.randn(1, blocks * 64 + 70, 2, 16, generator=gen).half().transpose(1, 2)
+    v = torch.randn(1, 2, blocks * 64 + 70, 16, generator=gen).half()
+    assert opened_sketches.takes(tree, detail)
+    far_k, far_v, bias, sketches = opened_sketches.pooled(k, v, tree, detail)
+
+    def means(x, each):
+        rows, count = [], []
+        for height, groups in enumerate(tree.groups):
+            size = (64 // each) << height
+            there = (torch.arange(groups * each * size) >= sinks).view(-1, size)
+            tokens = x[:, :, : there.numel()].double().unflatten(2, there.shape) * there[..., None]
+            count.append(there.sum(1))
+            rows.append(tokens.sum(3) / count[-1].clamp(min=1)[:, None])
+        return torch.cat(rows, 2), torch.cat(count)
+
+    for x, far in (k, far_k), (v, far_v):
+        wanted, count = means(x, rank)
+        assert_within(far[:, :, tree.lead :], wanted, terms=64 << levels)
+        assert torch.equal(far[:, :, :sinks], x[:, :, :sinks])
+        assert not far[:, :, sinks : tree.lead].any()
+    assert_within(bias[0, 0, tree.lead :].exp(), count.double(), terms=1)
+    assert not bias[0, 0, :sinks].any()
+    assert (bias[0, 0, sinks : tree.lead] == -torch.inf).all()
+    wanted, _ = means(k, detail)
+    assert_within(sketches.high, wanted, terms=64 << levels)
+    # the second number is what the first has lost
+    assert_within(sketches.low, wanted - sketches.high.double(), terms=64 << levels)
+    alone = opened_sketches.sketches_of(k, tree, detail, "mean")
+    assert torch.equal(alone.high, sketches.high)
+    assert torch.equal(alone.low, sketches.low)
