@@ -104,17 +104,27 @@ def choosing() -> str:
 
 
 def opened() -> str:
-    """Ratios of fma-opened, and what part of the forward is the choice."""
+    """Ratios of fma-opened by rank and detail, and what part of the forward is the choice."""
     own = [r for r in load("fma-opened") if r.contender == "fma-opened"]
     lengths = sorted({r.tokens for r in own})
     body = []
-    for said, passes in PASSES.items():
-        for width in WIDTHS:
-            here = {r.tokens: r for r in own if (r.passes, r.params["width"]) == (passes, width)}
-            shares = [r.rates["choosing share"] for r in here.values() if "choosing share" in r.rates]
-            share = f"{min(shares):.0%} to {max(shares):.0%}" if shares and passes == "forward" else ""
-            body.append([said, str(width), *(_times(here[n].ratio) if n in here else "" for n in lengths), share])
-    return table(["passes", "d", *map(short, lengths), "share of choosing"], body)
+    for rank, detail in sorted({_parts(r) for r in own}, reverse=True):
+        for said, passes in PASSES.items():
+            for width in WIDTHS:
+                point = passes, width, (rank, detail)
+                here = {r.tokens: r for r in own if (r.passes, r.params["width"], _parts(r)) == point}
+                if not here:
+                    continue
+                shares = [r.rates["choosing share"] for r in here.values() if "choosing share" in r.rates]
+                share = f"{min(shares):.0%} to {max(shares):.0%}" if shares and passes == "forward" else ""
+                cells = [_times(here[n].ratio) if n in here else "" for n in lengths]
+                body.append([f"{rank}, {detail}", said, str(width), *cells, share])
+    return table(["rank, detail", "passes", "d", *map(short, lengths), "share of choosing"], body)
+
+
+def _parts(r: Record) -> tuple[int, int]:
+    """Rows of a group and of a sketch."""
+    return r.params.get("rank", 4), r.params.get("detail", 16)
 
 
 def decoding() -> str:
