@@ -334,8 +334,10 @@ def appending(batch=1, width=128, dtype="bf16", sinks=0, rotary=None):
 def stepping(batch=2, width=128, dtype="bf16"):
     """What a step does between its products."""
     long, dtype = torch.long, DTYPES[dtype]
-    turns, recent = empty(width // 4, dtype=torch.float64), (empty(batch, n, 768, dtype=dtype) for n in (1, 3))
-    token_step.launch_convolve(*recent, empty(4, 768, dtype=dtype))
+    turns, x = empty(width // 4, dtype=torch.float64), empty(batch, 1, 768, dtype=torch.float32)
+    about = empty(768, dtype=torch.float32), 1e-6, empty(batch, 3, 768, dtype=torch.float32)
+    token_step.launch_norm(x, x.to(dtype), *about, empty(4, 768, dtype=torch.float32), dtype)
+    token_step.launch_square(x.to(dtype))
     q, k, v = (empty(batch, h, 1, width, dtype=dtype) for h in (32, 8, 8))
     token_step.launch_place(q, k, empty(32, dtype=dtype), empty(batch, 1, dtype=long), turns, 900, 0.147)
     rows = [empty(batch, 8, 9000, width, dtype=dtype) for _ in range(2)]

@@ -13,6 +13,7 @@ from farfield.bench.runner import STEP, Work, bench
 
 if TYPE_CHECKING:
     from farfield.nn import Decoder, DecoderRing, DecoderState
+    from farfield.nn.block import BlockRing
 
 SPARE = 4096  # tokens that are generated before the ring is set back
 CHUNK = 1 << 14  # tokens of a prefill at a time
@@ -48,27 +49,28 @@ def generate(
     name = "bfloat16" if dtype == torch.bfloat16 else "float32"
     shape = {"layers": layers, "width": width, "heads": heads}
     mine, state, logits = prefilled({**shape, **MODELS[model]}, tokens, device, name)
-    ring = mine.ring(state, capacity=tokens + SPARE)
+    ring = mine.ring(state, capacity=tokens + SPARE, dtype=dtype)
 
     def full(backend: str = "") -> Work:
         other, seen, last = prefilled({**shape, "attention": "full"}, tokens, device, name)
-        held = other.ring(seen, capacity=tokens + SPARE)
+        held = other.ring(seen, capacity=tokens + SPARE, dtype=dtype)
         if backend:
-            pairs = zip(held.layers, seen.layers, strict=True)
-            held = replace(
-                held, layers=tuple(replace(a, inner=_Sdpa(a.inner.tokens, b.inner, backend)) for a, b in pairs)
-            )
-        return _work(Repeated(other, held, last, name), backend)
+            pairs = zip(held.blocks, seen.layers, strict=True)
+            held = replace(held, blocks=tuple(_through_sdpa(a, b.inner, backend) for a, b in pairs))
+        return _work(Repeated(other, held, last), backend)
 
     def eager() -> Work:
-        return _work(Repeated(mine, mine.ring(state, capacity=tokens + SPARE), logits, name, graph=False))
+        return _work(Repeated(mine, mine.ring(state, capacity=tokens + SPARE, dtype=dtype), logits, graph=False))
 
     def extend() -> Work:
         return _work(Extended(mine, state, logits, name))
 
     def checked(passes: str) -> Mapping[str, Any]:
         # the same draws from rings of their own, by a graph and step by step
-        runs = [Repeated(mine, mine.ring(state, capacity=tokens + 16), logits, name, graph) for graph in (True, False)]
+        runs = [
+            Repeated(mine, mine.ring(state, capacity=tokens + 16, dtype=dtype), logits, graph)
+            for graph in (True, False)
+        ]
         first, second = ([int(run()) for _ in range(16)] for run in runs)
         assert first == second, f"a graph draws {first}, steps draw {second}"
         return {"tokens": len(first)}
@@ -77,7 +79,7 @@ def generate(
         "extend": extend, "steps": eager, "full": full,
         "full-cudnn": lambda: full("CUDNN_ATTENTION"), "full-flash": lambda: full("FLASH_ATTENTION"),
     }  # fmt: skip
-    return replace(_work(Repeated(mine, ring, logits, name)), check=checked, rivals=rivals)
+    return replace(_work(Repeated(mine, ring, logits)), check=checked, rivals=rivals)
 
 
 def _work(call: Repeated | Extended, backend: str = "") -> Work:
@@ -125,14 +127,12 @@ class Extended:
 class Repeated:
     """Token after token from a ring, which is set back before it is full."""
 
-    def __init__(self, model: Decoder, ring: DecoderRing, logits: Tensor, dtype: str, graph: bool = True):
+    def __init__(self, model: Decoder, ring: DecoderRing, logits: Tensor, graph: bool = True):
         from farfield.train.generate import Numbers, Stepping
 
         self.ring, self.nbytes, self.calls = ring, ring.nbytes, 0
         self.begin = {name: x.clone() for name, x in ring.tensors().items()}
-        self.run = Stepping(
-            model, ring, logits, SAMPLING, Numbers(torch.Generator().manual_seed(0), logits.device), dtype
-        )
+        self.run = Stepping(model, ring, logits, SAMPLING, Numbers(torch.Generator().manual_seed(0), logits.device))
         if not graph:
             self.run.captured = None
 
@@ -142,6 +142,11 @@ class Repeated:
                 x.copy_(self.begin[name])
         self.calls += 1
         return self.run()
+
+
+def _through_sdpa(block: BlockRing, cache: Any, backend: str) -> BlockRing:
+    inner = _Sdpa(block.layer.inner.tokens, cache, backend)
+    return replace(block, layer=replace(block.layer, inner=inner))
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,8 @@ from torch import Tensor
 
 from farfield.kernels.append import HIDDEN, _halves, _turn
 
-CHANNELS = 256  # of a convolution that a program takes
+CHANNELS = 256  # that a program squares
 ROWS = 1024  # of a block whose positions are hidden at a time
-
-
-@triton.jit
-def convolve(x, recent, weight, out, W: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr):
-    """out [B, W] of x [B, W] after recent [B, SIZE - 1, W], which takes x."""
-    b = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = channel < W
-    recent += b * (SIZE - 1) * W
-    new = tl.load(x + b * W + channel, mask=inside, other=0.0)
-    total = tl.zeros([TILE], tl.float32)
-    for j in tl.static_range(SIZE - 1):
-        row = tl.load(recent + j * W + channel, mask=inside, other=0.0)
-        total += row.to(tl.float32) * tl.load(weight + j * W + channel, mask=inside, other=0.0).to(tl.float32)
-        if j:
-            # each thread moves up what it alone reads
-            tl.store(recent + (j - 1) * W + channel, row, mask=inside)
-    total += new.to(tl.float32) * tl.load(weight + (SIZE - 1) * W + channel, mask=inside, other=0.0).to(tl.float32)
-    if SIZE > 1:
-        tl.store(recent + (SIZE - 2) * W + channel, new, mask=inside)
-    tl.store(out + b * W + channel, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -129,17 +108,6 @@ def append_token(
     tl.store(clock + b, t + 1)
 
 
-def launch_convolve(x: Tensor, recent: Tensor, weight: Tensor) -> Tensor:
-    """[B, 1, W]; all contiguous."""
-    batch, _, width = x.shape
-    out = torch.empty_like(x)
-    tile = min(CHANNELS, triton.next_power_of_2(width))
-    convolve[(batch, -(-width // tile))](
-        x, recent, weight, out, W=width, SIZE=len(weight), TILE=tile, num_warps=2
-    )  # fmt: skip
-    return out
-
-
 def launch_place(
     q: Tensor, k: Tensor, gain: Tensor | None, position: Tensor, turns: Tensor, grown: int, inverse: float
 ) -> tuple[Tensor, Tensor]:
@@ -166,3 +134,66 @@ def launch_append(
         HEADS=k.shape[1], HEAD_TILE=tile(k.shape[1]), D=k.shape[3], E=v.shape[3], D_TILE=tile(k.shape[3]),
         E_TILE=tile(v.shape[3]), BLOCK=block, BLOCK_TILE=min(ROWS, tile(block)), SINKS=sinks, ENTRY=entry, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["epsilon"])
+def norm(
+    x, more, gain, recent, taps, x_out, out, epsilon,
+    W: tl.constexpr, TILE: tl.constexpr, MORE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """A sequence's x [W] + more, and its RMS norm, after a convolution of SIZE taps if there are any."""
+    b = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, TILE)
+    inside = channel < W
+    row = tl.load(x + b * W + channel, mask=inside, other=0.0).to(tl.float32)
+    if MORE:
+        row += tl.load(more + b * W + channel, mask=inside, other=0.0).to(tl.float32)
+        row = row.to(x_out.dtype.element_ty).to(tl.float32)
+        tl.store(x_out + b * W + channel, row.to(x_out.dtype.element_ty), mask=inside)
+    scale = tl.rsqrt(tl.sum(row * row, 0) / W + epsilon)
+    row = row * scale * tl.load(gain + channel, mask=inside, other=0.0).to(tl.float32)
+    if SIZE:
+        new = row.to(recent.dtype.element_ty)
+        recent += b * (SIZE - 1) * W
+        row = new.to(tl.float32) * tl.load(taps + (SIZE - 1) * W + channel, mask=inside, other=0.0).to(tl.float32)
+        for j in tl.static_range(SIZE - 1):
+            before = tl.load(recent + j * W + channel, mask=inside, other=0.0)
+            row += before.to(tl.float32) * tl.load(taps + j * W + channel, mask=inside, other=0.0).to(tl.float32)
+            if j:
+                # each thread moves up what it alone reads
+                tl.store(recent + (j - 1) * W + channel, before, mask=inside)
+        if SIZE > 1:
+            tl.store(recent + (SIZE - 2) * W + channel, new, mask=inside)
+    tl.store(out + b * W + channel, row.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["many"])
+def square(x, out, many, TILE: tl.constexpr):
+    """relu(x)^2."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.maximum(tl.load(x + at, mask=at < many, other=0.0).to(tl.float32), 0.0)
+    tl.store(out + at, (row * row).to(out.dtype.element_ty), mask=at < many)
+
+
+def launch_norm(
+    x: Tensor, more: Tensor | None, gain: Tensor, epsilon: float, recent: Tensor | None, taps: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x [B, 1, W] and all others contiguous."""
+    batch, _, width = x.shape
+    x_out = x if more is None else torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    tile = triton.next_power_of_2(width)
+    norm[(batch,)](
+        x, x if more is None else more, gain, x if recent is None else recent, x if taps is None else taps, x_out, out,
+        epsilon, W=width, TILE=tile, MORE=more is not None, SIZE=0 if taps is None else len(taps),
+        num_warps=max(1, min(8, tile // 128)),
+    )  # fmt: skip
+    return x_out, out
+
+
+def launch_square(x: Tensor) -> Tensor:
+    """A contiguous x."""
+    out = torch.empty_like(x)
+    square[(-(-x.numel() // CHANNELS),)](x, out, x.numel(), TILE=CHANNELS, num_warps=2)
+    return out

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from farfield.nn.layer import Attention, LayerRing, LayerState
+from farfield.ops.token_step import normed, squared
 
 
 class MLP(nn.Module):
@@ -21,6 +25,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B W"]) -> Float[Tensor, "*B W"]:
         return self.down(self.up(x).relu().square())
+
+
+@dataclass(frozen=True)
+class BlockRing:
+    """What a block remembers in buffers of fixed size, and the weights of its products as they were."""
+
+    layer: LayerRing
+    up: Tensor
+    down: Tensor
 
 
 class Block(nn.Module):
@@ -45,7 +58,27 @@ class Block(nn.Module):
         x = x + self.dropout(out)
         return x + self.dropout(self.mlp(self.mlp_norm(x))), cast(LayerState, state)
 
-    def step(self, x: Float[Tensor, "B 1 W"], ring: LayerRing, position: Int[Tensor, "B 1"]) -> Float[Tensor, "B 1 W"]:
-        """One further token a sequence, which stands at `position`; `ring` takes it in place."""
-        x = x + self.attention.step(self.attention_norm(x), ring, position)
-        return x + self.mlp(self.mlp_norm(x))
+    @torch.no_grad()
+    def ring(self, state: LayerState, *, capacity: int, dtype: torch.dtype | None = None) -> BlockRing:
+        """As Attention.ring."""
+        up, down = (x.weight.detach().to(dtype) for x in (self.mlp.up, self.mlp.down))
+        return BlockRing(self.attention.ring(state, capacity=capacity, dtype=dtype), up, down)
+
+    @torch.no_grad()
+    def step(
+        self, x: Float[Tensor, "B 1 W"], more: Float[Tensor, "B 1 W"] | None, ring: BlockRing,
+        position: Int[Tensor, "B 1"],
+    ) -> tuple[Float[Tensor, "B 1 W"], Float[Tensor, "B 1 W"]]:  # fmt: skip
+        """One further token a sequence, which stands at `position`; `ring` takes it in place.
+
+        What is to be added to x is handed on, so that one launch adds and norms.
+
+        Returns:
+            x and `more` for the next block.
+        """
+        layer, conv, first, second = ring.layer, self.attention.conv, self.attention_norm, self.mlp_norm
+        taps = None if conv is None else conv.weight
+        x, y = normed(x, more, first.weight, cast(float, first.eps), ring.up.dtype, layer.recent, taps)
+        more = self.attention.step(y, layer, position)
+        x, y = normed(x, more, second.weight, cast(float, second.eps), ring.up.dtype)
+        return x, F.linear(squared(F.linear(y, ring.up)), ring.down)

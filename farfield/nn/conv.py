@@ -7,8 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from farfield.ops.token_step import convolved
-
 
 class ShortConv(nn.Module):
     """Each channel mixes `size` neighbouring tokens of its own document.
@@ -48,10 +46,6 @@ class ShortConv(nn.Module):
         recent = recent[:, max(0, recent.shape[1] - self.before) :]
         padded = torch.cat([recent, x], 1)
         return self._mix(pad(padded, (0, 0, self.before - recent.shape[1], 0)), x.shape[1])
-
-    def step(self, x: Float[Tensor, "B 1 W"], recent: Float[Tensor, "B R W"]) -> Float[Tensor, "B 1 W"]:
-        """The output of one further token after the size - 1 inputs `recent`, which take it in place."""
-        return convolved(x, recent, self.weight)
 
     def _mix(self, padded: Tensor, tokens: int, run: Tensor | None = None) -> Tensor:
         out = None

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from farfield import mechanisms
 from farfield.mechanism import Mechanism, Rotary, State
@@ -49,10 +50,15 @@ class LayerState(State):
 
 @dataclass(frozen=True)
 class LayerRing:
-    """The same in buffers of fixed size: its mechanism's, and the last inputs of its convolution."""
+    """The same in buffers of fixed size: its mechanism's, and the last inputs of its convolution.
+
+    Beside them are the weights of its products, as they were when the ring was made.
+    """
 
     inner: Ring
     recent: Tensor | None  # [B, reach, W]
+    qkv: Tensor  # [(H + 2 G) D, W]
+    out: Tensor
     turns: Tensor  # turns a token of each pair of channels that the layer rotates itself
 
     def tensors(self) -> dict[str, Tensor]:
@@ -168,24 +174,22 @@ class Attention(nn.Module):
         return self._join(out), LayerState(tokens + x.shape[1], inner, recent, reach)
 
     @torch.no_grad()
-    def ring(self, state: LayerState, *, capacity: int) -> LayerRing:
-        """The fixed buffers that go on where `state` stands; as Mechanism.ring."""
+    def ring(self, state: LayerState, *, capacity: int, dtype: torch.dtype | None = None) -> LayerRing:
+        """The fixed buffers that go on where `state` stands; as Mechanism.ring. `dtype`: of the layer's products."""
         inner = self.mechanism.ring(state.inner, capacity=capacity, rotary=self.rope if self.inside else None)
         recent = state.recent
         if recent is not None:
             recent = recent[:, max(0, recent.shape[1] - state.reach) :]
             recent = torch.nn.functional.pad(recent, (0, 0, state.reach - recent.shape[1], 0)).clone()
-        return LayerRing(
-            inner, recent, turns_of(None if self.inside else self.rope, self.head_width, inner.tokens.device)
-        )
+        turns = turns_of(None if self.inside else self.rope, self.head_width, inner.tokens.device)
+        qkv = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(dtype)
+        return LayerRing(inner, recent, qkv, self.out.weight.detach().to(dtype), turns)
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "B 1 W"], ring: LayerRing, position: Int[Tensor, "B 1"]) -> Float[Tensor, "B 1 W"]:
-        """`extend` by one token a sequence, which stands at `position`, in place."""
-        mixed = x
-        if self.conv is not None and ring.recent is not None:
-            mixed = self.conv.step(x, ring.recent)
-        q, k, v = self._heads(mixed)
+        """`extend` by one token a sequence, which stands at `position`, in place; x comes out of the convolution."""
+        heads = rearrange(F.linear(x, ring.qkv), "b t (h d) -> b h t d", d=self.head_width)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         found = placed(q, k, position, gain=self.gain, grown=self.log_scale, turns=ring.turns)
         if found is None:
             q, k, v, _ = self._placed(q, k, v, position, self.log_scale > 0)
@@ -193,7 +197,7 @@ class Attention(nn.Module):
             q, k = found
         with _plain(x):
             out = self.mechanism.step(q, k, v, ring.inner)
-        return self._join(out)
+        return F.linear(rearrange(out, "b h t d -> b t (h d)"), ring.out)
 
     def _positions(self, start: int, x: Tensor) -> tuple[Tensor | None, bool]:
         """Of the tokens x from position `start` on, where they are needed, and whether queries have grown by them."""

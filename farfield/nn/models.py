@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from farfield.mechanism import Mechanism, State
-from farfield.nn.block import Block
+from farfield.nn.block import Block, BlockRing
 from farfield.nn.config import ModelConfig
-from farfield.nn.layer import Attention, LayerRing, LayerState
+from farfield.nn.layer import Attention, LayerState
+from farfield.ops.token_step import normed
 
 IGNORE = -100  # a target that does not count, as in F.cross_entropy
 LOGITS = 1 << 23  # logits alive at a time in `loss`
@@ -34,11 +35,13 @@ class DecoderState(State):
 class DecoderRing:
     """What a Decoder remembers, in buffers of fixed size: those of each layer, and a clock for each sequence.
 
-    `Decoder.ring` makes one of a state. Changed in place by `Decoder.step` and `reorder_`.
+    `Decoder.ring` makes one of a state. Changed in place by `Decoder.step` and `reorder_`. Beside the buffers are the
+    weights of products as they were when it was made.
     """
 
-    layers: tuple[LayerRing, ...]
+    blocks: tuple[BlockRing, ...]
     clock: Int[Tensor, "B 1"]
+    output: Tensor  # the output layer's weights
 
     @property
     def tokens(self) -> Int[Tensor, " B"]:
@@ -53,19 +56,20 @@ class DecoderRing:
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step: nothing in it waits for the host."""
-        return all(layer.inner.capturable for layer in self.layers)
+        return all(block.layer.inner.capturable for block in self.blocks)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every buffer under its name."""
-        found = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.tensors().items()}
+        blocks = enumerate(self.blocks)
+        found = {f"layers.{i}.{name}": x for i, block in blocks for name, x in block.layer.tensors().items()}
         return {**found, "clock": self.clock}
 
     def reorder_(self, beams: Int[Tensor, " B"]) -> None:
         """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
-        own = [self.clock, *(layer.recent for layer in self.layers if layer.recent is not None)]
-        for layer in self.layers:
+        layers = [block.layer for block in self.blocks]
+        for layer in layers:
             layer.inner.reorder_(beams)
-        for x in own:
+        for x in (self.clock, *(layer.recent for layer in layers if layer.recent is not None)):
             x.copy_(x.index_select(0, beams.to(x.device)))
 
 
@@ -238,31 +242,35 @@ class Decoder(Transformer):
         return F.linear(self.norm(x), self.output_weight), DecoderState(seen, tuple(layers))
 
     @torch.no_grad()
-    def ring(self, state: DecoderState, *, capacity: int) -> DecoderRing:
+    def ring(self, state: DecoderState, *, capacity: int, dtype: torch.dtype | None = None) -> DecoderRing:
         """The fixed buffers that go on where `state` stands, for sequences of up to `capacity` tokens.
+
+        Args:
+            dtype: of products, as autocast has it; the state's mechanisms were given this one. Default the weights'.
 
         Raises:
             ValueError: the state has more tokens than `capacity`, or a mechanism cannot hold as many.
             NotImplementedError: a layer's mechanism has no such buffers; `extend` decodes.
         """
-        layers = [
-            cast(Block, block).attention.ring(layer, capacity=capacity)
+        blocks = [
+            cast(Block, block).ring(layer, capacity=capacity, dtype=dtype)
             for block, layer in zip(self.blocks, state.layers, strict=True)
         ]
         first = next(iter(state.tensors().values()))
         clock = torch.full((len(first), 1), state.tokens, dtype=torch.long, device=first.device)
-        return DecoderRing(tuple(layers), clock)
+        return DecoderRing(tuple(blocks), clock, self.output_weight.detach().to(dtype))
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, "B 1"], ring: DecoderRing) -> Float[Tensor, "B 1 V"]:
         """`extend` by one token a sequence, in place and without dropout or gradients: what a CUDA graph captures."""
         if tokens.shape != ring.clock.shape:
             raise ValueError(f"Decoder: step takes tokens {list(ring.clock.shape)}, got {list(tokens.shape)}")
-        x = self._embed(tokens)
-        for block, layer in zip(self.blocks, ring.layers, strict=True):
-            x = cast(Block, block).step(x, layer, ring.clock)
+        x, more = self._embed(tokens), None
+        for block, held in zip(self.blocks, ring.blocks, strict=True):
+            x, more = cast(Block, block).step(x, more, held, ring.clock)
         ring.clock.add_(1)
-        return F.linear(self.norm(x), self.output_weight)
+        _, x = normed(x, more, self.norm.weight, cast(float, self.norm.eps), ring.output.dtype)
+        return F.linear(x, ring.output)
 
 
 class Encoder(Transformer):

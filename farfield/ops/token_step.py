@@ -7,25 +7,52 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from farfield.ops.eager import eager
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256
+CHANNELS = 1 << 14  # of a norm
 
 
-def convolved(
-    x: Float[Tensor, "B 1 W"], recent: Float[Tensor, "B R W"], weight: Float[Tensor, "S W"]
-) -> Float[Tensor, "B 1 W"]:
-    """A depthwise convolution's output for one token x after its last inputs `recent`, R = S - 1, which take x."""
-    alike = x.dtype in DTYPES and recent.dtype == x.dtype and x.is_contiguous() and recent.is_contiguous()
-    if x.is_cuda and eager(x) and alike and weight.is_contiguous() and weight.dtype == x.dtype:
-        from farfield.kernels.token_step import launch_convolve
+def normed(
+    x: Float[Tensor, "B 1 W"],
+    more: Float[Tensor, "B 1 W"] | None,
+    gain: Float[Tensor, " W"],
+    epsilon: float,
+    dtype: torch.dtype,
+    recent: Float[Tensor, "B R W"] | None = None,
+    taps: Float[Tensor, "S W"] | None = None,
+) -> tuple[Float[Tensor, "B 1 W"], Float[Tensor, "B 1 W"]]:
+    """x + more, and its RMS norm in `dtype`, in one launch where there is a kernel.
 
-        return launch_convolve(x, recent, weight)
-    padded = torch.cat([recent, x], 1)
-    recent.copy_(padded[:, 1:])
-    return (padded * weight).sum(1, keepdim=True)
+    Args:
+        recent, taps: the norm goes through a depthwise convolution of S taps after its last R = S - 1 inputs, which
+            take the new one.
+    """
+    given = [y for y in (x, more, gain, recent, taps) if y is not None]
+    fits = {*(y.dtype for y in given), dtype} <= {*DTYPES} and x.shape[2] <= CHANNELS
+    if x.is_cuda and eager(*given) and fits and all(y.is_contiguous() for y in given):
+        from farfield.kernels.token_step import launch_norm
+
+        return launch_norm(x, more, gain, epsilon, recent, taps, dtype)
+    x = x if more is None else x + more
+    out = F.rms_norm(x, gain.shape, gain, epsilon)
+    if taps is not None and recent is not None:
+        inputs = torch.cat([recent, out.to(recent.dtype)], 1)
+        recent.copy_(inputs[:, 1:])
+        out = (inputs * taps).sum(1, keepdim=True)
+    return x, out.to(dtype)
+
+
+def squared(x: Float[Tensor, "*B W"]) -> Float[Tensor, "*B W"]:
+    """relu(x)^2, in one launch where there is a kernel."""
+    if x.is_cuda and eager(x) and x.dtype in DTYPES and x.is_contiguous():
+        from farfield.kernels.token_step import launch_square
+
+        return launch_square(x)
+    return x.relu().square()
 
 
 def placed(

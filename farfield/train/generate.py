@@ -5,13 +5,12 @@ them; on a GPU that is one CUDA graph a token, the draw included.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from farfield.nn import Decoder, DecoderRing, DecoderState
 from farfield.train.codec import Codec
@@ -84,12 +83,14 @@ def _generate(model, ids, new_tokens, sampling, draw, chunk, stop, dtype, way) -
         logits, state = model.extend(first[None].to(device), last=True)
         for piece in others:
             logits, state = model.extend(piece[None].to(device), state, last=True)
-    ring = None if way == "extend" else _ring(model, state, len(ids) + new_tokens, way)
-    numbers = Numbers(draw, device)
+    ring = None if way == "extend" else _ring(model, state, len(ids) + new_tokens, way, dtype)
+    # not every device has float64
+    numbers = Numbers(draw, device if device.type == "cuda" else torch.device("cpu"))
     if ring is None:
         step: Callable[[], Tensor] = Extending(model, state, logits, sampling, numbers, dtype)
     else:
-        step = Stepping(model, ring, logits, sampling, numbers, dtype)
+        step = Stepping(model, ring, logits, sampling, numbers)
+    del state
     read = _Reader(device)
     wanted = read(step())
     for left in range(new_tokens - 1, -1, -1):
@@ -103,12 +104,12 @@ def _generate(model, ids, new_tokens, sampling, draw, chunk, stop, dtype, way) -
             wanted = following or read(step())
 
 
-def _ring(model: Decoder, state: DecoderState, capacity: int, way: str) -> DecoderRing | None:
+def _ring(model: Decoder, state: DecoderState, capacity: int, way: str, dtype: str) -> DecoderRing | None:
     """The ring that goes on after the prompt; None where "auto" decodes by `extend`."""
-    if way == "auto" and model.embed.weight.device.type == "cpu":
-        return None  # states have only what there is, and no launch costs anything
+    if way == "auto" and model.embed.weight.device.type != "cuda":
+        return None  # without a graph a step from a ring is no faster
     try:
-        return model.ring(state, capacity=capacity)
+        return model.ring(state, capacity=capacity, dtype=None if dtype == "float32" else DTYPES[dtype])
     except (NotImplementedError, ValueError):
         # a pool or a rotation that rings do not take, or more levels than a block has tokens
         if way == "ring":
@@ -151,59 +152,48 @@ class Extending:
         with _evaluated(self.model, self.logits.device, self.dtype):
             if self.token is not None:
                 self.logits, self.state = self.model.extend(self.token, self.state, last=True)
-            self.token = drawn(self.logits[:, -1], self.numbers.next(), *self.sampling)[:, None]
+            logits, number = self.logits[:, -1].to(self.numbers.held.device), self.numbers.next()
+            self.token = drawn(logits, number, *self.sampling)[:, None].to(self.logits.device)
         return self.token
 
 
 class Stepping:
     """The same from a ring; on a GPU a CUDA graph after a few tokens."""
 
-    def __init__(self, model, ring: DecoderRing, logits, sampling, numbers: Numbers, dtype: str):
+    def __init__(self, model, ring: DecoderRing, logits, sampling, numbers: Numbers):
         self.logits: Tensor | None = logits
         self.sampling, self.numbers = sampling, numbers
         self.token = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
         # no method of this: a graph in a cycle of references would be freed at any time, captures of others among them
-        self.step = partial(_step, model, ring, _rounded(model, dtype), self.token, numbers, sampling, dtype)
-        self.captured = Captured(self.step, ()) if ring.capturable else None
+        self.step = partial(_step, model, ring, self.token, numbers, sampling)
+        with _on(logits.device):
+            self.captured = Captured(self.step, ()) if ring.capturable else None
 
     def __call__(self) -> Tensor:
-        self.numbers.fill()
-        if self.logits is not None:
-            # of the prompt's last token
-            self.token.copy_(drawn(self.logits[:, -1], self.numbers.next(), *self.sampling)[:, None])
-            self.logits = None
-        elif self.captured is not None:
-            self.captured()
-        else:
-            self.step()
-        return self.token.clone()
+        with _on(self.token.device):
+            self.numbers.fill()
+            if self.logits is not None:
+                # of the prompt's last token
+                self.token.copy_(drawn(self.logits[:, -1], self.numbers.next(), *self.sampling)[:, None])
+                self.logits = None
+            elif self.captured is not None:
+                self.captured()
+            else:
+                self.step()
+            return self.token.clone()
 
 
-def _step(model, ring, weights, token, numbers, sampling, dtype) -> Tensor:
+def _step(model, ring, token, numbers, sampling) -> Tensor:
     """`token` becomes the one behind it, in place."""
-    with _evaluated(model, token.device, dtype):
-        logits = functional_call(_Step(model), weights, (token, ring))
+    with torch.no_grad():
+        logits = model.step(token, ring)
         token.copy_(drawn(logits[:, -1], numbers.next(), *sampling)[:, None])
     return token
 
 
-class _Step(nn.Module):
-    """A model whose forward is its step."""
-
-    def __init__(self, model: Decoder):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, ring: DecoderRing) -> Tensor:
-        return self.model.step(tokens, ring)
-
-
-def _rounded(model: Decoder, dtype: str) -> dict[str, Tensor]:
-    """Weights of products as autocast rounds them: a graph would round them again for every token."""
-    if dtype == "float32":
-        return {}
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
-    return {f"model.{name}.weight": m.weight.detach().to(DTYPES[dtype]) for name, m in layers}
+def _on(device: torch.device):
+    """Streams, events and kernels are those of the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -212,7 +202,7 @@ def _evaluated(model: Decoder, device: torch.device, dtype: str) -> Iterator[Non
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(device, dtype):
+        with torch.no_grad(), autocast(device, dtype), _on(device):
             yield
     finally:
         model.train(training)
@@ -230,8 +220,9 @@ class _Reader:
             return lambda: int(token)
         place, done = self.places[self.turn % 2], torch.cuda.Event()
         self.turn += 1
-        place.copy_(token, non_blocking=True)
-        done.record()
+        with _on(token.device):
+            place.copy_(token, non_blocking=True)
+            done.record()
 
         def value() -> int:
             done.synchronize()
@@ -273,7 +264,8 @@ def probabilities(
     check_sampling(temperature, top_k, top_p)
     if temperature and top_k is None and top_p is None:
         return (logits.double() / temperature).softmax(-1)
-    ranked, order = torch.sort(logits.double(), dim=-1, descending=True, stable=True)
+    ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    ranked = ranked.double()
     if temperature == 0:
         kept = torch.zeros_like(ranked)
         kept[..., 0] = 1

@@ -79,7 +79,7 @@ def test_a_ring_of_tokens_steps_as_a_forward(mech, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_steps_as_it_extends(dtype):
-    layer = Attention(256, 4, kv_heads=2, mechanism="full", log_scale=60, rope_share=0.5).cuda().to(dtype)
+    layer = Attention(256, 4, kv_heads=2, mechanism="full", conv=0, log_scale=60, rope_share=0.5).cuda().to(dtype)
     x = torch.randn(3, 90, 256, device="cuda", dtype=dtype)
     with torch.no_grad():
         exact = layer.double()(x.double())

@@ -17,14 +17,27 @@ from farfield.testing.units import assert_within
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_convolution_takes_a_token(size, dtype):
-    x, recent, weight = torch.randn(3, 1, 300), torch.randn(3, size - 1, 300), torch.randn(size, 300)
-    x, recent, weight = (y.to(dtype) for y in (x, recent, weight))
-    later = torch.cat([recent, x], 1)[:, 1:]
-    exact = token_step.convolved(x.double(), recent.double(), weight.double())
-    assert_within(kernels.launch_convolve(x, recent, weight), exact, terms=size)
-    assert torch.equal(recent, later)
+@pytest.mark.parametrize("size", [0, 1, 2, 4])
+@pytest.mark.parametrize("added", [True, False])
+def test_a_token_is_added_normed_and_convolved(added, size, dtype):
+    """The stream in float32, as under autocast."""
+    x, gain = torch.randn(3, 1, 300), torch.rand(300) + 0.5
+    more = torch.randn(3, 1, 300).to(dtype) if added else None
+    recent, taps = (torch.randn(3, size - 1, 300), torch.randn(size, 300)) if size else (None, None)
+    wide = [None if y is None else y.double() for y in (x, more, gain, recent, taps)]
+    stream, exact = token_step.normed(*wide[:3], 1e-6, torch.float64, *wide[3:])
+    got_stream, got = kernels.launch_norm(x, more, gain, 1e-6, recent, taps, dtype)
+    assert got.dtype == dtype
+    assert_within(got_stream, stream, terms=2)
+    # of numbers that were rounded where PyTorch's were not
+    assert_within(got, exact, terms=300 + size)
+    if recent is not None:
+        assert_within(recent, wide[3], terms=300)
+
+
+def test_squares():
+    x = torch.randn(2, 1, 300)
+    assert torch.equal(kernels.launch_square(x), token_step.squared(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
