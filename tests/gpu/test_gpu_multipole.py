@@ -205,4 +205,4 @@ def test_the_operation_passes_pytorchs_checks():
     q, k, v = qkv(300)
     # not what compares numbers: of the buffer that is kept some bytes are never written
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.farfield.multipole, (q, k, v, 64, 64, 4, 0, 0.125), test_utils=checks)
+    torch.library.opcheck(torch.ops.farfield.multipole, (q, k, v, *op.Field(64, 64, 4, 0), 0.125), test_utils=checks)
