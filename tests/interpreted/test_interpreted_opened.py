@@ -139,9 +139,11 @@ def test_lists_of_runs(name, monkeypatch):
         assert torch.equal(part[used], whole[:, :, 9:][used])
 
 
-@pytest.mark.parametrize(("blocks", "rank", "detail", "sinks"), [(5, 4, 16, 0), (37, 4, 4, 70), (137, 1, 8, 3)])
-def test_far_rows_and_sketches_are_means(blocks, rank, detail, sinks):
-    levels = blocks.bit_length()
+@pytest.mark.parametrize(
+    ("blocks", "levels", "rank", "detail", "sinks"),
+    [(5, 3, 4, 16, 0), (37, 6, 4, 4, 70), (137, 8, 1, 8, 3), (137, 2, 2, 8, 3), (137, 5, 4, 16, 0)],
+)
+def test_far_rows_and_sketches_are_means(blocks, levels, rank, detail, sinks):
     tree = Tree(64, rank, blocks, levels, True, sinks, blocks * 64)
     gen = torch.Generator().manual_seed(blocks)
     # strides of their own
