@@ -116,7 +116,8 @@ def opened() -> str:
                 if not here:
                     continue
                 shares = [r.rates["choosing share"] for r in here.values() if "choosing share" in r.rates]
-                share = f"{min(shares):.0%} to {max(shares):.0%}" if shares and passes == "forward" else ""
+                ends = (min(shares), max(shares)) if shares and passes == "forward" else ()
+                share = " to ".join(dict.fromkeys(f"{x:.0%}" for x in ends))
                 cells = [_times(here[n].ratio) if n in here else "" for n in lengths]
                 body.append([f"{rank}, {detail}", said, str(width), *cells, share])
     return table(["rank, detail", "passes", "d", *map(short, lengths), "share of choosing"], body)
