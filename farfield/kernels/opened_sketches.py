@@ -336,8 +336,12 @@ def pooled(k: Tensor, v: Tensor, tree: Tree, detail: int) -> tuple[Tensor, Tenso
 
 
 def takes(tree: Tree, detail: int) -> bool:
-    """Whether `pooled` makes the far rows: from the sketches' levels on, of blocks all of whose tokens count."""
-    return tree.complete and tree.rank <= detail <= 8 * tree.rank and tree.hi == tree.blocks * tree.block
+    """Whether the far rows are to come from `pooled`: where they are sums that sketches pass through, of all tokens.
+
+    It makes them with sinks as well, which only the interpreter has seen.
+    """
+    all_count = not tree.lo and tree.hi == tree.blocks * tree.block
+    return tree.complete and all_count and tree.rank <= detail <= 8 * tree.rank
 
 
 def _means(
