@@ -47,6 +47,12 @@ def at_length(models: dict[str, dict[str, Any]], length: int) -> dict[str, Any]:
     return {name: x["by_position"] for name, x in found.items() if "by_position" in x}
 
 
+def trained_at_32k() -> dict[str, Any]:
+    """Bits per byte by position of the models that were trained in windows of 32,768."""
+    found = quality_tables.models(quality_tables.LONG_WINDOWS)
+    return {quality_tables.name(label): m["by_position"] for label, m in found.items()}
+
+
 def unrotated(length: int) -> dict[str, Any]:
     """The same of layers without positions, as they read farther best."""
     found = quality_tables.found_again("log_scale", length)
@@ -63,6 +69,7 @@ def figures(models: dict[str, dict[str, Any]]) -> dict[str, Figure]:
         "quality-repeat": plots.repeat_figure({name: m["by_repeat"] for name, m in models.items()}),
         "quality-rows": plots.rows_figure(rows),
         "quality-length": plots.position_figure(at_length(models, 1 << 17) | unrotated(1 << 17)),
+        "quality-32k": plots.position_figure(trained_at_32k()),
         "quality-mechanisms": plots.repeat_figure({name: m["by_repeat"] for name, m in others().items()}),
     }
 

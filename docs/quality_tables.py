@@ -42,6 +42,7 @@ HELD_BESIDE = ("full", NEAR, f"{NEAR}/{OPENED}", f"{NEAR}/{OPENED},rope_share=0"
 SUPERSEDED = "fma-opened:rank=4,near=128,open=4,beam=16,detail=16,score=mean"  # by fma with the same options
 SHORT = RESULTS / "compare-mechanisms.json"  # all mechanisms, with a quarter of the bytes
 LONG = RESULTS / "compare-csource-long.json"  # twice the bytes
+LONG_WINDOWS = RESULTS / "compare-csource-32k.json"  # half the bytes, in windows of 32,768
 PASSED = RESULTS / "recall-passkey.json"
 PASSED_LONG = RESULTS / "recall-passkey-long.json"  # twice the steps
 BESIDE = ("full", "fma:rank=16,near=128", "window:width=512")  # models that the others are shown beside
@@ -73,7 +74,8 @@ def name(label: str) -> str:
         said += f", sketches of {options['detail']}" if options.get("detail", "16") != "16" else ""
         said += f", near {options['near']}" if options.get("near", "128") != "128" else ""
         said += f", {_rows(options.get('rank', '16'))} a group" if options.get("rank") != "4" else ""
-        return f"{said}, {options['hold']} queries together" if "hold" in options else said
+        said += f", {options['hold']} queries together" if "hold" in options else ""
+        return f"{said} by the mean of {options['askers']}" if "askers" in options else said
     if kind == "window":
         return f"window {options['width']}"
     if kind == "near-field":
@@ -215,11 +217,11 @@ def masses(path: Path = REREAD) -> str:
     """How much of a query's softmax lies far, and how much of that in 1, 4 and 16 groups, by how they are chosen."""
     ways = {"best": "by their mass", "mean of 4": "by means of 4 keys", "mean of 64": "by means of 64 keys"}
     body = []
-    for x in (x for _, _, scored in _parts(path) for x in scored if x["group"] == "mass" and "layers" in x):
+    for model, x in ((model, x) for model, _, scored in _parts(path) for x in scored if "layers" in x):
         for layer, at in x["layers"].items():
             shares = [" / ".join(f"{at[f'{way} {n}'] / at['far']:.0%}" for n in (1, 4, 16)) for way in ways]
-            body.append([f"{int(layer) + 1}", f"{at['far']:.0%}", *shares])
-    return table(["layer", "far", *(f"in 1 / 4 / 16 groups {way}" for way in ways.values())], body)
+            body.append([model, f"{int(layer) + 1}", f"{at['far']:.0%}", *shares])
+    return table(["trained as", "layer", "far", *(f"in 1 / 4 / 16 groups {way}" for way in ways.values())], body)
 
 
 def choices(part: str = "choice", path: Path = REREAD) -> str:
@@ -234,13 +236,13 @@ def choices(part: str = "choice", path: Path = REREAD) -> str:
 
 def reread_together(path: Path = REREAD) -> str:
     """Models trained with one number of queries that choose together, read with others."""
-    read: dict[str, dict[str, float]] = {}
+    read: dict[str, dict[str, list[str]]] = {}
     for model, _, scored in _parts(path):
         for x in scored:
             if x["group"] == "choice" and x.get("overall") is not None and x["label"].startswith("hold="):
-                read.setdefault(model, {})[x["label"]] = x["overall"]
+                read.setdefault(model, {}).setdefault(x["label"], []).append(_bits(x["overall"]))
     several = sorted({label for at in read.values() for label in at if "," not in label}, key=lambda x: int(x[5:]))
-    body = [[model, *(_bits(at.get(label)) for label in several)] for model, at in read.items()]
+    body = [[model, *(" / ".join(at.get(label, ())) for label in several)] for model, at in read.items()]
     return table(["attention", *(f"read with {label}" for label in several)], body)
 
 
@@ -270,7 +272,7 @@ def asked(path: Path = REASKED) -> str:
 def written() -> dict[str, str]:
     """Every table by the name of its spot."""
     compared, mechanisms, novels = of_fma(models()), others(models()), models(NOVELS)
-    longer, together = models(LONG), held(models())
+    longer, together, windows = models(LONG), held(models()), models(LONG_WINDOWS)
     return {
         "scores": scores(compared),
         "copies": copies(compared),
@@ -279,6 +281,10 @@ def written() -> dict[str, str]:
         "held": scores(together),
         "held-copies": copies(together),
         "held-read": reread_together(),
+        "askers": choices("several askers, seed 1"),
+        "opened-afterwards": choices("full read opened, seed 1"),
+        "long-windows": scores(windows, n=1 << 15),
+        "long-windows-copies": copies(windows),
         "longer": scores(longer),
         "longer-copies": copies(longer),
         "lengths": lengths(compared),
