@@ -256,8 +256,8 @@ class FMA(Mechanism):
         shared: the query heads of a key head open the same groups; otherwise each its own.
         hold: so many queries in a row open the same groups, chosen by the first of them; divides `block`. Choosing
             then costs 1 / hold, and with a multiple of 64 a GPU reads what is opened as it reads what is near.
-        askers: with hold above 1 so many queries choose for a run, by their mean: its first and those before it; at most
-            `near`.
+        askers: with hold above 1 so many queries choose for a run, by their mean: its first and those before it; at
+            most `near`.
         tolerance: opens so many more groups that no output is farther from full attention's than this; see `certify`.
         level_bias: a learned number for each key head and level, added to the logits of its summaries. It starts at 0,
             or at the number that is given, such as -1 for a model that was trained without summaries.
