@@ -185,6 +185,16 @@ def test_numbers_draw_tokens_in_proportion():
     assert drawn(torch.zeros(4), torch.tensor(0.9), 0).item() == 0
 
 
+@pytest.mark.parametrize("way", ["extend", "ring"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_nan_are_no_tokens(temperature, way):
+    diverged = model(attention="window", attention_options={"width": 8})
+    with torch.no_grad():
+        diverged.embed.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the model's logits are NaN"):
+        next(generate(diverged, [1, 2, 3], new_tokens=2, temperature=temperature, way=way))
+
+
 def test_no_new_tokens():
     assert list(generate(model(), ids(), new_tokens=0)) == []
 

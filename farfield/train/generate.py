@@ -241,7 +241,14 @@ def drawn(
     """The token that a number in 0..1 draws from `probabilities`: the first that with all lower ids has a larger share.
 
     Nothing in it waits for the host.
+
+    Raises:
+        ValueError: logits that are NaN, on the CPU; on a GPU what is drawn then has no meaning.
     """
+    if logits.device.type == "cpu" and logits.isnan().any():
+        raise ValueError(
+            "generate: the model's logits are NaN, so that there is nothing to draw from; have its weights diverged?"
+        )
     if temperature == 0:
         ids = torch.arange(logits.shape[-1], device=logits.device)
         # of equal ones the lower id, which argmax does not promise
