@@ -217,6 +217,21 @@ MECHANISMS = {
     "an unknown name": (lambda: mechanism("fmaa"), ValueError, r"no mechanism 'fmaa'; did you mean fma\b.*All: .*full"),
     "a name like nothing": (lambda: mechanism("zzzzzzz"), ValueError, "no mechanism 'zzzzzzz'. All: aaren"),
     "an unknown option": (lambda: mechanism("fma", blok=3), ValueError, "fma: no option blok; its options are .*block"),
+    "an option that is no number": (
+        lambda: mechanism("window", width="half"),
+        ValueError,
+        "window: width must be a whole number, got 'half'",
+    ),
+    "an option that is no whole number": (
+        lambda: mechanism("fma", horizon=2.5),
+        ValueError,
+        "fma: horizon must be a whole number or None, got 2.5",
+    ),
+    "an option that is not yes or no": (
+        lambda: mechanism("fma", shared="no"),
+        ValueError,
+        "fma: shared must be true or false, got 'no'",
+    ),
     "3-D inputs": (
         lambda: call(shape=(H, T, D)),
         ValueError,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from farfield.nn.config import check_plain, known
+from farfield import mechanisms
+from farfield.nn.config import known
 
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -91,7 +92,8 @@ class TrainConfig:
     keep: int = 2
 
     def __post_init__(self):
-        check_plain(self)
+        for f in fields(self):
+            mechanisms.check_plain("TrainConfig", f.name, f.type, getattr(self, f.name))
         for name in ("text", "valid"):
             value = getattr(self, name)
             if isinstance(value, str | Path):
@@ -104,7 +106,7 @@ class TrainConfig:
         least = {"tokens": 1, "batch": 1, "accumulate": 1, "steps": 1, "eval_windows": 1, "keep": 1}
         least |= dict.fromkeys(("warmup", "log_every", "eval_every", "save_every", "seed"), 0)
         for name, low in least.items():
-            if (value := getattr(self, name)) < low or value % 1:
+            if (value := getattr(self, name)) < low:
                 raise ValueError(f"TrainConfig: {name} must be a whole number of at least {low}, got {value}")
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("dtype", tuple(DTYPES))):
             if (value := getattr(self, name)) not in allowed:
