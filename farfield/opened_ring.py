@@ -62,7 +62,6 @@ class OpenedRing:
     clock: Int[Tensor, "B programs"]
     weight: Float[Tensor, "*weight"]  # of the learned score, or empty
     entries: Int[Tensor, "1 1 1 P"]
-    recent: Float[Tensor, "B askers heads D"]  # queries by position modulo askers; empty where one chooses
 
     @staticmethod
     @torch.no_grad()
@@ -86,7 +85,7 @@ class OpenedRing:
         Args:
             heads: H.
             scale: factor on q . k.
-            opening: picks, beam, shared, detail, summed, hold, askers and score, as for FMA.
+            opening: picks, beam, shared, detail, summed, hold and score, as for FMA.
             store: "device", or "host" for the tokens in pinned host memory.
             level_bias: [G, levels], added to the logits of the summaries.
             weight: [G, D], of the learned score.
@@ -128,11 +127,6 @@ class OpenedRing:
             return torch.zeros(shape, dtype=like.dtype, device=at_home, pin_memory=pinned)
 
         near, far = plan.widths
-        several = int(opening["askers"])
-        if state.recent is not None and state.recent.shape[1] != heads:
-            raise ValueError(
-                f"OpenedRing: the state has queries of {state.recent.shape[1]} heads, which choose; got heads={heads}"
-            )
         made = OpenedRing(
             store,
             inner,
@@ -151,7 +145,6 @@ class OpenedRing:
             torch.full((batch, kv_heads + lists), state.tokens, dtype=torch.long, device=device),
             zeros(0, dtype=wide) if weight is None else weight.detach().to(device, wide).clone(),
             torch.arange(near, dtype=torch.int32, device=device)[None, None, None],
-            zeros(batch, several, heads, width) if several > 1 else zeros(batch, 0, 0, width),
         )
         if state.tokens > plan.capacity:
             raise ValueError(f"OpenedRing: the state has {state.tokens} tokens, capacity={capacity} is too small")
@@ -254,7 +247,6 @@ class OpenedRing:
         plan, lists, heads = self.plan, self.near.shape[1], q.shape[1]
         # a level_bias is laid out for lists of one head or of several
         other = self.bias.shape[1 if lists < heads else 0] > 1
-        other = other or self.recent.shape[2] not in (0, heads)
         if heads % lists or (not plan.shared and lists != heads) or other:
             raise ValueError(f"OpenedRing: was made for other heads than the {heads} of q; make it with heads={heads}")
         self._check_room()
@@ -264,7 +256,7 @@ class OpenedRing:
         scale = width**-0.5 if scale is None else scale
         ring = self.ring
         *buffers, _ = self.buffers()
-        opened_step(self._asking(q), *buffers, list(plan), scale)
+        opened_step(q, *buffers, list(plan), scale)
         near, far, position = self.near, self.far, self.position
         tokens, kept = Rows(self.all_k, self.all_v), (self.kept_k, self.kept_v)
         if self.store == "host":
@@ -291,17 +283,6 @@ class OpenedRing:
         ]
         out = attend(q, sources, scale=scale, position=position).out
         return out.reshape(batch, heads, 1, -1)
-
-    def _asking(self, q: Tensor) -> Tensor:
-        """What chooses if a run begins with the query q, which is remembered; select.opened.asking."""
-        several = self.recent.shape[1]
-        if not several:
-            return q
-        slot = (self.tokens % several)[:, None, None, None]
-        self.recent.scatter_(1, slot.expand(-1, 1, *self.recent.shape[2:]), q.transpose(1, 2))
-        # a sequence that has fewer has nothing far to choose from
-        mean = self.recent.mean(1, dtype=torch.promote_types(q.dtype, torch.float32))
-        return mean.bfloat16().to(q.dtype)[:, :, None]
 
     def buffers(self) -> Step:
         """All of them, as the operation takes them."""
@@ -337,11 +318,6 @@ class OpenedRing:
                 slot = ring.plan.slot(height, group)
                 here, to = slice(slot * p, (slot + 1) * p), slice((start + group) * p, (start + group + 1) * p)
                 self.kept_k[:, :, to], self.kept_v[:, :, to] = ring.far_k[:, :, here], ring.far_v[:, :, here]
-        if state.recent is not None:
-            several = self.recent.shape[1]
-            oldest = max(tokens - several, 0)
-            at = torch.arange(oldest, tokens, device=device)
-            self.recent[:, at % several] = state.recent[:, :, oldest - state.first * m :].transpose(1, 2)
         levels, blocks = list(state.sketches), tokens // m
         done = begin + levels[0].rows.shape[2] if levels else 0
         if blocks > done:

@@ -18,7 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "near is three blocks": {"near": 12, "sinks": 1},
     "learned": {"pool": "learned", "kv_heads": 2},
     "opened": {"open": 2, "sinks": 3},
-    "opened, near is two blocks": {"open": 1, "beam": 3, "near": 8, "hold": 2, "askers": 5},
+    "opened, near is two blocks": {"open": 1, "beam": 3, "near": 8, "hold": 2},
     "opened apart": {"open": 1, "shared": False, "score": "peak", "sinks": 4},
 }
 

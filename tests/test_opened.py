@@ -60,7 +60,6 @@ def test_none_opened_is_plain_bit_for_bit():
         {"shared": False, "sinks": 4, "beam": 2},
         {"rank": 4, "detail": 1, "sinks": 3},
         {"hold": 4},
-        {"hold": 4, "askers": 7},
         {"segments": "sum", "detail": 4, "sinks": 3},
     ],
 )
@@ -129,17 +128,6 @@ def test_packed_documents_are_the_documents_alone(score):
                 alone = mech(*cut, rotary=rotate) if group[b, start] >= 0 else torch.zeros_like(cut[0])
                 assert_within(got[b : b + 1, :, start:stop], alone, terms=90)
                 start = stop
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_no_document_is_asked_for_another(causal):
-    q, k, v = draw(100)
-    # those of the first would have the last word
-    q[:, :, :50] *= 100
-    mech = FMA(**SMALL, open=2, hold=2, askers=7, causal=causal)
-    group = torch.arange(100)[None] // 50
-    alone = [mech(*(x[:, :, cut] for x in (q, k, v))) for cut in (slice(50), slice(50, 100))]
-    assert_within(mech(q, k, v, group=group), torch.cat(alone, 2), terms=100)
 
 
 def test_few_lists_at_a_time_change_nothing(monkeypatch):
@@ -245,38 +233,6 @@ def test_what_cannot_be_taught_is_refused():
     assert near.score_loss(q[:, :, :8].float(), k[:, :, :8].float()) == 0
 
 
-def test_those_that_ask_are_the_mean_of_as_many_as_there_are():
-    q = draw(40, batch=2)[0]
-    at, before = torch.tensor([0, 4, 12, 39]), torch.tensor([[0, 1, 12, 30], [0, 4, 0, 4]])
-    found = opened.asking(q, at, before, 5)
-    for b in range(2):
-        for n, (i, many) in enumerate(zip(at.tolist(), before[b].tolist(), strict=True)):
-            mean = q[b, :, i - min(many, 4) : i + 1].mean(1)
-            assert torch.equal(found[b, :, n], mean.bfloat16().double())
-    # of queries that bfloat16 holds every dtype makes the same
-    q = q.bfloat16()
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert torch.equal(opened.asking(q.to(dtype), at, before, 5).double(), opened.asking(q.double(), at, before, 5))
-
-
-def test_a_run_is_chosen_for_by_its_first_query_and_some_before_it():
-    """What else is asked changes nothing for it."""
-    q, k, v = draw(120)
-    mech, first, found = FMA(block=8, near=8, rank=2, open=2, hold=8, askers=3), 80, []
-    original = opened.asked
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opened, "asked", lambda score, q, *more: found.append(q) or original(score, q, *more))
-        mech(q, k, v)
-        before = found.pop()[:, :, first : first + 8]
-        assert torch.equal(before, q[:, :, 78:81].mean(2, keepdim=True).bfloat16().expand_as(before))
-        for at in range(120):
-            other = q.clone()
-            other[:, :, at] += 1
-            mech(other, k, v)
-            same = torch.equal(found.pop()[:, :, first : first + 8], before)
-            assert same == (at not in (78, 79, 80))
-
-
 def test_no_gradient_through_the_choice_but_through_all_that_is_read():
     x = [t.requires_grad_() for t in draw(60)]
     mech = FMA(**SMALL, open=2)
@@ -286,13 +242,10 @@ def test_no_gradient_through_the_choice_but_through_all_that_is_read():
         assert_within(got, want, terms=60)
 
 
-@pytest.mark.parametrize(
-    ("score", "hold", "askers"),
-    [*((score, 1, 1) for score in opened.SCORES), ("peak", 4, 1), ("box", 2, 1), ("mean", 4, 3), ("mean", 2, 8)],
-)
-def test_extend_continues(score, hold, askers, tmp_path):
+@pytest.mark.parametrize(("score", "hold"), [*((score, 1) for score in opened.SCORES), ("peak", 4), ("box", 2)])
+def test_extend_continues(score, hold, tmp_path):
     q, k, v = draw(101)
-    mech = scored_by(score, open=2, sinks=3, rewind=5, hold=hold, askers=askers)
+    mech = scored_by(score, open=2, sinks=3, rewind=5, hold=hold)
     whole, state, outs, at = mech(q, k, v, rotary=rotate), None, [], 0
     for n in (33, 1, 1, 9, 30, 1, 1, 1, 24):
         out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state, rotary=rotate)
@@ -307,11 +260,11 @@ def test_extend_continues(score, hold, askers, tmp_path):
     assert_within(torch.cat(outs, 2), whole, terms=101)
 
 
-@pytest.mark.parametrize(("hold", "askers"), [(1, 1), (2, 1), (2, 8), (4, 5)])
+@pytest.mark.parametrize("hold", [1, 2])
 @pytest.mark.parametrize("chunks", [(70,), (61, 9), (13, 4, 20, 33), (12, 1, 1, 1, 40, 15)], ids=str)
-def test_every_chunking_is_forward(chunks, hold, askers):
+def test_every_chunking_is_forward(chunks, hold):
     q, k, v = draw(70)
-    mech = FMA(**SMALL, open=2, hold=hold, askers=askers, sinks=1).double()
+    mech = FMA(**SMALL, open=2, hold=hold, sinks=1).double()
     state, outs, at = None, [], 0
     for n in chunks:
         out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state)
@@ -390,10 +343,10 @@ def test_tokens_that_are_elsewhere_stay_there():
         assert (found.device.type, found.shape) == ("meta", (1, 2, 8, 4))
 
 
-@pytest.mark.parametrize(("hold", "askers"), [(1, 1), (2, 1), (2, 8)])
-def test_a_state_cropped_to_where_nothing_is_far_goes_on(hold, askers):
+@pytest.mark.parametrize("hold", [1, 2])
+def test_a_state_cropped_to_where_nothing_is_far_goes_on(hold):
     q, k, v = draw(90)
-    mech = FMA(**SMALL, open=2, rewind=90, sinks=3, hold=hold, askers=askers)
+    mech = FMA(**SMALL, open=2, rewind=90, sinks=3, hold=hold)
     whole = mech(q, k, v)
     with torch.no_grad():
         _, state = mech.extend(q[:, :, :80], k[:, :, :80], v[:, :, :80])
@@ -448,10 +401,6 @@ def test_a_state_made_while_open_is_0():
     mech.hold = 2
     with pytest.raises(ValueError, match="made with hold=1"):
         mech.extend(*rest, opening)
-    _, held = mech.extend(q[:, :, :40], k[:, :, :40], v[:, :, :40])
-    mech.askers = 3
-    with pytest.raises(ValueError, match="made with askers=1"):
-        mech.extend(*rest, held)
 
 
 @pytest.mark.parametrize(
@@ -462,9 +411,6 @@ def test_a_state_made_while_open_is_0():
         ({"open": 1, "score": "best"}, ValueError),
         ({"open": 1, "detail": 3}, ValueError),
         ({"open": 1, "hold": 3}, ValueError),
-        ({"open": 1, "askers": 2}, ValueError),
-        ({"open": 1, "hold": 4, "askers": 9}, ValueError),
-        ({"open": 1, "hold": 4, "askers": 0}, ValueError),
         ({"open": 1, "segments": "all"}, ValueError),
         ({"level_bias": True, "kv_heads": 2}, ValueError),
         ({"open": 1, "queries": "pooled", "causal": False}, NotImplementedError),

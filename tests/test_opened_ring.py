@@ -40,7 +40,6 @@ CASES = {
     "apart": {"open": 2, "shared": False, "sinks": 4},
     "sums, biased": {"open": 3, "segments": "sum", "level_bias": -0.5, "kv_heads": 2, "levels": 7},
     "held": {"open": 2, "hold": 4},
-    "held, asked by several": {"open": 2, "hold": 4, "askers": 7},
     "rotated": {"open": 2, "sinks": 1, "rope": True},
     "learned filters": {"open": 2, "pool": "learned", "kv_heads": 2},
 }
@@ -109,9 +108,8 @@ def test_a_host_step_takes_from_the_store_what_it_opens_alone():
     assert torch.equal(stepped(mech, x, other, 130, 131), want)
 
 
-@pytest.mark.parametrize("options", [{}, {"hold": 2, "askers": 5}])
-def test_sequences_stand_where_they_are(options):
-    mech, x = FMA(**SMALL, open=2, **options), draw(140)
+def test_sequences_stand_where_they_are():
+    mech, x = FMA(**SMALL, open=2), draw(140)
     whole = mech(*x)
     rings = [prefilled(mech, [y[b : b + 1] for y in x], n) for b, n in enumerate((60, 101))]
     ring = OpenedRing.join(rings)
@@ -166,22 +164,12 @@ def test_sequences_with_room_go_on_when_another_is_full(options, capacity):
     assert_within(outs[1], whole[1, :, :30], terms=140)
 
 
-@pytest.mark.parametrize("options", [{}, {"hold": 2, "askers": 5}])
-def test_a_sequence_that_was_reset_has_nothing_of_the_one_before(options):
-    mech, x = FMA(**SMALL, open=2, **options), draw(140)
+def test_a_sequence_that_was_reset_has_nothing_of_the_one_before():
+    mech, x = FMA(**SMALL, open=2), draw(140)
     whole = mech(*x)
     ring = prefilled(mech, [y.index_fill(2, torch.arange(5, 140), math.nan) for y in x], 60)
     ring.reset_(torch.tensor([0, 1]))
     assert_within(stepped(mech, x, ring, 0, 70), whole[:, :, :70], terms=140)
-
-
-def test_queries_that_choose_are_of_the_heads_of_the_state():
-    mech, x = FMA(**SMALL, open=2, hold=2, askers=3), draw(140)
-    with pytest.raises(ValueError, match="queries of 4 heads"):
-        prefilled(mech, x, 100, heads=2)
-    ring = prefilled(mech, x, 100)
-    with pytest.raises(ValueError, match="other heads than the 2 of q"):
-        mech.step(*(y[:, :2, 100:101] for y in x), ring)
 
 
 @pytest.mark.parametrize("options", [{"shared": False}, {"level_bias": True, "kv_heads": 2, "levels": 7}])

@@ -468,13 +468,11 @@ def prefixes(case, given, tokens=5000):
     prefix.backward(out, row if given else None, rows if given else None, scores, v, out, rest, lse, mass)
 
 
-def opening(
-    picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, tokens=5000, score="mean", detail=16, askers=1
-):
+def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, tokens=5000, score="mean", detail=16):
     field = Field(block, 128, rank, 3)
     tree = tree_of(max(tokens, 3 * block + 1), field)
     q, k = (empty(1, n, tokens, width) for n in (heads, kv_heads))
-    plan = OpenedPlan(field.near, detail, picks, 2 * picks, 1, hold, SCORES.index(score), askers=askers)
+    plan = OpenedPlan(field.near, detail, picks, 2 * picks, 1, hold, SCORES.index(score))
     if hold > 1 and score == "mean":
         opened.runs(q, k, k, tree, plan, 0.125)
         return
@@ -598,7 +596,7 @@ LAUNCHES = {
     "choose-moba-many-128": lambda: choosing(Scoring(512, 8, 512, 512, shared=False), 128),
     "means": lambda: means.means(empty(1, 4, 5000, 128), 512),
     **{f"opened-{n}-{d}": (lambda n=n, d=d: opening(n, d)) for n in (2, 16) for d in (64, 128)},
-    "opened-runs-64": lambda: opening(16, 64, hold=64, askers=32),
+    "opened-runs-64": lambda: opening(16, 64, hold=64),
     # few levels of which all groups are scored
     "opened-runs-long-64": lambda: opening(16, 64, hold=64, tokens=1 << 20),
     "opened-runs-long-128": lambda: opening(16, 128, hold=64, tokens=1 << 20),

@@ -210,5 +210,5 @@ def runs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Far rows and their biases, and the near and far lists of each run of queries, index and count of each."""
     *far, sketches = opened_sketches.pooled(k, v, tree, plan.detail)
-    chosen = opened_search.choose(opened_search._asking(q, plan), sketches, tree, plan, scale)
+    chosen = opened_search.choose(q[:, :, :: plan.hold], sketches, tree, plan, scale)
     return *far, *lists_of_runs(*chosen, tree, plan)

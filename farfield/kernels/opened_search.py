@@ -36,7 +36,6 @@ KEPT = 128  # pairs of candidates of a warp that keeps the best, of 32 queries a
 FEW, MANY, SCORED = 64, 512, 1 << 19
 COLUMNS = 128  # rows of sketches that queries meet at a time there
 CLEARED = 4096
-ASKED = 16  # queries that are added up at a time
 PROGRAMS = 2112  # that score at once, each with a list of its own in memory
 RUNS = 1 << 14  # queries of a search: their scores are in memory
 WIDEST = 256  # groups of the coarsest level up to which as many queries are searched for
@@ -67,27 +66,6 @@ def _ones(x):
 def _below(x):
     """A word with bits 0 .. x - 1 set."""
     return tl.where(x >= 32, -1, (1 << tl.minimum(tl.maximum(x, 0), 31)) - 1)
-
-
-@triton.jit(do_not_specialize=["runs", "hold", "askers", "heads", "q_b", "q_h", "q_t"])
-def mean_askers(
-    q, asking, runs, hold, askers, heads, q_b, q_h, q_t,
-    D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The query that chooses for each run, select.opened.asking: the mean of its first one and of those before it."""
-    run, unit = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    line, dims = tl.arange(0, ROWS), tl.arange(0, D_TILE)
-    q += (unit // heads * q_b + unit % heads * q_h) * D_UNIT
-    many = tl.minimum(run * hold + 1, askers)
-    total = tl.zeros([D_TILE], tl.float32)
-    for begin in range(0, many, ROWS):
-        at = q + ((run * hold - begin - line) * q_t)[:, None] * D_UNIT + dims
-        mask = (begin + line < many)[:, None] & (dims < D)
-        total += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), 0)
-    # to bfloat16, ties to even; the interpreter's cast cuts off
-    bits = (total / many.to(tl.float32)).to(tl.int32, bitcast=True)
-    mean = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    tl.store(asking + (unit * runs + run) * D + dims, mean.to(asking.dtype.element_ty), mask=dims < D)
 
 
 VARIES = ["heads", "runs", "begin", "hold", "words", "height", "blocks", "levels", "radius", "sinks", "beam"]
@@ -530,24 +508,7 @@ def keep_best(
 def chosen(q: Tensor, k: Tensor, tree: Tree, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """leaves [B, lists, T / hold, picks] ascending and how many there are, int32, for each run of queries."""
     sketches = sketches_of(k, tree, plan.detail, SCORES[plan.score])
-    return choose(_asking(q, plan), sketches, tree, plan, scale)
-
-
-def _asking(q: Tensor, plan: Plan) -> Tensor:
-    """[B, H, runs, D], the query that chooses for each run."""
-    if plan.askers == 1:
-        return q[:, :, :: plan.hold]
-    batch, heads, tokens, width = q.shape
-    runs = -(-tokens // plan.hold)
-    q, q_at = _dense(q)
-    unit = _unit(q, width, *q_at)
-    found = q.new_empty(batch, heads, runs, width)
-    start(
-        mean_askers, (runs, batch * heads),
-        q, found, runs, plan.hold, plan.askers, heads, *(n // unit for n in q_at), width, padded(width), unit,
-        ASKED, num_warps=2,
-    )  # fmt: skip
-    return found
+    return choose(q[:, :, :: plan.hold], sketches, tree, plan, scale)
 
 
 def split(rows: Tensor, dtype: torch.dtype, score: str) -> Sketches:
@@ -584,7 +545,7 @@ def _search(
     unit: int, kv_heads: int, leaves: Tensor, count: Tensor, all_runs: int,
 ) -> None:  # fmt: skip
     """The leaves of runs begin, begin + 1, ..., to where `leaves` and `count` begin."""
-    near, detail, picks, beam, _, hold, _, summed, _ = plan
+    near, detail, picks, beam, _, hold, _, summed = plan
     batch, heads, runs, width = q.shape
     lists = leaves.shape[1]
     stack, radius, units = heads // lists, near // tree.block, batch * lists

@@ -168,11 +168,9 @@ class OpenedState(FMAState):
     all_k: Tensor  # [B, G, tokens - begin * block, D], rotated
     all_v: Tensor
     hold: int
-    askers: Tensor  # [B, H, as many / hold, D], what chooses for each run, rotated; none where each query does
+    askers: Tensor  # [B, H, as many / hold, D], the query that chooses for each run, rotated; none where each does
     sketches: tuple[opened.Sketch, ...]  # of the summarized blocks from `begin` on
     begin: int = 0  # blocks that are forgotten, whole groups of every level
-    several: int = 1  # queries whose mean an asker is
-    recent: Tensor | None = None  # [B, H, tokens - first * block, D], rotated queries, if several
 
     @property
     def host_nbytes(self) -> int:
@@ -203,7 +201,6 @@ class OpenedState(FMAState):
             all_v=self.all_v[:, :, :keep],
             askers=self.askers[:, :, : -(-keep // self.hold)],
             sketches=tuple(sketches),
-            recent=None if self.recent is None else self.recent[:, :, : state.k.shape[2]],
         )
 
     def after(self, begin: int) -> OpenedState:
@@ -256,8 +253,6 @@ class FMA(Mechanism):
         shared: the query heads of a key head open the same groups; otherwise each its own.
         hold: so many queries in a row open the same groups, chosen by the first of them; divides `block`. Choosing
             then costs 1 / hold, and with a multiple of 64 a GPU reads what is opened as it reads what is near.
-        askers: with hold above 1 so many queries choose for a run, by their mean: its first and those before it; at
-            most `near`.
         tolerance: opens so many more groups that no output is farther from full attention's than this; see `certify`.
         level_bias: a learned number for each key head and level, added to the logits of its summaries. It starts at 0,
             or at the number that is given, such as -1 for a model that was trained without summaries.
@@ -287,7 +282,6 @@ class FMA(Mechanism):
                 "open": 2,
                 "beam": 3,
                 "hold": 2,
-                "askers": 3,
                 "score": "box",
                 "segments": "sum",
                 "level_bias": True,
@@ -329,7 +323,6 @@ class FMA(Mechanism):
         segments: str = "best",
         shared: bool = True,
         hold: int = 1,
-        askers: int = 1,
         level_bias: bool | float = False,
         tolerance: float | None = None,
         causal: bool = True,
@@ -362,8 +355,7 @@ class FMA(Mechanism):
                 f"fma: horizon={horizon} leaves no far field; it must be more than near + block = {near + block}, or "
                 "use the mechanism window"
             )
-        self.open, self.beam, self.score, self.shared = open, beam, score, shared
-        self.hold, self.askers = hold, askers
+        self.open, self.beam, self.score, self.shared, self.hold = open, beam, score, shared, hold
         self.detail, self.segments = math.gcd(16, block) if detail is None else detail, segments
         self._check_opening()
         if queries == "pooled":
@@ -411,11 +403,6 @@ class FMA(Mechanism):
             raise ValueError(f"fma: segments must be 'best' or 'sum', got {self.segments!r}")
         if self.hold < 1 or self.block % self.hold:
             raise ValueError(f"fma: hold must divide block={self.block}, got {self.hold}")
-        if not 1 <= self.askers <= (self.near if self.hold > 1 else 1):
-            raise ValueError(
-                f"fma: askers must be 1 where each query chooses for itself (hold=1), otherwise 1 to near={self.near}, "
-                f"got askers={self.askers} with hold={self.hold}"
-            )
         if self.open and self.queries == "pooled":
             raise NotImplementedError("fma: pooled queries choose no groups; use queries='kept' with open")
 
@@ -541,9 +528,7 @@ class FMA(Mechanism):
         beam = 2 * self.open if self.beam is None else self.beam
         score = on_gpu.SCORES.index(self.score) if self.score in on_gpu.SCORES else 0
         summed = int(self.segments == "sum")
-        return on_gpu.Plan(
-            self.near, self.detail, self.open, beam, int(self.shared), self.hold, score, summed, self.askers
-        )
+        return on_gpu.Plan(self.near, self.detail, self.open, beam, int(self.shared), self.hold, score, summed)
 
     def _weight(self) -> Tensor | None:
         """Of the learned score, which the choice passes no gradient to."""
@@ -599,15 +584,9 @@ class FMA(Mechanism):
             q, k = rotary(q, at), rotary(k, at)
         return self.score_loss(q, k)
 
-    def _held(self, q: Tensor, within: Tensor | None = None) -> Tensor:
-        """For each query the one that chooses for it; within: each one's place in its document, [1|B, T]."""
-        if self.hold == 1:
-            return q
-        asking = q[:, :, :: self.hold]
-        if self.askers > 1:
-            at = torch.arange(0, q.shape[2], self.hold, device=q.device)
-            asking = opened.asking(q, at, at[None] if within is None else within[:, :: self.hold], self.askers)
-        return asking.repeat_interleave(self.hold, 2)[:, :, : q.shape[2]]
+    def _held(self, q: Tensor) -> Tensor:
+        """For each query the one that chooses for it."""
+        return q if self.hold == 1 else q[:, :, :: self.hold].repeat_interleave(self.hold, 2)[:, :, : q.shape[2]]
 
     def _attend_opened(
         self,
@@ -735,9 +714,7 @@ class FMA(Mechanism):
             empty = 0, self.block, self.near, self.rank, 0, *nothing, *nothing, (), (Grown(0, ()),)
             state = FMAState(*empty, most=self.most)
             if self.open:
-                no_q = q[:, :, :0]
-                state = OpenedState(*empty, *nothing, self.hold, no_q, (), most=self.most, several=self.askers)
-                state = replace(state, recent=no_q) if self.askers > 1 else state
+                state = OpenedState(*empty, *nothing, self.hold, q[:, :, :0], (), most=self.most)
         self._check_state(state)
         if not q.shape[2]:
             return no_tokens(q, v), state
@@ -745,7 +722,7 @@ class FMA(Mechanism):
         return out, self._forget(now)
 
     def _check_state(self, state: FMAState) -> None:
-        """Raise ValueError where `open`, `hold`, `askers` or `horizon` are such as the state cannot go on with."""
+        """Raise ValueError where `open`, `hold` or `horizon` are such as the state cannot go on with."""
         if state.most != self.most:
             raise ValueError(
                 f"fma: the state was made with another horizon: it has {state.most} levels at most, horizon="
@@ -756,12 +733,8 @@ class FMA(Mechanism):
                 f"fma: open={self.open} reads far tokens, but this state was made with open=0 and has forgotten them; "
                 "begin a new one"
             )
-        if isinstance(state, OpenedState):
-            for name, theirs, mine in (("hold", state.hold, self.hold), ("askers", state.several, self.askers)):
-                if theirs != mine:
-                    raise ValueError(
-                        f"fma: the state was made with {name}={theirs}, not {name}={mine}; begin a new one"
-                    )
+        if isinstance(state, OpenedState) and state.hold != self.hold:
+            raise ValueError(f"fma: the state was made with hold={state.hold}, not hold={self.hold}; begin a new one")
 
     def _continue(self, q, k, v, state: FMAState, rotary) -> tuple[Tensor, FMAState]:
         """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
@@ -858,16 +831,9 @@ class FMA(Mechanism):
 
     def _remember(self, now: FMAState, before: OpenedState, q: Tensor, k: Tensor, v: Tensor, rotary) -> OpenedState:
         """`now` with all tokens, those of the new q (rotated), k and v too, and sketches of all summarized blocks."""
-        askers, recent = before.askers, before.recent
+        askers = before.askers
         if self.hold > 1:
-            begins = slice(-before.tokens % self.hold, None, self.hold)
-            new = q[:, :, begins]
-            if recent is not None:
-                at = torch.arange(recent.shape[2], recent.shape[2] + q.shape[2], device=q.device)[begins]
-                recent = torch.cat([recent, q.detach()], 2)
-                # the state has all that a run asks by, or all that there are
-                new = opened.asking(recent, at, at[None], self.askers)
-            askers = torch.cat([askers, new], 2)
+            askers = torch.cat([askers, q[:, :, -before.tokens % self.hold :: self.hold]], 2)
         if rotary is not None:
             k = rotary(k, torch.arange(before.tokens, now.tokens, device=k.device))
         every_k, every_v = (appended(*pair) for pair in ((before.all_k, k), (before.all_v, v)))
@@ -883,9 +849,8 @@ class FMA(Mechanism):
             sketches = [*(opened.joined(*pair) for pair in zip(sketches, new, strict=False)), *new[len(sketches) :]]
         parts = {name: getattr(now, name) for name in PLAIN}
         return OpenedState(
-            **parts, all_k=every_k, all_v=every_v, hold=self.hold, askers=askers, sketches=tuple(sketches),
-            begin=begin, several=self.askers, recent=recent,
-        )  # fmt: skip
+            **parts, all_k=every_k, all_v=every_v, hold=self.hold, askers=askers, sketches=tuple(sketches), begin=begin
+        )
 
     def _grow(self, k, v, state: FMAState, tokens: int) -> tuple[list[Level], list[Grown]]:
         """The levels and the pool's memory once every block that the last query no longer reads is summarized."""
@@ -931,8 +896,6 @@ class FMA(Mechanism):
             oldest = min(oldest, level.first + level.k.shape[2] // self.rank)
             levels.append(level if isinstance(state, OpenedState) else level.after(oldest - level.first, self.rank))
         tokens = (first - state.first) * self.block
-        if isinstance(state, OpenedState) and state.recent is not None:
-            state = replace(state, recent=_after(state.recent, tokens))
         return replace(
             state,
             first=first,
@@ -1008,8 +971,7 @@ class FMA(Mechanism):
                 )
             )
             rows = Rows(k, v, bias=bias)
-            asking = self._held(q, within)
-            found = self._attend_opened(q, rows, far, sketches, where, starts, asking=asking)[0]
+            found = self._attend_opened(q, rows, far, sketches, where, starts, asking=self._held(q))[0]
             return packing.restore(found)
         sources = [(Rows(k, v, bias=bias), near)]
         if starts:
@@ -1172,12 +1134,8 @@ class FMA(Mechanism):
         """By definition: which blocks each query opens, [B, H, T, blocks]."""
         tokens, m, d = q.shape[2], self.block, self.detail
         repeat = q.shape[1] // k.shape[1]
-        x = q.detach()
-        if self.askers > 1:
-            spans = [(max(i - self.askers + 1, 0), i + 1) for i in range(0, tokens, self.hold)]
-            x = torch.stack([x[:, :, slice(*span)].mean(2).bfloat16().to(x.dtype) for span in spans], 2)
-            x = x.repeat_interleave(self.hold, 2)[:, :, :tokens]
-        x = x[:, :, torch.arange(tokens) // self.hold * self.hold] * self._scale(q)
+        x = q.detach() * self._scale(q)
+        x = x[:, :, torch.arange(tokens) // self.hold * self.hold]
         k = k.detach().repeat_interleave(repeat, 1)
         levels = [(m, self.near // m)]
         while (tokens - 1) // levels[-1][0] > levels[-1][1] and levels[-1][0] < m << self.most:
@@ -1304,7 +1262,6 @@ class FMA(Mechanism):
             "detail": self.detail,
             "summed": self.segments == "sum",
             "hold": self.hold,
-            "askers": self.askers,
             "score": self.score,
         }
         return OpenedRing.from_state(

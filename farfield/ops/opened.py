@@ -30,7 +30,6 @@ class Plan(NamedTuple):
         hold: queries in a row that open the same groups.
         score: number of the score in SCORES.
         summed: a group scores the log of the sum of what its rows score, e^score each, instead of the best of them.
-        askers: queries whose mean chooses for a run, its first one and those before it.
     """
 
     near: int
@@ -41,7 +40,6 @@ class Plan(NamedTuple):
     hold: int = 1
     score: int = 0
     summed: int = 0
-    askers: int = 1
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | None:

@@ -209,23 +209,6 @@ def asked(
     return torch.cat([x, x.norm(dim=-1, keepdim=True)], -1) if score == "ball" else x
 
 
-def asking(
-    q: Float[Tensor, "B H T D"], at: Int[Tensor, " runs"], before: Int[Tensor, "#B runs"], askers: int
-) -> Float[Tensor, "B H runs D"]:
-    """For each run of queries the one that chooses: the mean of query `at` and of the `askers` - 1 before it.
-
-    It is rounded to bfloat16 whatever the dtype is, so that kernels of 16 bits ask as float64 does.
-
-    Args:
-        before: so many queries there are before each of `at`; what would be further back is left out.
-    """
-    back = torch.arange(askers, device=q.device)
-    used = (back <= before[..., None])[:, None]
-    x = q.detach()[:, :, (at[:, None] - back).clamp(min=0)]
-    x = x.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~used[..., None], 0.0)
-    return (x.sum(3) / used.sum(-1)[..., None]).bfloat16().to(q.dtype)
-
-
 def told(score: str, levels: Sequence[Sketch]) -> tuple[Float[Tensor, "B G R F"], Float[Tensor, "#B 1 R"]]:
     """All levels' sketches in one buffer, and the logs of their rows' counts."""
     rows = torch.cat([x.rows.flatten(2, 3) for x in levels], 2)

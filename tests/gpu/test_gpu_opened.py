@@ -48,7 +48,6 @@ CASES = {
     "many": ({"open": 16, "rank": 4, "sinks": 64, "shared": False}, 4, 2, 2600, 64),
     "few together": ({"open": 2, "rank": 4, "hold": 16}, 4, 2, 1003, 64),
     "runs": ({"open": 8, "rank": 4, "hold": 64, "sinks": 3}, 4, 4, 1700, 64),
-    "runs asked by several": ({"open": 4, "rank": 4, "hold": 64, "askers": 32, "sinks": 3}, 4, 2, 1700, 64),
     "peaks": ({"open": 4, "rank": 4, "hold": 64, "sinks": 3, "score": "peak", "detail": 1}, 4, 4, 1700, 64),
     "sums of segments": ({"open": 4, "rank": 4, "hold": 64, "segments": "sum"}, 4, 2, 1700, 64),
     "runs of shared heads": ({"open": 8, "rank": 8, "hold": 64, "detail": 2}, 8, 2, 1700, 128),
@@ -130,7 +129,6 @@ CHOICES = {
     "peaks": {"score": "peak", "detail": 4},
     "sums": {"segments": "sum", "hold": 64},
     "few": {"hold": 64, "detail": 1, "beam": 4},
-    "asked by several": {"hold": 64, "askers": 40},
 }
 
 
@@ -217,9 +215,9 @@ def test_the_future_reaches_no_output():
     assert torch.equal(after[:, :, :600], mech(*x)[:, :, :600])
 
 
-@pytest.mark.parametrize(("hold", "askers"), [(1, 1), (64, 1), (64, 16)])
-def test_a_graph_replays_it(hold, askers):
-    mech, x = FMA(**{**OPTIONS, "rank": 4}, hold=hold, askers=askers), draw(1003, torch.bfloat16)
+@pytest.mark.parametrize("hold", [1, 64])
+def test_a_graph_replays_it(hold):
+    mech, x = FMA(**{**OPTIONS, "rank": 4}, hold=hold), draw(1003, torch.bfloat16)
     with torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

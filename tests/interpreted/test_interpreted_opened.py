@@ -91,14 +91,13 @@ RUNS = {
     "together": ({"rank": 4, "open": 3, "sinks": 3, "score": "mean"}, 2, 1),
     "sums": ({"rank": 4, "open": 2, "score": "mean", "detail": 4, "segments": "sum"}, 2, 2),
     "a horizon": ({"rank": 4, "open": 2, "beam": 3, "sinks": 3, "detail": 4, "score": "mean", "horizon": 512}, 2, 1),
-    "asked by several": ({"rank": 4, "open": 2, "score": "mean", "detail": 4, "askers": 40}, 2, 2),
     "apart": ({"rank": 16, "open": 2, "beam": 6, "detail": 1, "shared": False, "score": "peak"}, 2, 1),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_lists_of_runs(name, monkeypatch):
-    """64 queries at a time, as the first of them chooses, or the mean of several."""
+    """64 queries at a time, as the first of them chooses."""
     (options, heads, kv_heads), tokens = RUNS[name], 1300
     mech = FMA(block=64, near=128, hold=64, **options)
     gen = torch.Generator().manual_seed(len(name))
@@ -127,8 +126,7 @@ def test_lists_of_runs(name, monkeypatch):
     # those of a chunk, by the sketches that there are already
     sketches = opened_search.sketches_of(k, tree, mech.detail, options["score"])
     monkeypatch.setattr(opened_search, "RUNS", 7)
-    asking = mech._held(q)[:, :, 9 * 64 :: 64]
-    some, many = opened_search.choose(asking, sketches, tree, mech.plan(), 0.25, 9)
+    some, many = opened_search.choose(q[:, :, 9 * 64 :: 64], sketches, tree, mech.plan(), 0.25, 9)
     assert torch.equal(many, chosen[1][:, :, 9:])
     used = torch.arange(mech.open) < many[..., None]
     assert torch.equal(some[used], chosen[0][:, :, 9:][used])
