@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ from farfield.types import Layout, Rows
 ROWS = 64  # of a list's entry
 
 
+@runtime_checkable
 class Ring(Protocol):
     """What a model asks of a mechanism's fixed buffers. All that changes in them is on the device, and in place."""
 
