@@ -119,36 +119,6 @@ class Cache(State):
         return replace(self, tokens=keep, k=self.k[:, :, :keep], v=self.v[:, :, :keep])
 
 
-@dataclass(frozen=True)
-class NearState(State):
-    """Of what reads its own block of tokens, the `near` tokens before it, and the first ones: no others."""
-
-    block: int
-    near: int
-    first: int  # position of the first row of `k` and `v`, where a block begins
-    k: Tensor  # [B, G, tokens - first, D]
-    v: Tensor
-    sink_k: Tensor
-    sink_v: Tensor
-
-    def crop(self, drop: int) -> Self:
-        """The state before the last `drop` tokens.
-
-        Raises:
-            ValueError: tokens that the next one reads are gone.
-        """
-        keep = self.left(drop)
-        if self.first > max(keep // self.block * self.block - self.near, 0):
-            raise ValueError(
-                f"NearState: cannot drop {drop} of {self.tokens} tokens, at most {self.tokens % self.block}: what came "
-                "before is forgotten. Keep the state from before the draft."
-            )
-        rows = keep - self.first
-        sinks = (x[:, :, :keep] for x in (self.sink_k, self.sink_v))
-        sink_k, sink_v = sinks
-        return replace(self, tokens=keep, k=self.k[:, :, :rows], v=self.v[:, :, :rows], sink_k=sink_k, sink_v=sink_v)
-
-
 class _Room:
     """A buffer with room behind the tokens that views of it hold.
 

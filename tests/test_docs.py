@@ -113,7 +113,8 @@ def command_lines():
     """Every `farfield ...` of the pages: in shell blocks, indented, or in the text."""
     found = []
     for page in [*PAGES, *OTHERS]:
-        text = page.read_text(encoding="utf-8")
+        # a line that ends with a backslash goes on
+        text = re.sub(r"\\\n *", "", page.read_text(encoding="utf-8"))
         shell = [line for _, block in blocks(page, "sh", "bash", "console") for line in block.splitlines()]
         indented = re.findall(r"^ {4}(farfield .*)$", text, re.M)
         inline = re.findall(r"`(farfield [^`]+)`", text)

@@ -110,11 +110,12 @@ RINGS = {
     "fma, rotated by the layer": {"attention": "fma", "attention_options": FMA, "rotate": "layer", "log_scale": 30},
     "opened": {"attention": "fma", "attention_options": FMA | {"open": 2}},
     "window": {"attention": "window", "attention_options": {"width": 20, "sinks": 3}, "conv": 0},
+    "near-field": {"attention": "near-field", "attention_options": {"block": 8, "near": 16, "sinks": 3}},
     "full": {"attention": "full", "log_scale": 70, "qk_norm": False, "tie": False},
     "lightning": {"attention": "lightning-attention", "kv_heads": None},
     "aaren": {"attention": "aaren", "kv_heads": None},
     "mixed": {
-        "attention": "window", "attention_options": {"width": 20}, "layers": 4, "every": 2,
+        "attention": "near-field", "attention_options": {"block": 8, "near": 16}, "layers": 4, "every": 2,
         "other": "fma", "other_options": FMA | {"open": 2}, "other_rope_share": 0.0, "other_log_scale": 50,
     },
 }  # fmt: skip

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_controls import load
 
 from farfield import mechanisms
 from farfield.mechanisms.aaren import Aaren
 from farfield.mechanisms.full import Full
 from farfield.mechanisms.lightning_attention import LightningAttention
+from farfield.mechanisms.near_field import NearField
 from farfield.mechanisms.window import SlidingWindow
 from farfield.testing.units import assert_within
 from farfield.token_ring import StateRing, TokenRing
@@ -21,18 +21,14 @@ def draw(heads=4, kv_heads=2, width=8, value_width=6, batch=2):
     return [torch.randn(s, generator=gen, dtype=torch.float64) for s in shapes]
 
 
-def near_field(**options):
-    return load("near_field").NearField(**options)
-
-
 MECHANISMS = {
     "full": Full,
     "a window": lambda: SlidingWindow(width=20, sinks=3),
     "a window of one": lambda: SlidingWindow(width=1, sinks=0),
     "a window with room to go back": lambda: SlidingWindow(width=9, sinks=2, rewind=5),
-    "near": lambda: near_field(block=8, near=16),
-    "near, sinks": lambda: near_field(block=8, near=8, sinks=5),
-    "near, large blocks": lambda: near_field(block=32, near=32, sinks=32),
+    "near": lambda: NearField(block=8, near=16),
+    "near, sinks": lambda: NearField(block=8, near=8, sinks=5),
+    "near, large blocks": lambda: NearField(block=32, near=32, sinks=32),
     "aaren": Aaren,
     "lightning": LightningAttention,
 }
@@ -69,7 +65,7 @@ def test_without_tokens_a_ring_begins_with_the_first():
 
 def test_sequences_stand_where_they_are():
     """Each has a clock of its own."""
-    mech, x = near_field(block=8, near=16, sinks=2), draw()
+    mech, x = NearField(block=8, near=16, sinks=2), draw()
     exact = mech.reference(*x)
     one, other = (prefilled(mech, [y[b : b + 1] for y in x], n) for b, n in enumerate((13, 40)))
     found = {name: torch.cat([y, other.tensors()[name]]) for name, y in one.tensors().items() if name != "index"}

@@ -22,8 +22,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "fma": {"attention": "fma"},
     # two layers of eight open groups and carry no positions, the others see what is near
     "mixed": {
-        "attention": "window", "attention_options": {"width": 192, "sinks": 0}, "other": "fma", "other_options": OPENED,
-        "every": 4, "other_rope_share": 0.0,
+        "attention": "near-field", "other": "fma", "other_options": OPENED, "every": 4, "other_rope_share": 0.0,
     },
 }  # fmt: skip
 SAMPLING = 0.8, None, 0.95  # temperature, top_k, top_p

@@ -1,26 +1,60 @@
-"""FMA's near field alone: what its far field has to beat.
+"""FMA's near field alone: what its far field has to beat, and a cheap layer beside few that look far.
 
     seen(i) = i's block and the near / block blocks before it, and the first `sinks` tokens;    j <= i
     out[i]  = sum over j in seen(i) of softmax_j(scale * q[i] . k[j]) v[j]
 
-A control, to be found by FARFIELD_MECHANISMS=examples/controls.
+T * (near + block / 2 + sinks) scores; the state keeps at most near + block - 1 + sinks rows, and those of `rewind`.
+Departs from the paper: there is no far field.
 """
 
-import torch
+from dataclasses import dataclass, replace
 
-from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports, no_tokens
+import torch
+from torch import Tensor
+
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.select.static import near_lists, pack_lists
-from farfield.state import NearState
 from farfield.token_ring import TokenRing
 from farfield.types import Layout, Rows
+
+
+@dataclass(frozen=True)
+class NearState(State):
+    """Of what reads its own block of tokens, the `near` tokens before it, and the first ones: no others."""
+
+    block: int
+    near: int
+    first: int  # position of the first row of `k` and `v`, where a block begins
+    k: Tensor  # [B, G, tokens - first, D]
+    v: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+
+    def crop(self, drop: int) -> "NearState":
+        """The state before the last `drop` tokens.
+
+        Raises:
+            ValueError: tokens that the next one reads are gone.
+        """
+        keep = self.left(drop)
+        if self.first > max(keep // self.block * self.block - self.near, 0):
+            most = self.tokens - self.first - self.near
+            raise ValueError(
+                f"near-field: cannot drop {drop} of {self.tokens} tokens, at most {most}: what came before is "
+                f"forgotten. Build the mechanism with rewind={drop} or more."
+            )
+        rows = keep - self.first
+        sinks = (x[:, :, :keep] for x in (self.sink_k, self.sink_v))
+        sink_k, sink_v = sinks
+        return replace(self, tokens=keep, k=self.k[:, :, :rows], v=self.v[:, :, :rows], sink_k=sink_k, sink_v=sink_v)
 
 
 class NearField(Mechanism):
     """FMA's near field and sinks, and nothing else.
 
     Args:
-        block, near, sinks: as FMA's.
+        block, near, sinks, rewind: as FMA's.
     """
 
     paper = Paper(
@@ -33,14 +67,22 @@ class NearField(Mechanism):
     supports = Supports(noncausal=False)
 
     def __init__(
-        self, *, block: int = 64, near: int = 128, sinks: int = 0, causal: bool = True, scale: float | None = None
+        self,
+        *,
+        block: int = 64,
+        near: int = 128,
+        sinks: int = 0,
+        rewind: int = 0,
+        causal: bool = True,
+        scale: float | None = None,
     ):
         super().__init__(causal=causal, scale=scale)
-        if block < 1 or near < block or near % block or not 0 <= sinks <= block:
+        if block < 1 or near < block or near % block or not 0 <= sinks <= block or rewind < 0:
             raise ValueError(
-                f"near-field: near must be a multiple of block and sinks at most block, got {block=}, {near=}, {sinks=}"
+                "near-field: near must be a multiple of block, sinks at most block, and rewind at least 0; got "
+                f"{block=}, {near=}, {sinks=}, {rewind=}"
             )
-        self.block, self.near, self.sinks = block, near, sinks
+        self.block, self.near, self.sinks, self.rewind = block, near, sinks, rewind
 
     def forward(self, q, k, v, *, group=None, rotary=None):
         self.check(q, k, v, group=group, rotary=rotary)
@@ -73,7 +115,7 @@ class NearField(Mechanism):
         position = torch.arange(seen - lead, tokens, device=q.device)
         out = attend(asking, sources, scale=self.scale, position=position).out[:, :, lead:]
         # the next token reads from here on; copies, or the state would hold on to the whole chunk
-        now = max(tokens // m * m - self.near, 0)
+        now = max(max(tokens - self.rewind, 0) // m * m - self.near, 0)
         k, v, *held = (x.clone() for x in (k[:, :, now - first :], v[:, :, now - first :], *held))
         return out, NearState(tokens, m, self.near, now, k, v, *held)
 
