@@ -22,6 +22,7 @@ from farfield.ring import FMARing, zero_
 from farfield.select import opened
 from farfield.select.opened_step import fetch_opened, opened_step, write_lists
 from farfield.summarize import Pool, span_of_rows, to_blocks
+from farfield.token_ring import reorder_
 from farfield.types import Layout, Rows
 
 if TYPE_CHECKING:
@@ -221,8 +222,7 @@ class OpenedRing:
     def reorder_(self, beams: Int[Tensor, " B"]) -> None:
         """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
         self.ring.reorder_(beams)
-        for x in self._by_sequence().values():
-            x.copy_(x.index_select(0, beams.to(x.device)))
+        reorder_(self._by_sequence().values(), beams)
 
     def reset_(self, sequences: Int[Tensor, " sequences"] | None = None) -> None:
         """Forget the tokens of these sequences, or of all, in place."""

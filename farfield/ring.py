@@ -22,6 +22,7 @@ from farfield.ops.token_step import DTYPES, WIDEST
 from farfield.select.static import radii
 from farfield.state import State
 from farfield.summarize import FilterPool, Groups, MeanPool, Pool, check_rank, to_blocks
+from farfield.token_ring import reorder_
 from farfield.types import Layout, Rows
 
 if TYPE_CHECKING:
@@ -221,10 +222,7 @@ class FMARing:
 
     def reorder_(self, beams: Int[Tensor, " B"]) -> None:
         """The same in place, for as many beams as there are sequences: captured graphs stay valid."""
-        if len(beams) != len(self.clock):
-            raise ValueError(f"FMARing.reorder_: needs {len(self.clock)} beams, one a sequence, got {len(beams)}")
-        for x in self._by_sequence().values():
-            x.copy_(x.index_select(0, beams.to(x.device)))
+        reorder_(self._by_sequence().values(), beams)
 
     def reset_(self, sequences: Int[Tensor, " sequences"] | None = None) -> None:
         """Forget the tokens of these sequences, or of all, in place."""

@@ -6,7 +6,7 @@ whose tensors keep their shapes. `farfield.ring` has that of FMA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -151,7 +151,7 @@ class TokenRing:
 
     def reorder_(self, beams: Int[Tensor, " B"]) -> None:
         """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
-        reorder_({name: x for name, x in self.tensors().items() if name != "index"}, beams)
+        reorder_((x for name, x in self.tensors().items() if name != "index"), beams)
 
     @torch.no_grad()
     def step(
@@ -229,7 +229,7 @@ class StateRing:
 
     def reorder_(self, beams: Int[Tensor, " B"]) -> None:
         """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
-        reorder_(self.tensors(), beams)
+        reorder_(self.tensors().values(), beams)
 
     @torch.no_grad()
     def step(self, extend: Callable[[Any], tuple[Tensor, State]]) -> Tensor:
@@ -243,13 +243,13 @@ class StateRing:
         return out
 
 
-def reorder_(buffers: Mapping[str, Tensor], beams: Tensor) -> None:
+def reorder_(buffers: Iterable[Tensor], beams: Tensor) -> None:
     """Sequence i of each becomes sequence beams[i].
 
     Raises:
         ValueError: fewer or more beams than sequences.
     """
-    for x in buffers.values():
+    for x in buffers:
         if len(beams) != len(x):
             raise ValueError(f"reorder_: needs {len(x)} beams, one a sequence, got {len(beams)}")
         x.copy_(x.index_select(0, beams.to(x.device)))

@@ -16,6 +16,7 @@ from farfield.nn.block import Block, BlockRing
 from farfield.nn.config import ModelConfig
 from farfield.nn.layer import Attention, LayerState
 from farfield.ops.token_step import normed
+from farfield.token_ring import reorder_
 
 IGNORE = -100  # a target that does not count, as in F.cross_entropy
 LOGITS = 1 << 23  # logits alive at a time in `loss`
@@ -69,8 +70,7 @@ class DecoderRing:
         layers = [block.layer for block in self.blocks]
         for layer in layers:
             layer.inner.reorder_(beams)
-        for x in (self.clock, *(layer.recent for layer in layers if layer.recent is not None)):
-            x.copy_(x.index_select(0, beams.to(x.device)))
+        reorder_((self.clock, *(layer.recent for layer in layers if layer.recent is not None)), beams)
 
 
 class Transformer(nn.Module):
