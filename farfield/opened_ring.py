@@ -7,9 +7,9 @@ a GPU reads it at its device address, so that the host neither waits nor does an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,7 @@ from farfield.ring import FMARing, zero_
 from farfield.select import opened
 from farfield.select.opened_step import fetch_opened, opened_step, write_lists
 from farfield.summarize import Pool, span_of_rows, to_blocks
-from farfield.token_ring import reorder_
+from farfield.token_ring import Ring
 from farfield.types import Layout, Rows
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ STORED = ("all_k", "all_v")
 
 
 @dataclass(frozen=True)
-class OpenedRing:
+class OpenedRing(Ring):
     """Opened FMA's decode state in fixed buffers. `FMA.ring` makes one of a state, `FMA.step` takes a token.
 
     Changed in place by `step`, `reset_` and `reorder_`; the other methods return new rings. For a capacity of C tokens
@@ -45,6 +45,8 @@ class OpenedRing:
 
     so that with blocks of 64, p = 4, detail = 16 and bfloat16 a GPU holds 5/8 of the tokens' bytes beside them.
     """
+
+    shared: ClassVar[tuple[str, ...]] = ("bias", "weight", "entries", *(f"ring.{name}" for name in FMARing.shared))
 
     store: str  # where all_k and all_v are: "device", or "host" with the rest on the device
     ring: FMARing
@@ -163,16 +165,6 @@ class OpenedRing:
         return self.plan.capacity
 
     @property
-    def tokens(self) -> Int[Tensor, " B"]:
-        """Tokens of each sequence so far, on the device."""
-        return self.clock[:, -1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, in whatever memory."""
-        return sum(x.nbytes for x in self.tensors().values())
-
-    @property
     def host_nbytes(self) -> int:
         """Bytes of them that are not on the device."""
         return sum(getattr(self, name).nbytes for name in STORED) if self.store == "host" else 0
@@ -181,20 +173,6 @@ class OpenedRing:
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step: on a GPU, where kernels take it."""
         return self.ring.capturable and refusal(self.ring.near_k, self.buffers()) is None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every buffer under its name, those of the inner ring after `ring.`."""
-        found = ((f.name, getattr(self, f.name)) for f in fields(self))
-        mine = {name: x for name, x in found if isinstance(x, Tensor)}
-        return {**mine, **{f"ring.{name}": x for name, x in self.ring.tensors().items()}}
-
-    def copy(self) -> OpenedRing:
-        """A ring that shares no memory with this one."""
-
-        def clone(x: Tensor) -> Tensor:
-            return torch.empty_like(x, pin_memory=x.is_pinned()).copy_(x) if x.device.type == "cpu" else x.clone()
-
-        return self._each(clone, self.ring.copy())
 
     @staticmethod
     def join(rings: Sequence[OpenedRing]) -> OpenedRing:
@@ -206,7 +184,7 @@ class OpenedRing:
         first = rings[0]
         for ring in rings[1:]:
             mine, theirs = (
-                [r.plan, r.store, [(x.shape[1:], x.dtype, x.device) for x in r._by_sequence().values()]]
+                [r.plan, r.store, [(x.shape[1:], x.dtype, x.device) for x in r.by_sequence().values()]]
                 for r in (first, ring)
             )
             if mine != theirs or not torch.equal(ring.weight, first.weight) or not _alike(ring.bias, first.bias):
@@ -214,15 +192,11 @@ class OpenedRing:
                     "OpenedRing.join: rings must be of one kind, with the same level_bias, weight and heads, got "
                     f"{first.plan} and {ring.plan}"
                 )
-        joined = {name: _joined([getattr(ring, name) for ring in rings]) for name in first._by_sequence()}
+        own = [name for name in first.by_sequence() if not name.startswith("ring.")]
+        joined = {name: _joined([getattr(ring, name) for ring in rings]) for name in own}
         if len(first.bias) > 1:
             joined["bias"] = torch.cat([ring.bias for ring in rings])
         return replace(first, ring=FMARing.join([ring.ring for ring in rings]), **joined)
-
-    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
-        """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
-        self.ring.reorder_(beams)
-        reorder_(self._by_sequence().values(), beams)
 
     def reset_(self, sequences: Int[Tensor, " sequences"] | None = None) -> None:
         """Forget the tokens of these sequences, or of all, in place."""
@@ -341,14 +315,6 @@ class OpenedRing:
                 f"OpenedRing: the ring holds {self.capacity} tokens and is full for sequences {full}; reset_ them, or "
                 "make one with a larger capacity"
             )
-
-    def _by_sequence(self) -> dict[str, Tensor]:
-        shared = ("bias", "weight", "entries")
-        return {name: x for name, x in self.tensors().items() if "." not in name and name not in shared}
-
-    def _each(self, f: Callable[[Tensor], Tensor], ring: FMARing) -> OpenedRing:
-        mine = {name: f(x) for name, x in self.tensors().items() if "." not in name}
-        return replace(self, ring=ring, **mine)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -6,10 +6,10 @@ a step does is decided on the device from the count of tokens, so that one CUDA 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,22 +18,18 @@ from torch import Tensor
 from farfield.mechanism import Rotary
 from farfield.ops.append import HIDDEN, Plan, append
 from farfield.ops.attend import attend
-from farfield.ops.token_step import DTYPES, WIDEST
 from farfield.select.static import radii
-from farfield.state import State
+from farfield.state import save
 from farfield.summarize import FilterPool, Groups, MeanPool, Pool, check_rank, to_blocks
-from farfield.token_ring import reorder_
+from farfield.token_ring import Ring, check_token, taken_by_kernels
 from farfield.types import Layout, Rows
 
 if TYPE_CHECKING:
     from farfield.mechanisms.fma import FMAState
 
-# what all sequences share has no batch dimension
-SHARED = ("near_index", "filters", "turns")
-
 
 @dataclass(frozen=True)
-class FMARing:
+class FMARing(Ring):
     """FMA's decode state in fixed buffers. `FMA.ring` makes one of a state, `FMA.step` takes a token.
 
     The sequences of a batch may stand at different positions; each has a clock of its own. Changed in place by `step`,
@@ -49,6 +45,8 @@ class FMARing:
     smallest number of levels that reaches back over `capacity` tokens: nbytes grows with log(capacity) and does not
     depend on how many tokens there were. With a horizon L is at most that of the horizon, and there is no capacity.
     """
+
+    shared: ClassVar[tuple[str, ...]] = ("near_index", "filters", "turns")
 
     block: int
     near: int
@@ -184,45 +182,18 @@ class FMARing:
         return self.plan.capacity
 
     @property
-    def tokens(self) -> Int[Tensor, " B"]:
-        """Tokens of each sequence so far, on the device."""
-        return self.clock[:, -1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(x.nbytes for x in self.tensors().values())
-
-    @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step: on a GPU, where kernels take it."""
-        wide = max(self.near_k.shape[3], self.near_v.shape[3]) <= WIDEST
-        return self.near_k.is_cuda and self.near_k.dtype in DTYPES and wide
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every buffer under its name."""
-        found = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: x for name, x in found if isinstance(x, Tensor)}
-
-    def replaced(self, tensors: Mapping[str, Tensor]) -> FMARing:
-        """The same ring with these buffers."""
-        return replace(self, **tensors)
-
-    def copy(self) -> FMARing:
-        """A ring that shares no memory with this one."""
-        return self._each(torch.clone)
+        return taken_by_kernels(self.near_k, self.near_v)
 
     def to(self, device: torch.device | str) -> FMARing:
         """The ring on another device."""
-        return self._each(lambda x: x.to(device))
+        return self.replaced({name: x.to(device) for name, x in self.tensors().items()})
 
     def reorder(self, beams: Int[Tensor, " beams"]) -> FMARing:
         """A ring whose sequence i is this one's sequence beams[i]."""
-        return replace(self, **{name: x.index_select(0, beams.to(x.device)) for name, x in self._by_sequence().items()})
-
-    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
-        """The same in place, for as many beams as there are sequences: captured graphs stay valid."""
-        reorder_(self._by_sequence().values(), beams)
+        turned = {name: x.index_select(0, beams.to(x.device)) for name, x in self.by_sequence().items()}
+        return self.replaced(turned)
 
     def reset_(self, sequences: Int[Tensor, " sequences"] | None = None) -> None:
         """Forget the tokens of these sequences, or of all, in place."""
@@ -239,18 +210,17 @@ class FMARing:
         first = rings[0]
         for ring in rings[1:]:
             mine, theirs = (
-                [r.plan, [(x.shape[1:], x.dtype, x.device) for x in r._by_sequence().values()]] for r in (first, ring)
+                [r.plan, [(x.shape[1:], x.dtype, x.device) for x in r.by_sequence().values()]] for r in (first, ring)
             )
-            same = all(torch.equal(getattr(first, name), getattr(ring, name)) for name in SHARED)
+            same = all(torch.equal(getattr(first, name), getattr(ring, name)) for name in first.shared)
             if mine != theirs or not same:
                 raise ValueError(f"FMARing.join: rings must be of one kind, got {first.plan} and {ring.plan}")
-        return replace(
-            first, **{name: torch.cat([getattr(ring, name) for ring in rings]) for name in first._by_sequence()}
-        )
+        joined = {name: torch.cat([getattr(ring, name) for ring in rings]) for name in first.by_sequence()}
+        return first.replaced(joined)
 
     def save(self, path: str | Path) -> None:
         """Write the ring to a safetensors file; `farfield.state.State.load` reads it."""
-        State.save(cast(State, self), path)
+        save(self, path)
 
     @torch.no_grad()
     def step(
@@ -283,26 +253,12 @@ class FMARing:
         self, q: Float[Tensor, "B H 1 D"], k: Float[Tensor, "B G 1 D"], v: Float[Tensor, "B G 1 E"]
     ) -> Float[Tensor, "*turned"]:
         """Take one token a sequence without reading anything. Returns q rotated, empty if nothing is."""
-        batch, kv_heads, _, width = self.near_k.shape
-        wanted = [(batch, kv_heads, 1, width), (batch, kv_heads, 1, self.near_v.shape[3])]
-        if q.shape[0] != batch or q.shape[2:] != (1, width) or [k.shape, v.shape] != wanted:
-            raise ValueError(
-                f"FMARing: takes q [{batch}, H, 1, {width}], k {list(wanted[0])} and v {list(wanted[1])}, "
-                f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-            )
-        if {q.dtype, k.dtype, v.dtype} != {self.near_k.dtype}:
-            raise TypeError(f"FMARing: holds {self.near_k.dtype}, got {q.dtype}, {k.dtype} and {v.dtype}")
+        check_token("FMARing", q, k, v, self.near_k, self.near_v)
         return append(
             q, k, v, self.near_k, self.near_v, self.far_k, self.far_v, self.sum_k, self.sum_v, self.bias,
             self.near_end, self.near_count, self.far_index, self.far_count, self.position, self.clock,
             self.filters, self.turns, list(self.plan),
         )  # fmt: skip
-
-    def _by_sequence(self) -> dict[str, Tensor]:
-        return {name: x for name, x in self.tensors().items() if name not in SHARED}
-
-    def _each(self, f: Callable[[Tensor], Tensor]) -> FMARing:
-        return replace(self, **{name: f(x) for name, x in self.tensors().items()})
 
 
 def zero_(buffers: Sequence[Tensor], sequences: Tensor | None) -> None:

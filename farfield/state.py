@@ -19,15 +19,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class State:
-    """What a causal mechanism remembers of the tokens it has seen. Never changed in place: extend returns a new one.
+class Memory:
+    """What holds tensors: states and rings.
 
-    Subclasses are frozen dataclasses whose fields are ints, tensors with the batch first, None, or tuples and
-    further dataclasses of these.
+    Subclasses are frozen dataclasses whose fields are ints and strings, tensors, None, or tuples and further
+    dataclasses of these.
     """
-
-    tokens: int
 
     @property
     def nbytes(self) -> int:
@@ -35,18 +32,38 @@ class State:
         return sum(x.nbytes for x in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor under its dotted name: what safetensors stores."""
+        """Every tensor under its dotted name."""
         found: dict[str, Tensor] = {}
         _walk(self, "", lambda name, x: found.setdefault(name, x))
         return found
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same state with its tensors replaced by those of `tensors()`' names: what loading needs."""
-        return _walk(self, "", lambda name, x: tensors[name])
+        """The same with these tensors, by the names of `tensors()`; those that are not named stay.
+
+        Raises:
+            ValueError: there is no tensor of a name.
+        """
+        if unknown := set(tensors) - set(mine := self.tensors()):
+            raise ValueError(f"{type(self).__name__}: has no tensors {sorted(unknown)}; there are {', '.join(mine)}")
+        return _walk(self, "", lambda name, x: tensors.get(name, x))
 
     def copy(self) -> Self:
-        """A state that shares no memory with this one."""
-        return _walk(self, "", lambda name, x: x.clone())
+        """The same in memory of its own, pinned where this is."""
+
+        def clone(_: str, x: Tensor) -> Tensor:
+            return torch.empty_like(x, pin_memory=True).copy_(x) if x.is_pinned() else x.clone()
+
+        return _walk(self, "", clone)
+
+
+@dataclass(frozen=True)
+class State(Memory):
+    """What a causal mechanism remembers of the tokens it has seen. Never changed in place: extend returns a new one.
+
+    The batch comes first in every tensor.
+    """
+
+    tokens: int
 
     def to(self, *args, **kwargs) -> Self:
         """Every tensor moved as by Tensor.to."""
@@ -58,17 +75,7 @@ class State:
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file, under a temporary name first."""
-        from safetensors.torch import save_file
-
-        # whole tensors of their own, since a cropped state holds views
-        whole = {name: x.clone().contiguous() for name, x in self.tensors().items()}
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            save_file(whole, beside, metadata={"farfield": json.dumps({"format": FORMAT, "state": _describe(self)})})
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        save(self, path)
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu") -> State:
@@ -117,6 +124,21 @@ class Cache(State):
     def crop(self, drop: int) -> Self:
         keep = self.left(drop)
         return replace(self, tokens=keep, k=self.k[:, :, :keep], v=self.v[:, :, :keep])
+
+
+def save(memory: Memory, path: str | Path) -> None:
+    """Write it to a safetensors file that State.load reads, under a temporary name first."""
+    from safetensors.torch import save_file
+
+    # whole tensors of their own, since a cropped state holds views
+    whole = {name: x.clone().contiguous() for name, x in memory.tensors().items()}
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file(whole, beside, metadata={"farfield": json.dumps({"format": FORMAT, "state": _describe(memory)})})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class _Room:
@@ -174,8 +196,9 @@ def _walk(x: Any, name: str, visit: Callable[[str, Tensor], Any]) -> Any:
     if isinstance(x, Tensor):
         return visit(name, x)
     if isinstance(x, tuple):
-        return tuple(_walk(y, f"{name}.{i}" if name else str(i), visit) for i, y in enumerate(x))
-    if isinstance(x, State) or hasattr(x, "__dataclass_fields__"):
+        inner = [_walk(y, f"{name}.{i}" if name else str(i), visit) for i, y in enumerate(x)]
+        return type(x)(*inner) if hasattr(x, "_fields") else tuple(inner)
+    if hasattr(x, "__dataclass_fields__"):
         inner = {f.name: _walk(getattr(x, f.name), f"{name}.{f.name}" if name else f.name, visit) for f in fields(x)}
         return replace(x, **inner)
     return x

@@ -6,9 +6,9 @@ whose tensors keep their shapes. `farfield.ring` has that of FMA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,42 +18,42 @@ from farfield.ops.append import HIDDEN
 from farfield.ops.append_token import append_token
 from farfield.ops.attend import attend
 from farfield.ops.token_step import DTYPES, WIDEST
-from farfield.state import State
+from farfield.state import Memory, State
 from farfield.types import Layout, Rows
 
 ROWS = 64  # of a list's entry
 
 
-@runtime_checkable
-class Ring(Protocol):
-    """What a model asks of a mechanism's fixed buffers. All that changes in them is on the device, and in place."""
+class Ring(Memory):
+    """A mechanism's fixed buffers. All that changes in them is on the device, and in place.
+
+    The batch comes first in every tensor but those of `shared`.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ()
+    clock: Int[Tensor, "B ..."]  # tokens of each sequence so far, in the last column
 
     @property
     def tokens(self) -> Int[Tensor, " B"]:
         """Tokens of each sequence so far, on the device."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        ...
+        return self.clock if self.clock.dim() == 1 else self.clock[:, -1]
 
     @property
     def capturable(self) -> bool:
         """Whether a step waits for nothing that the host does, so that a CUDA graph can hold it."""
-        ...
+        return False
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every buffer under its name."""
-        ...
+    def by_sequence(self) -> dict[str, Tensor]:
+        """The tensors with a batch."""
+        return {name: x for name, x in self.tensors().items() if name not in self.shared}
 
     def reorder_(self, beams: Int[Tensor, " B"]) -> None:
-        """Sequence i becomes sequence beams[i], in place."""
-        ...
+        """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
+        reorder_(self.by_sequence().values(), beams)
 
 
 @dataclass(frozen=True)
-class TokenRing:
+class TokenRing(Ring):
     """Keys and values in fixed buffers: the first `sinks` tokens, and the others in `span` rows that are used again.
 
     A query reads the sinks, its own block of `block` tokens and the span / block - 1 blocks before it: block = 1 is a
@@ -61,6 +61,8 @@ class TokenRing:
 
         B (G (D + E) (sinks + span) itemsize + 8 (sinks + span) + 20)    and 4 a list entry of 64 rows
     """
+
+    shared: ClassVar[tuple[str, ...]] = ("index",)
 
     block: int
     sinks: int
@@ -122,36 +124,9 @@ class TokenRing:
         )
 
     @property
-    def tokens(self) -> Int[Tensor, " B"]:
-        """Tokens of each sequence so far, on the device."""
-        return self.clock
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(x.nbytes for x in self.tensors().values())
-
-    @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step."""
-        return self.k.is_cuda and self.k.dtype in DTYPES and max(self.k.shape[3], self.v.shape[3]) <= WIDEST
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every buffer under its name."""
-        found = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: x for name, x in found if isinstance(x, Tensor)}
-
-    def replaced(self, tensors: Mapping[str, Tensor]) -> TokenRing:
-        """The same ring with these buffers."""
-        return replace(self, **tensors)
-
-    def copy(self) -> TokenRing:
-        """A ring that shares no memory with this one."""
-        return self.replaced({name: x.clone() for name, x in self.tensors().items()})
-
-    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
-        """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
-        reorder_((x for name, x in self.tensors().items() if name != "index"), beams)
+        return taken_by_kernels(self.k, self.v)
 
     @torch.no_grad()
     def step(
@@ -169,14 +144,7 @@ class TokenRing:
             TypeError: another dtype than the ring's.
         """
         batch, rows = len(self.clock), self.k.shape[2]
-        wanted = [(batch, x.shape[1], 1, x.shape[3]) for x in (self.k, self.v)]
-        if q.shape[0] != batch or q.shape[2:] != (1, self.k.shape[3]) or [k.shape, v.shape] != wanted:
-            raise ValueError(
-                f"TokenRing: takes q [{batch}, H, 1, {self.k.shape[3]}], k {list(wanted[0])} and v {list(wanted[1])}, "
-                f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-            )
-        if {q.dtype, k.dtype, v.dtype} != {self.k.dtype}:
-            raise TypeError(f"TokenRing: holds {self.k.dtype}, got {q.dtype}, {k.dtype} and {v.dtype}")
+        check_token("TokenRing", q, k, v, self.k, self.v)
         append_token(
             k, v, self.k, self.v, self.end, self.count, self.position, self.clock,
             [self.block, self.sinks, self.capacity, ROWS],
@@ -186,7 +154,7 @@ class TokenRing:
 
 
 @dataclass(frozen=True)
-class StateRing:
+class StateRing(Ring):
     """A state whose tensors keep their shapes from token to token, written in place by `take`."""
 
     state: State  # `tokens` of it is that of the beginning
@@ -205,31 +173,9 @@ class StateRing:
         return StateRing(state.copy(), held[0].new_full((len(held[0]),), state.tokens, dtype=torch.long))
 
     @property
-    def tokens(self) -> Int[Tensor, " B"]:
-        """Tokens of each sequence so far, on the device."""
-        return self.clock
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(x.nbytes for x in self.tensors().values())
-
-    @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step."""
         return self.clock.is_cuda
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every buffer under its name."""
-        return {**{f"state.{name}": x for name, x in self.state.tensors().items()}, "clock": self.clock}
-
-    def copy(self) -> StateRing:
-        """A ring that shares no memory with this one."""
-        return StateRing(self.state.copy(), self.clock.clone())
-
-    def reorder_(self, beams: Int[Tensor, " B"]) -> None:
-        """Sequence i becomes sequence beams[i], in place, for as many beams as there are sequences."""
-        reorder_(self.tensors().values(), beams)
 
     @torch.no_grad()
     def step(self, extend: Callable[[Any], tuple[Tensor, State]]) -> Tensor:
@@ -241,6 +187,29 @@ class StateRing:
                 mine[name].copy_(x)
         self.clock.add_(1)
         return out
+
+
+def taken_by_kernels(k: Tensor, v: Tensor) -> bool:
+    """Whether there are kernels that append to such keys and values."""
+    return k.is_cuda and k.dtype in DTYPES and max(k.shape[3], v.shape[3]) <= WIDEST
+
+
+def check_token(who: str, q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor) -> None:
+    """Refuse what is not one token a sequence of a ring with keys [B, G, R, D] and values [B, G, R, E].
+
+    Raises:
+        ValueError: other shapes.
+        TypeError: other dtypes.
+    """
+    batch, width = len(ring_k), ring_k.shape[3]
+    wanted = [(batch, x.shape[1], 1, x.shape[3]) for x in (ring_k, ring_v)]
+    if q.shape[0] != batch or q.shape[2:] != (1, width) or [k.shape, v.shape] != wanted:
+        raise ValueError(
+            f"{who}: takes q [{batch}, H, 1, {width}], k {list(wanted[0])} and v {list(wanted[1])}, "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if {q.dtype, k.dtype, v.dtype} != {ring_k.dtype}:
+        raise TypeError(f"{who}: holds {ring_k.dtype}, got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
 def reorder_(buffers: Iterable[Tensor], beams: Tensor) -> None:

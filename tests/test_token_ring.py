@@ -68,8 +68,7 @@ def test_sequences_stand_where_they_are():
     mech, x = NearField(block=8, near=16, sinks=2), draw()
     exact = mech.reference(*x)
     one, other = (prefilled(mech, [y[b : b + 1] for y in x], n) for b, n in enumerate((13, 40)))
-    found = {name: torch.cat([y, other.tensors()[name]]) for name, y in one.tensors().items() if name != "index"}
-    ring = one.replaced(found)
+    ring = one.replaced({name: torch.cat([y, other.tensors()[name]]) for name, y in one.by_sequence().items()})
     outs = []
     for t in range(30):
         here = [torch.cat([y[:1, :, 13 + t : 14 + t], y[1:, :, 40 + t : 41 + t]]) for y in x]

@@ -120,6 +120,9 @@ def test_state_walks_through_nested_dataclasses():
     copied = state.copy()
     copied.k.zero_()
     assert state.k.sum() == 15
+    assert torch.equal(state.replaced({"parts.0.x": torch.full((3, 1), 9.0)}).k, state.k)
+    with pytest.raises(ValueError, match=r"Nested: has no tensors \['v'\]; there are k, parts.0.x, parts.1.x"):
+        state.replaced({"v": state.k})
 
 
 def test_a_state_that_cannot_be_cropped_says_so():
