@@ -113,6 +113,15 @@ class State(Memory):
             raise ValueError(f"{type(self).__name__}: cannot drop {drop} of {self.tokens} tokens")
         return self.tokens - drop
 
+    def forgotten(self, drop: int, most: int | None = None) -> ValueError:
+        """The error that the tokens which the state before the last `drop` needs are gone; `most` could be dropped."""
+        limit = "" if most is None else f", at most {most}"
+        return ValueError(
+            f"{type(self).__name__}: cannot drop {drop} of {self.tokens} tokens{limit}: what came before is forgotten. "
+            f"Build the mechanism with rewind={drop} or more; it counts from where extend stopped, so add what has "
+            "been dropped since"
+        )
+
 
 @dataclass(frozen=True)
 class Cache(State):

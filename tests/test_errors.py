@@ -341,6 +341,28 @@ def test_refusals(what):
         wrong()
 
 
+BOUNDED = {
+    "fma": {"block": 4, "near": 4, "rank": 2},
+    "window": {"width": 5, "sinks": 1},
+    "near-field": {"block": 4, "near": 4},
+    "hip": {"keep": 4, "sinks": 1, "width": 4, "q_block": 4, "k_block": 2, "q_stride": 1, "k_stride": 1},
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_going_back_twice_beyond_rewind_says_what_rewind_counts(name):
+    mech = mechanism(name, **BOUNDED[name], rewind=6)
+    _, state = mech.extend(*(q(1, 2, 50, D) for _ in range(3)))
+    once = state.crop(6)
+    with pytest.raises(
+        ValueError, match=r"cannot drop 30 of 44 tokens.*rewind=30 or more; it counts from where extend"
+    ):
+        once.crop(30)
+    for drop in (-1, 45):
+        with pytest.raises(ValueError, match=f"cannot drop {drop} of 44 tokens$"):
+            once.crop(drop)
+
+
 def test_what_is_right_goes_through():
     """The helpers of the table make valid calls: only the one change is refused."""
     assert attend().out.shape == (B, H, T, E)

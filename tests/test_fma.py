@@ -382,7 +382,7 @@ def test_crop_refuses_what_is_gone():
     q, k, v = draw(64)
     _, state = FMA(**FAR).extend(q, k, v)
     state.crop(3)
-    with pytest.raises(ValueError, match=r"cannot drop 4 tokens, at most 3.*rewind=4"):
+    with pytest.raises(ValueError, match=r"cannot drop 4 of 64 tokens, at most 3.*rewind=4"):
         state.crop(4)
     with pytest.raises(ValueError, match="cannot drop 65 of 64"):
         state.crop(65)

@@ -139,10 +139,7 @@ class FMAState(State):
         blocks = _summarized(keep, self.block, self.near)
         if blocks < self.grown[0].blocks:
             oldest = self.grown[0].blocks + self.near // self.block
-            raise ValueError(
-                f"fma: cannot drop {drop} tokens, at most {self.tokens - oldest * self.block - 1}: what came before is "
-                f"summarized. Build the mechanism with rewind={drop} or more."
-            )
+            raise self.forgotten(drop, self.tokens - oldest * self.block - 1)
         rows = keep - self.first * self.block
         groups = (max((blocks >> height) - level.first, 0) for height, level in enumerate(self.levels))
         levels = (level.head(n * self.rank) for level, n in zip(self.levels, groups, strict=True))

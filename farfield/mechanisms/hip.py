@@ -48,12 +48,10 @@ class HipState(State):
             ValueError: queries that choose for the block of the new end are gone; `rewind` says how far back one can
                 go.
         """
-        left, held = self.tokens - drop, self.q.shape[2]
+        left, held = self.left(drop), self.q.shape[2]
         same = self.index is not None and left // self.block == self.tokens // self.block
-        if not 0 <= drop <= self.tokens or (not same and _asked(left, self.block) < self.tokens - held):
-            raise ValueError(
-                f"hip: cannot drop {drop} of {self.tokens} tokens. Build the mechanism with rewind={drop} or more."
-            )
+        if not same and _asked(left, self.block) < self.tokens - held:
+            raise self.forgotten(drop)
         cropped = replace(
             self, tokens=left, q=self.q[:, :, : max(held - drop, 0)], k=self.k[:, :, :left], v=self.v[:, :, :left]
         )

@@ -39,11 +39,7 @@ class NearState(State):
         """
         keep = self.left(drop)
         if self.first > max(keep // self.block * self.block - self.near, 0):
-            most = self.tokens - self.first - self.near
-            raise ValueError(
-                f"near-field: cannot drop {drop} of {self.tokens} tokens, at most {most}: what came before is "
-                f"forgotten. Build the mechanism with rewind={drop} or more."
-            )
+            raise self.forgotten(drop, self.tokens - self.first - self.near)
         rows = keep - self.first
         sinks = (x[:, :, :keep] for x in (self.sink_k, self.sink_v))
         sink_k, sink_v = sinks

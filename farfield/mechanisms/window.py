@@ -35,15 +35,12 @@ class WindowState(State):
         Raises:
             ValueError: rows that the earlier window saw are gone; `rewind` says how far back one can go.
         """
-        rows = self.k.shape[2]
+        left, rows = self.left(drop), self.k.shape[2]
         most = self.tokens if rows == self.tokens else max(rows - self.sinks - self.width + 1, 0)
-        if not 0 <= drop <= most:
-            raise ValueError(
-                f"window: cannot drop {drop} of {self.tokens} tokens, at most {most}. "
-                f"Build the mechanism with rewind={drop} or more."
-            )
+        if drop > most:
+            raise self.forgotten(drop, most)
         keep = rows - drop
-        return replace(self, tokens=self.tokens - drop, k=self.k[:, :, :keep], v=self.v[:, :, :keep])
+        return replace(self, tokens=left, k=self.k[:, :, :keep], v=self.v[:, :, :keep])
 
 
 class SlidingWindow(Mechanism):

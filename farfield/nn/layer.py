@@ -33,16 +33,15 @@ class LayerState(State):
     reach: int  # inputs that the convolution reads behind the present one
 
     def crop(self, drop: int) -> LayerState:
-        if not 0 <= drop <= self.tokens:
-            raise ValueError(f"Attention: cannot drop {drop} of {self.tokens} tokens")
-        keep, recent = self.tokens - drop, self.recent
+        keep, recent = self.left(drop), self.recent
         if recent is not None:
             left = recent.shape[1] - drop
             if left < min(keep, self.reach):
                 spare = recent.shape[1] - self.reach
                 raise ValueError(
-                    f"Attention: cannot drop {drop} tokens, the convolution's inputs are kept for {spare} only; "
-                    "keep the state from before the draft (states are never changed in place)"
+                    f"Attention: cannot drop {drop} of {self.tokens} tokens, at most {spare}: the convolution's "
+                    "inputs are kept for no more; keep the state from before the draft (states are never changed in "
+                    "place)"
                 )
             recent = recent[:, :left]
         return LayerState(keep, self.inner.crop(drop), recent, self.reach)

@@ -29,7 +29,7 @@ class DecoderState(State):
     layers: tuple[LayerState, ...]
 
     def crop(self, drop: int) -> DecoderState:
-        return DecoderState(self.tokens - drop, tuple(layer.crop(drop) for layer in self.layers))
+        return DecoderState(self.left(drop), tuple(layer.crop(drop) for layer in self.layers))
 
 
 @dataclass(frozen=True)
