@@ -18,7 +18,7 @@ from farfield.ops.append import HIDDEN
 from farfield.ops.append_token import append_token
 from farfield.ops.attend import attend
 from farfield.ops.token_step import DTYPES, WIDEST
-from farfield.state import Memory, State
+from farfield.state import Cache, Memory, State
 from farfield.types import Layout, Rows
 
 ROWS = 64  # of a list's entry
@@ -123,6 +123,12 @@ class TokenRing(Ring):
             torch.full((batch,), tokens, dtype=torch.long, device=device),
         )
 
+    @staticmethod
+    def all_of(state: Cache, capacity: int) -> TokenRing:
+        """The ring that goes on after all of a state's tokens and forgets none."""
+        at = torch.arange(state.tokens, device=state.k.device)
+        return TokenRing.of(state.k, state.v, at, tokens=state.tokens, span=capacity, capacity=capacity)
+
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step."""
@@ -143,13 +149,40 @@ class TokenRing(Ring):
             ValueError: shapes do not fit the ring, or the ring is full (CPU).
             TypeError: another dtype than the ring's.
         """
-        batch, rows = len(self.clock), self.k.shape[2]
+        self.append(q, k, v)
+        return self._attend(q, self.index.expand(len(self.clock), -1, -1, -1), self.count, ROWS, scale)
+
+    @torch.no_grad()
+    def append(self, q: Float[Tensor, "B H 1 D"], k: Float[Tensor, "B G 1 D"], v: Float[Tensor, "B G 1 E"]) -> None:
+        """Take one token a sequence without reading anything; q is checked alone. Raises as `step`."""
         check_token("TokenRing", q, k, v, self.k, self.v)
         append_token(
             k, v, self.k, self.v, self.end, self.count, self.position, self.clock,
             [self.block, self.sinks, self.capacity, ROWS],
         )  # fmt: skip
-        layout = Layout(self.index.expand(batch, -1, -1, -1), self.count, 1, ROWS, 1, rows, causal=True)
+
+    @torch.no_grad()
+    def read(
+        self,
+        q: Float[Tensor, "B H 1 D"],
+        lists: Callable[[Int[Tensor, " B"]], tuple[Tensor, Tensor]],
+        tile: int,
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "B H 1 E"]:
+        """Attention of the tokens taken last over tiles of rows of a ring that forgets none; NaN past its capacity.
+
+        Args:
+            lists: index [1, 1|H, B, P] and count [1, 1|H, B] of the tiles that these query tiles read.
+        """
+        last = (self.capacity - 1) // tile
+        index, count = lists((self.position.flatten() // tile).clamp(max=last))
+        index, count = (x[0].transpose(0, 1).unsqueeze(2).contiguous() for x in (index, count))
+        full = self.position[..., None] >= self.capacity
+        return self._attend(q, index, count, tile, scale).masked_fill(full, float("nan"))
+
+    def _attend(self, q: Tensor, index: Tensor, count: Tensor, tile: int, scale: float | None) -> Tensor:
+        layout = Layout(index, count, 1, tile, 1, self.k.shape[2], causal=True)
         return attend(q, Rows(self.k, self.v, end=self.end), layout, scale=scale, position=self.position).out
 
 

@@ -8,6 +8,8 @@ from farfield.mechanisms.aaren import Aaren
 from farfield.mechanisms.full import Full
 from farfield.mechanisms.lightning_attention import LightningAttention
 from farfield.mechanisms.near_field import NearField
+from farfield.mechanisms.power_attention import PowerAttention
+from farfield.mechanisms.s2_attention import S2Attention
 from farfield.mechanisms.window import SlidingWindow
 from farfield.testing.units import assert_within
 from farfield.token_ring import StateRing, TokenRing
@@ -15,9 +17,9 @@ from farfield.token_ring import StateRing, TokenRing
 T = 90
 
 
-def draw(heads=4, kv_heads=2, width=8, value_width=6, batch=2):
+def draw(heads=4, kv_heads=2, width=8, value_width=6, batch=2, tokens=T):
     gen = torch.Generator().manual_seed(0)
-    shapes = [(batch, h, T, n) for h, n in ((heads, width), (kv_heads, width), (kv_heads, value_width))]
+    shapes = [(batch, h, tokens, n) for h, n in ((heads, width), (kv_heads, width), (kv_heads, value_width))]
     return [torch.randn(s, generator=gen, dtype=torch.float64) for s in shapes]
 
 
@@ -29,6 +31,11 @@ MECHANISMS = {
     "near": lambda: NearField(block=8, near=16),
     "near, sinks": lambda: NearField(block=8, near=8, sinks=5),
     "near, large blocks": lambda: NearField(block=32, near=32, sinks=32),
+    "powers": lambda: PowerAttention(block=4, window=1, sinks=0),
+    "powers, sinks": lambda: PowerAttention(block=5, window=3, sinks=2),
+    "shards": lambda: S2Attention(stride=4, local=2, block=8),
+    "shards, one dense": lambda: S2Attention(stride=3, local=1, block=5, offset=1, dense_heads=1),
+    "shards, all alike": lambda: S2Attention(stride=3, local=2, block=4, homogeneous=True),
     "aaren": Aaren,
     "lightning": LightningAttention,
 }
@@ -56,16 +63,31 @@ def test_steps_are_those_of_the_reference(name):
         assert ring.nbytes == size
 
 
+@pytest.mark.parametrize(
+    "mech",
+    [PowerAttention(block=192, window=1, sinks=1), S2Attention(stride=3, local=1, block=192, dense_heads=1)],
+    ids=["powers", "shards"],
+)
+def test_blocks_are_read_as_tiles(mech):
+    """Of 64 tokens, the last one up to the query's own."""
+    x = draw(tokens=1000)
+    exact = mech.reference(*x)
+    for start, stop in ((190, 200), (900, 1000)):
+        found = stepped(mech, x, prefilled(mech, x, start, capacity=1000), start, stop)
+        assert_within(found, exact[:, :, start:stop], terms=1000, name=f"from {start}")
+
+
 def test_without_tokens_a_ring_begins_with_the_first():
-    for name in ("a window", "near, sinks"):
+    for name in ("a window", "near, sinks", "powers", "shards, one dense"):
         mech, x = MECHANISMS[name](), draw()
         ring = prefilled(mech, x, 0)
         assert_within(stepped(mech, x, ring, 0, 40), mech.reference(*x)[:, :, :40], terms=40, name=name)
 
 
-def test_sequences_stand_where_they_are():
+@pytest.mark.parametrize("name", ["near, sinks", "powers, sinks", "shards"])
+def test_sequences_stand_where_they_are(name):
     """Each has a clock of its own."""
-    mech, x = NearField(block=8, near=16, sinks=2), draw()
+    mech, x = MECHANISMS[name](), draw()
     exact = mech.reference(*x)
     one, other = (prefilled(mech, [y[b : b + 1] for y in x], n) for b, n in enumerate((13, 40)))
     ring = one.replaced({name: torch.cat([y, other.tensors()[name]]) for name, y in one.by_sequence().items()})
@@ -92,8 +114,9 @@ def test_beams_are_reordered_in_place(name):
         ring.reorder_(torch.tensor([1]))
 
 
-def test_a_full_ring_says_so_before_anything_is_written():
-    mech, x = Full(), draw()
+@pytest.mark.parametrize("name", ["full", "powers", "shards"])
+def test_a_full_ring_says_so_before_anything_is_written(name):
+    mech, x = MECHANISMS[name](), draw()
     ring = prefilled(mech, x, 40, capacity=41)
     assert ring.capacity == 41
     stepped(mech, x, ring, 40, 41)
@@ -120,7 +143,7 @@ def test_refusals():
         mech.step(q, v, v, ring)
     with pytest.raises(TypeError, match=r"holds torch.float64, got torch.float32"):
         mech.step(q.float(), k.float(), v.float(), ring)
-    for name in ("full", "a window", "near", "lightning", "aaren"):
+    for name in ("full", "a window", "near", "powers", "shards", "lightning", "aaren"):
         with pytest.raises(NotImplementedError, match="does not place rotations itself"):
             MECHANISMS[name]().ring(None, capacity=9, rotary=lambda x, position: x)
     with pytest.raises(ValueError, match="the state has no tokens"):
@@ -128,6 +151,6 @@ def test_refusals():
 
 
 def test_those_without_rings_say_so():
-    for name in ("hip", "moba", "nsa", "power-attention", "s2-attention", "scfa", "ssa"):
+    for name in ("hip", "moba", "nsa", "scfa", "ssa"):
         with pytest.raises(NotImplementedError, match="no buffers of fixed size"):
             mechanisms.make(name).ring(None, capacity=9)

@@ -55,8 +55,7 @@ class Full(Mechanism):
 
     def ring(self, state: Cache, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
         self.check_rotary(rotary)
-        at = torch.arange(state.tokens, device=state.k.device)
-        return TokenRing.of(state.k, state.v, at, tokens=state.tokens, span=capacity, capacity=capacity)
+        return TokenRing.all_of(state, capacity)
 
     def reference(self, q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

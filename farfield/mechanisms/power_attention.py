@@ -13,13 +13,16 @@ state keeps all tokens; a step reads log2(T / block) blocks of them.
 Departs from the paper: nothing.
 """
 
+from functools import partial
+
 import torch
 from torch.nn.functional import pad
 
-from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports, no_tokens
 from farfield.ops.attend import attend
 from farfield.select import static
 from farfield.state import Cache
+from farfield.token_ring import TokenRing
 from farfield.types import Layout, Rows
 
 
@@ -85,6 +88,18 @@ class PowerAttention(Mechanism):
         position = torch.arange(seen - lead, after.tokens, device=q.device)
         out = attend(pad(q, (0, 0, lead, 0)), Rows(k, v), layout, scale=self.scale, position=position).out
         return out[:, :, lead:], after
+
+    def ring(self, state: Cache, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
+        self.check_rotary(rotary)
+        return TokenRing.all_of(state, capacity)
+
+    def step(self, q, k, v, ring: TokenRing):
+        tile, last = static.tile_of(self.block), (ring.capacity - 1) // self.block
+        lists = partial(
+            static.power_lists_of, last=last, window=self.window, sinks=self.sinks, split=self.block // tile
+        )
+        ring.append(q, k, v)
+        return ring.read(q, lists, tile, scale=self.scale)
 
     def reference(self, q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

@@ -14,14 +14,17 @@ Departs from the paper: blocks of 128 tokens, which fill the tiles of the tensor
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from farfield.mechanism import Case, Mechanism, Paper, State, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, no_tokens
 from farfield.ops.attend import attend
 from farfield.select import static
+from farfield.state import Cache
+from farfield.token_ring import TokenRing
 from farfield.types import Layout, Rows
 
 
@@ -120,6 +123,29 @@ class S2Attention(Mechanism):
         )
         out = self._read(q, state, seen, first) if q.shape[2] else no_tokens(q, v)
         return out, self._drop(state, first)
+
+    def ring(self, state: S2State, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
+        """As Mechanism.ring, with a row for every token: what a head will never read is not left out."""
+        self.check_rotary(rotary)
+        first = self._first(state.tokens)
+        owned = self._shards(state.k.shape[1]).owned(0, first, state.k.device)
+
+        def whole(near: Tensor, far: Tensor) -> Tensor:
+            past = far.new_zeros(len(far), *owned.shape, *far.shape[2:])
+            past[:, owned] = far
+            return torch.cat([past.transpose(1, 2).flatten(2, 3), near], 2)
+
+        k, v = whole(state.k, state.far_k), whole(state.v, state.far_v)
+        return TokenRing.all_of(Cache(state.tokens, k, v), capacity)
+
+    def step(self, q, k, v, ring: TokenRing):
+        tile, last, heads = static.tile_of(self.block), (ring.capacity - 1) // self.block, k.shape[1]
+        lists = partial(
+            static.shard_lists_of, last=last, plan=self._shards(heads), split=self.block // tile,
+            repeat=q.shape[1] // heads,
+        )  # fmt: skip
+        ring.append(q, k, v)
+        return ring.read(q, lists, tile, scale=self.scale)
 
     def reference(self, q, k, v):
         heads, tokens = k.shape[1], k.shape[2]

@@ -127,6 +127,12 @@ class Shards(NamedTuple):
         leads = [-(g * self.step + self.offset) % self.stride for g in range(self.heads - self.dense)]
         return [len(range(lead, stop, self.stride)) for lead in leads] + [stop] * self.dense
 
+    def most(self, last: int, first: int = 0) -> int:
+        """How many blocks from `first` on a query of block `last`, or of one before it, reads at most."""
+        all_of_it = last - first + 1
+        picks = min(self.local, all_of_it) + max(0, last - self.local - first + self.stride) // self.stride
+        return all_of_it if self.dense else min(picks, all_of_it)
+
 
 def sharded(
     *,
@@ -182,19 +188,26 @@ def shard_lists(
     Args:
         first: the first block at hand, which gets number 0; those before it are left out of the lists.
     """
-    heads, stride, local, step, offset, dense = plan
     last = (stop - 1) // split
-    picks = min(local, last - first + 1) + max(0, last - local - first + stride) // stride
-    picks = (last - first + 1 if dense else min(picks, last - first + 1)) * split
     on = _device(device)
     if on.type == "cuda" and eager():
+        heads, stride, local, step, offset, dense = plan
+        picks = plan.most(last, first) * split
         return on_gpu.shard_lists(
             start, stop - start, picks, first, heads, repeat, heads - dense, stride, step % stride, offset % stride,
             local, split, on,
         )  # fmt: skip
-    g = (torch.arange(heads * repeat, device=on) // repeat)[:, None]
-    n = torch.arange(start, stop, device=on)
-    place = torch.arange(picks, device=on)
+    return shard_lists_of(torch.arange(start, stop, device=on), last, plan, split=split, repeat=repeat, first=first)
+
+
+def shard_lists_of(
+    n: Int[Tensor, " N"], last: int, plan: Shards, *, split: int = 1, repeat: int = 1, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The same for these query tiles, none of them after block `last`."""
+    heads, stride, local, step, offset, dense = plan
+    picks = plan.most(last, first) * split
+    g = (torch.arange(heads * repeat, device=n.device) // repeat)[:, None]
+    place = torch.arange(picks, device=n.device)
     every = torch.where(g < heads - dense, stride, 1)
     lead = first + (-(g * step + offset) % stride - first) % every
     own = n // split
@@ -234,17 +247,21 @@ def power_lists(
 ) -> tuple[Tensor, Tensor]:
     """index [1, 1, N, P] and count of `powers`, for the query tiles start .. stop - 1; `split` tiles are a block."""
     last = (stop - 1) // split
-    # every power of two from the window on, up to the distance of the first block that is no sink
-    steps = max(0, max(last - sinks, 0).bit_length() - (window - 1).bit_length())
-    picks = min(sinks + steps + window, last + 1) * split
+    picks = _power_picks(last, window, sinks) * split
     on = _device(device)
     if on.type == "cuda" and eager():
         return on_gpu.power_lists(start, stop - start, picks, window, sinks, split, on)
-    n = torch.arange(start, stop, device=on)
-    place = torch.arange(picks, device=on)
+    return power_lists_of(torch.arange(start, stop, device=on), last, window=window, sinks=sinks, split=split)
+
+
+def power_lists_of(
+    n: Int[Tensor, " N"], last: int, *, window: int, sinks: int, split: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The same for these query tiles, none of them after block `last`."""
+    place = torch.arange(_power_picks(last, window, sinks) * split, device=n.device)
     own = n // split
     low = (own - window + 1).clamp(min=0, max=sinks)
-    distances = 2 ** torch.arange(last.bit_length(), device=on)
+    distances = 2 ** torch.arange(last.bit_length(), device=n.device)
     reached = (distances <= own[:, None] - sinks).sum(-1)
     far = (reached - (window - 1).bit_length()).clamp(min=0)
     near = (own + 1).clamp(max=window)
@@ -255,6 +272,13 @@ def power_lists(
     block = torch.where(nth < low + far, own - distance, own - near + 1 + nth - low - far)
     index, count = _filled(torch.where(nth < low, nth, block) * split + place % split, count)
     return index[None], count[None]
+
+
+def _power_picks(last: int, window: int, sinks: int) -> int:
+    """Blocks that a query of block `last`, or of one before it, reads at most."""
+    # every power of two from the window on, up to the distance of the first block that is no sink
+    steps = max(0, max(last - sinks, 0).bit_length() - (window - 1).bit_length())
+    return min(sinks + steps + window, last + 1)
 
 
 def tile_of(block: int) -> int:
