@@ -7,9 +7,11 @@ from farfield import mechanisms
 from farfield.mechanisms.aaren import Aaren
 from farfield.mechanisms.full import Full
 from farfield.mechanisms.lightning_attention import LightningAttention
+from farfield.mechanisms.moba import MoBA
 from farfield.mechanisms.near_field import NearField
 from farfield.mechanisms.power_attention import PowerAttention
 from farfield.mechanisms.s2_attention import S2Attention
+from farfield.mechanisms.ssa import SSA
 from farfield.mechanisms.window import SlidingWindow
 from farfield.testing.units import assert_within
 from farfield.token_ring import StateRing, TokenRing
@@ -36,6 +38,11 @@ MECHANISMS = {
     "shards": lambda: S2Attention(stride=4, local=2, block=8),
     "shards, one dense": lambda: S2Attention(stride=3, local=1, block=5, offset=1, dense_heads=1),
     "shards, all alike": lambda: S2Attention(stride=3, local=2, block=4, homogeneous=True),
+    "moba": lambda: MoBA(block=8, picks=3),
+    "moba, one pick": lambda: MoBA(block=16, picks=1),
+    "ssa": lambda: SSA(block=4, picks=5),
+    "ssa, few tokens": lambda: SSA(block=16, picks=40),
+    "ssa, full": lambda: SSA(block=8, picks=3, stream="full"),
     "aaren": Aaren,
     "lightning": LightningAttention,
 }
@@ -78,13 +85,13 @@ def test_blocks_are_read_as_tiles(mech):
 
 
 def test_without_tokens_a_ring_begins_with_the_first():
-    for name in ("a window", "near, sinks", "powers", "shards, one dense"):
+    for name in ("a window", "near, sinks", "powers", "shards, one dense", "moba", "ssa"):
         mech, x = MECHANISMS[name](), draw()
         ring = prefilled(mech, x, 0)
         assert_within(stepped(mech, x, ring, 0, 40), mech.reference(*x)[:, :, :40], terms=40, name=name)
 
 
-@pytest.mark.parametrize("name", ["near, sinks", "powers, sinks", "shards"])
+@pytest.mark.parametrize("name", ["near, sinks", "powers, sinks", "shards", "moba", "ssa"])
 def test_sequences_stand_where_they_are(name):
     """Each has a clock of its own."""
     mech, x = MECHANISMS[name](), draw()
@@ -100,7 +107,7 @@ def test_sequences_stand_where_they_are(name):
     assert_within(outs[1], exact[1, :, 40:70], terms=T)
 
 
-@pytest.mark.parametrize("name", ["full", "a window", "near, sinks", "lightning", "aaren"])
+@pytest.mark.parametrize("name", ["full", "a window", "near, sinks", "moba", "lightning", "aaren"])
 def test_beams_are_reordered_in_place(name):
     mech, x = MECHANISMS[name](), draw(value_width=8)
     ring = prefilled(mech, x, 30)
@@ -114,7 +121,7 @@ def test_beams_are_reordered_in_place(name):
         ring.reorder_(torch.tensor([1]))
 
 
-@pytest.mark.parametrize("name", ["full", "powers", "shards"])
+@pytest.mark.parametrize("name", ["full", "powers", "shards", "ssa"])
 def test_a_full_ring_says_so_before_anything_is_written(name):
     mech, x = MECHANISMS[name](), draw()
     ring = prefilled(mech, x, 40, capacity=41)
@@ -143,7 +150,7 @@ def test_refusals():
         mech.step(q, v, v, ring)
     with pytest.raises(TypeError, match=r"holds torch.float64, got torch.float32"):
         mech.step(q.float(), k.float(), v.float(), ring)
-    for name in ("full", "a window", "near", "powers", "shards", "lightning", "aaren"):
+    for name in ("full", "a window", "near", "powers", "shards", "moba", "ssa", "lightning", "aaren"):
         with pytest.raises(NotImplementedError, match="does not place rotations itself"):
             MECHANISMS[name]().ring(None, capacity=9, rotary=lambda x, position: x)
     with pytest.raises(ValueError, match="the state has no tokens"):
@@ -151,6 +158,6 @@ def test_refusals():
 
 
 def test_those_without_rings_say_so():
-    for name in ("hip", "moba", "nsa", "scfa", "ssa"):
+    for name in ("hip", "nsa", "scfa"):
         with pytest.raises(NotImplementedError, match="no buffers of fixed size"):
             mechanisms.make(name).ring(None, capacity=9)

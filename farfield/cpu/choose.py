@@ -30,6 +30,14 @@ def choose(q: Tensor, keys: Tensor, scoring: Scoring, first: int, scale: float) 
     return index, count
 
 
+def choose_token(q: Tensor, keys: Tensor, scoring: Scoring, position: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same for one query a sequence, q [B, H, 1, D] at `position` [B, 1]; nothing waits for the host."""
+    at = position[:, None, None]
+    # all blocks that there may be
+    score = _scores(q, keys, at, keys.shape[2] * scoring.stride // scoring.block, scoring, scale)
+    return _best(score, at[..., 0] // scoring.block, scoring)
+
+
 def _scores(q: Tensor, keys: Tensor, at: Tensor, blocks: int, scoring: Scoring, scale: float) -> Tensor:
     """[B, lists, t, blocks] of the first so many blocks; those that are not past are not for reading."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -41,7 +49,7 @@ def _scores(q: Tensor, keys: Tensor, at: Tensor, blocks: int, scoring: Scoring, 
     logits = logits.view(batch, kv_heads, heads // kv_heads, tokens, rows)
     if not scoring.shared:
         return logits.flatten(1, 2)[..., :blocks]
-    ended = torch.arange(rows, device=q.device) * scoring.stride + scoring.span - 1 <= at[:, None]
+    ended = torch.arange(rows, device=q.device) * scoring.stride + scoring.span - 1 <= at[..., None]
     shares = (logits * scale).masked_fill(~ended, float("-inf")).softmax(-1)
     # a query before the end of the first row has no share anywhere
     shares = shares.masked_fill(~ended, 0.0).sum(2)
@@ -53,18 +61,18 @@ def _scores(q: Tensor, keys: Tensor, at: Tensor, blocks: int, scoring: Scoring, 
 
 
 def _best(score: Tensor, own: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
-    """The forced blocks and the best of those between them, ascending; own: each query's block [t]."""
+    """The forced blocks and the best of those between them, ascending; own: each query's block [t], or [B, 1, 1]."""
     blocks = torch.arange(score.shape[-1], device=score.device)
-    last = own[:, None] - scoring.local  # the last block that is not forced
+    last = own[..., None] - scoring.local  # the last block that is not forced
     score = score.masked_fill((blocks < scoring.initial) | (blocks > last), float("-inf"))
     # stable: of two equal scores the lower block stands first
     best = score.sort(dim=-1, descending=True, stable=True).indices[..., : scoring.scored]
     there = torch.arange(best.shape[-1], device=score.device) <= last - scoring.initial
     initial = torch.arange(scoring.initial, device=score.device)
-    local = own[:, None] + torch.arange(1 - scoring.local, 1, device=score.device)
+    local = own[..., None] + torch.arange(1 - scoring.local, 1, device=score.device)
     lead = score.shape[:2]
     listed = [
-        initial.masked_fill(initial > own[:, None], _UNUSED).expand(*lead, -1, -1),
+        initial.masked_fill(initial > own[..., None], _UNUSED).expand(*lead, -1, -1),
         best.masked_fill(~there, _UNUSED),
         local.masked_fill(local < scoring.initial, _UNUSED).expand(*lead, -1, -1),
     ]

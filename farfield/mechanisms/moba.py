@@ -13,8 +13,9 @@ scores the earlier block wins.
 import torch
 from torch import Tensor
 
-from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports, no_tokens
 from farfield.select.scored import BlockCache, Scoring, attend_best, block_means, check, choose, remember, tokens_read
+from farfield.token_ring import ScoredRing
 from farfield.types import Layout
 
 
@@ -54,6 +55,13 @@ class MoBA(Mechanism):
         seen = 0 if state is None else state.tokens
         state = remember(state, k, v, self.scoring.block)
         return self._attend(q, state.k, state.v, state.means, seen), state
+
+    def ring(self, state: BlockCache, *, capacity: int, rotary: Rotary | None = None) -> ScoredRing:
+        self.check_rotary(rotary)
+        return ScoredRing.after(state, capacity)
+
+    def step(self, q, k, v, ring: ScoredRing):
+        return ring.read_best(q, k, v, self.scoring, scale=self.scale)
 
     def reference(self, q, k, v):
         block, picks = self.scoring.block, self.scoring.picks

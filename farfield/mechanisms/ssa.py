@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention, smooth_l1_loss
 
-from farfield.mechanism import Case, Mechanism, Paper, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports, no_tokens
 from farfield.select.scored import BlockCache, Scoring, attend_best, block_means, check, choose, remember, tokens_read
+from farfield.token_ring import ScoredRing, TokenRing
 from farfield.types import Layout
 
 STREAMS = ("sparse", "full")
@@ -111,6 +112,15 @@ class SSA(Mechanism):
         if self.stream == "full":
             return self._full(q, state.k, state.v), state
         return self._sparse(q, state.k, state.v, state.means, seen), state
+
+    def ring(self, state: BlockCache, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
+        self.check_rotary(rotary)
+        return TokenRing.all_of(state, capacity) if self.stream == "full" else ScoredRing.after(state, capacity)
+
+    def step(self, q, k, v, ring: TokenRing):
+        if isinstance(ring, ScoredRing):
+            return ring.read_best(q, k, v, self.scoring, scale=self.scale)
+        return ring.step(q, k, v, scale=self.scale)
 
     def reference(self, q, k, v):
         block, picks, repeat = self.scoring.block, self.scoring.picks, q.shape[1] // k.shape[1]

@@ -89,6 +89,25 @@ def choose(
     return Choice(*run(q, keys, lse, [int(x) for x in scoring], first, factor))
 
 
+def choose_token(
+    q: Float[Tensor, "B H 1 D"],
+    keys: Float[Tensor, "B G C D"],
+    scoring: Scoring,
+    position: Int[Tensor, "B 1"],
+    *,
+    scale: float | None = None,
+) -> Choice:
+    """`choose` for one query a sequence, each at a position of its own, in PyTorch on any device.
+
+    Args:
+        keys: rows for as many tokens as a sequence may have, of whole blocks.
+    """
+    from farfield.cpu.choose import choose_token
+
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return Choice(*choose_token(q, keys, scoring, position, factor))
+
+
 def check(scoring: Scoring, who: str = "choose") -> None:
     """Raise ValueError unless the numbers fit together."""
     block, picks, stride, span, initial, local, shared = scoring

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from farfield.mechanisms.full import Full
+from farfield.mechanisms.moba import MoBA
+from farfield.mechanisms.power_attention import PowerAttention
+from farfield.mechanisms.s2_attention import S2Attention
+from farfield.mechanisms.ssa import SSA
 from farfield.mechanisms.window import SlidingWindow
 from farfield.nn import Attention, Decoder, ModelConfig
 from farfield.nn.models import DecoderRing
@@ -23,6 +27,9 @@ CASES = {
     "opened": {"attention": "fma", "attention_options": OPENED},
     "window": {"attention": "window", "attention_options": WINDOW, "conv": 0},
     "full": {"attention": "full", "log_scale": 1020, "qk_norm": False},
+    "powers": {"attention": "power-attention", "attention_options": {"block": 64, "window": 2}},
+    "shards": {"attention": "s2-attention", "attention_options": {"block": 96, "stride": 3, "local": 1}},
+    "moba": {"attention": "moba", "attention_options": {"block": 64, "picks": 3}},
     "lightning": {"attention": "lightning-attention", "kv_heads": None},
     "aaren": {"attention": "aaren", "kv_heads": None},
     "mixed": {
@@ -63,7 +70,14 @@ def test_numbers_beyond_those_held_are_drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mech", [Full(), SlidingWindow(width=100, sinks=5)], ids=["full", "window"])
+@pytest.mark.parametrize(
+    "mech",
+    [
+        Full(), SlidingWindow(width=100, sinks=5), PowerAttention(block=32, window=2), MoBA(block=64),
+        S2Attention(block=64, stride=3, local=1, dense_heads=1), SSA(block=16, picks=6), SSA(stream="full"),
+    ],
+    ids=["full", "window", "powers", "moba", "shards", "ssa", "ssa-full"],
+)  # fmt: skip
 def test_a_ring_of_tokens_steps_as_a_forward(mech, dtype):
     x = [torch.randn(2, h, 700, 64, device="cuda").to(dtype) for h in (8, 2, 2)]
     exact = mech.reference(*(y.double().cpu() for y in x)).cuda()
@@ -73,7 +87,7 @@ def test_a_ring_of_tokens_steps_as_a_forward(mech, dtype):
         ring = mech.ring(state, capacity=700)
         outs = [mech.step(*(y[:, :, t : t + 1] for y in x), ring) for t in range(start, 700)]
         assert_within(torch.cat(outs, 2), exact[:, :, start:], terms=700, name=f"from {start}")
-    if isinstance(mech, Full):
+    if not isinstance(mech, SlidingWindow):
         assert mech.step(*(y[:, :, :1] for y in x), ring).isnan().all()
 
 
