@@ -36,6 +36,7 @@ COMMANDS = (
     "generate",
     "compare",
     "perplexity",
+    "budget",
     "recall",
     "bench",
     "list",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,6 +232,129 @@ def test_command(folder, monkeypatch):
     short = CliRunner().invoke(app, [*args[:-4], "--last", "20", "--start", "600"])
     assert short.exit_code == 2
     assert "text shorter than n" in short.output
+
+
+def diverged(p, q):
+    """KL(p || q) of logits, mean over tokens, literally."""
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@torch.no_grad()
+def test_losses_are_those_of_one_changed_layer(model, ids):
+    candidates = ["full", ("window", {"width": 5, "sinks": 0}), ("near-field", {"block": 4, "near": 8})]
+    found = list(hf.losses(model, ids[0], candidates, chunk=16))
+    assert [(x.layer, x.candidate) for x in found] == [(layer, c) for layer in range(3) for c in range(3)]
+    assert [x.name for x in hf.in_use(model)] == ["full"] * 3
+    double = copy.deepcopy(model).double()
+    exact = double(ids[:1, :], use_cache=False).logits[0, :-1]
+    for each in found:
+        hf.use(double, "full", layers={each.layer: candidates[each.candidate]})
+        logits = double(ids[:1, :], use_cache=False).logits[0, :-1]
+        rise = (exact.log_softmax(-1) - logits.log_softmax(-1)).gather(1, ids[0, 1:, None]).mean()
+        assert each.divergence == pytest.approx(diverged(exact, logits), rel=1e-3, abs=1e-6)
+        assert each.rise == pytest.approx(float(rise), rel=1e-3, abs=1e-6)
+        assert each.rows == hf.in_use(double)[each.layer].rows_read(TOKENS)
+    assert min(x.divergence for x in found if x.candidate) > 0.01
+    (one,) = hf.losses(model, ids[0], candidates[1:2], layers=[2])
+    assert one.divergence == pytest.approx(found[7].divergence)
+    # what was skipped is computed again
+    assert torch.equal(hidden(model, ids), hidden(hf.use(copy.deepcopy(model), "full"), ids))
+    with pytest.raises(ValueError, match="no layer 3"):
+        list(hf.losses(model, ids[0], candidates, layers=[3]))
+
+
+def test_plan_is_the_best_there_is():
+    torch.manual_seed(3)
+    convex = 1 / torch.arange(1.0, 5)
+    found = []
+    for layer, share in enumerate(torch.rand(4).tolist()):
+        # a candidate that is worse than others for its rows is of no use
+        found += [hf.Loss(layer, c, 10.0 * (c + 1), share * float(convex[c]), 0.0) for c in range(4)]
+        found.append(hf.Loss(layer, 4, 25.0, share, 0.0))
+    cost = {(x.layer, x.candidate): (x.rows, x.divergence) for x in found}
+
+    def total(picks, what):
+        return sum(cost[layer, pick][what] for layer, pick in enumerate(picks))
+
+    for rows in (10, 12.5, 20, 27.5, 40):
+        allowed = (picks for picks in itertools.product(range(5), repeat=4) if total(picks, 0) <= 4 * rows)
+        assert hf.plan(found, rows) == list(min(allowed, key=lambda picks: total(picks, 1)))
+    assert hf.plan(found, 1000.0) == [3] * 4
+    # what several texts say is averaged
+    other = [replace(x, divergence=0.0) for x in found]
+    assert hf.plan([*found, *other], 27.5) == hf.plan(found, 27.5)
+    with pytest.raises(ValueError, match=r"the cheapest candidates read 10\.0 rows, more than 9\.9"):
+        hf.plan(found, 9.9)
+    with pytest.raises(ValueError, match=r"must all be measured, got \[0, 1, 3\]"):
+        hf.plan([x for x in found if x.layer != 2], 20.0)
+
+
+def test_budget(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    args = ["budget", "--model", "tiny", "--text", "text.txt", "-n", "100", "--start", "0,40", "--out", "p.json"]
+    args += ["-a", "near-field:block=8,near=8,fma:block=8,near=8,rank=2,score=mean", "--vary", "open=1,4"]
+    measured = []
+    monkeypatch.setattr(hf, "losses", lambda *a, each=hf.losses, **o: measured.append([*o["layers"]]) or each(*a, **o))
+
+    def run(*more, code=0):
+        done = CliRunner().invoke(app, [*args, *more])
+        assert done.exit_code == code, done.output
+        return done
+
+    done = run("--rows", "30%")
+    assert measured == [[0, 1, 2]] * 2
+    assert len(done.stdout.strip().splitlines()) == 5
+    held = json.loads((folder / "p.json").read_text())
+    assert [x[:3] for x in held["measured"][:4]] == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0]]
+    assert len(held["measured"]) == 2 * 3 * 3
+    losses = [hf.Loss(*x[1:]) for x in held["measured"]]
+    wanted = [held["candidates"][pick] for pick in hf.plan(losses, 30.0)]
+    assert held["layers"] == wanted == [list(x) for x in hf.read_plan("p.json")]
+    # other rows take no measuring; a run that was cut goes on with the layer it was in
+    run("--rows", "12")
+    assert json.loads((folder / "p.json").read_text())["layers"] == [["near-field", {"block": 8, "near": 8}]] * 3
+    cut = held | {"measured": held["measured"][:13]}
+    del cut["layers"]
+    (folder / "p.json").write_text(json.dumps(cut))
+    with pytest.raises(ValueError, match="no plan of farfield budget, or one that is not finished"):
+        hf.read_plan("p.json")
+    measured.clear()
+    run("--rows", "30%")
+    assert measured == [[1, 2]]
+    again = json.loads((folder / "p.json").read_text())
+    assert again["layers"] == held["layers"]
+    assert torch.tensor(again["measured"]).allclose(torch.tensor(held["measured"]))
+
+    # and a plan is what perplexity takes
+    given = ["--model", "tiny", "--text", "text.txt", "-n", "100", "--last", "20", "-a", "full"]
+    done = CliRunner().invoke(app, ["perplexity", *given, "--plan", "p.json"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip().splitlines()[-1].endswith("p.json")
+    from farfield.bench import records
+
+    *_, last = records.load(records.results_path("perplexity"))
+    assert last.params["layers"] == held["layers"]
+    model = transformers.LlamaForCausalLM.from_pretrained("tiny")
+    hf.use(model, layers=hf.read_plan("p.json"))
+    ids = torch.tensor(
+        transformers.AutoTokenizer.from_pretrained("tiny")((folder / "text.txt").read_text())["input_ids"]
+    )
+    assert last.rates["perplexity"] == pytest.approx(hf.perplexity(model, ids[:100]).over())
+    rows = [x.rows_read(100) or 0.0 for x in hf.in_use(model)]
+    assert (last.rates["rows"], last.rates["rows_most"]) == (pytest.approx(sum(rows) / 3), max(rows))
+
+    for more, why in (
+        (["--rows", "5%"], "more than 5.0"),
+        (["--rows", "120%"], "at most the window's 100 tokens"),
+        (["--rows", "few"], "--rows takes a number"),
+        (["--rows", "30%", "--start", "0,-4"], "--start takes different whole numbers"),
+        (["--rows", "30%", "--vary", "open=few"], "--vary takes numbers"),
+        (["--rows", "30%", "--vary", "hold=1", "-a", "full"], "none of full has that option"),
+        (["--rows", "30%", "-n", "90"], "measured with another tokens; give another --out"),
+        (["--rows", "30%", "--out", "text.txt"], "not a plan of farfield budget"),
+    ):
+        assert why in " ".join(run(*more, code=2).output.split())
 
 
 def test_a_library_that_is_missing_is_named(folder, monkeypatch):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from farfield.cli import bench, compare, demo, evaluate, generate, mechanisms, perplexity, recall, train
+from farfield.cli import bench, budget, compare, demo, evaluate, generate, mechanisms, perplexity, recall, train
 from farfield.cli.errors import Commands
 
 __all__ = ["app", "main"]
@@ -55,6 +55,7 @@ for module, panel in (
     (compare, "Mechanisms"),
     (recall, "Mechanisms"),
     (perplexity, "Mechanisms"),
+    (budget, "Mechanisms"),
     (bench, "Mechanisms"),
     (mechanisms, "Mechanisms"),
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from farfield.cli.options import chosen, examples, number, unset
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 EXAMPLES = examples(
@@ -46,6 +48,15 @@ def perplexity(
         str | None,
         unset("none", "Layers that keep full attention, from 0, or from -1 backwards.", metavar="N,N,..."),
     ] = None,
+    plan: Annotated[
+        list[Path] | None,
+        unset(
+            "none",
+            "Also a mechanism for each layer, as farfield budget plans it; repeatable.",
+            "--plan",
+            metavar="FILE",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and activations.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the records.")] = Path("results"),
@@ -62,39 +73,43 @@ def perplexity(
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype must be float32 or bfloat16, got {dtype}")
-    entries = [Entry(*each) for each in chosen(attention, "--attention")]
     kept = _layers(full_layers)
+    # how it is called, what is recorded of it, and what `use` is told
+    entries: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    for name, options in chosen(attention, "--attention"):
+        about = {"attention": name, "options": options, "full_layers": kept}
+        told = {"mechanism": name, "options": options, "layers": dict.fromkeys(kept, "full")}
+        entries.append((Entry(name, options).label, about, told))
+    for file in plan or ():
+        layers = hf.read_plan(file)
+        entries.append((file.name, {"attention": file.name, "layers": layers}, {"layers": layers}))
     tokens, end, where = number(context, "--context"), number(last, "--last"), pick_device(device)
     if end >= tokens:
         raise ValueError(f"--last must be less than --context {tokens}, got {end}")
     notes = Console(stderr=True, highlight=False)
     with notes.status(f"loading {model}"):
-        pretrained, ids = _load(model, gguf, text, start, tokens, getattr(torch, dtype))
+        pretrained, (ids,) = load(model, gguf, text, [start], tokens, getattr(torch, dtype))
         pretrained = pretrained.to(where).eval()
     path = records.results_path("perplexity", out, where)
     print(f"{'perplexity':>10}  {f'last {end:,}':>10}  {'rows':>7}  {'of n':>6}  attention", flush=True)
-    for entry in entries:
-        with notes.status(entry.label):
-            hf.use(pretrained, entry.name, entry.options, layers=dict.fromkeys(kept, "full"))
+    for label, about, told in entries:
+        with notes.status(label):
+            hf.use(pretrained, **told)
             found = hf.perplexity(pretrained, ids)
         rows = [x.rows_read(tokens) for x in hf.in_use(pretrained)]
         known = [x for x in rows if x is not None]
         mean = sum(known) / len(known) if len(known) == len(rows) else None
         count, share = ("-", "-") if mean is None else (f"{mean:,.0f}", f"{mean / tokens:.1%}")
-        print(f"{found.over():10.3f}  {found.over(end):10.3f}  {count:>7}  {share:>6}  {entry.label}", flush=True)
+        print(f"{found.over():10.3f}  {found.over(end):10.3f}  {count:>7}  {share:>6}  {label}", flush=True)
         if record:
             params = {
-                "tokens": tokens, "model": gguf or Path(model).name, "text": text.name, "start": start,
-                "attention": entry.name, "options": dict(entry.options), "full_layers": list(kept), "last": end,
+                "tokens": tokens, "model": gguf or Path(model).name, "text": text.name, "start": start, **about,
+                "last": end,
             }  # fmt: skip
             rates = {"perplexity": found.over(), "perplexity_last": found.over(end)}
-            rates |= {} if mean is None else {"rows": mean}
-            records.append(
-                path,
-                records.Record(
-                    "perplexity", entry.label, "forward", dtype, params, rates=rates, env=records.environment(where)
-                ),
-            )
+            rates |= {} if mean is None else {"rows": mean, "rows_most": max(known)}
+            env = records.environment(where)
+            records.append(path, records.Record("perplexity", label, "forward", dtype, params, rates=rates, env=env))
 
 
 def _layers(given: str | None) -> list[int]:
@@ -106,8 +121,14 @@ def _layers(given: str | None) -> list[int]:
         ) from None
 
 
-def _load(model: str, gguf: str | None, text: Path, start: int, tokens: int, dtype) -> tuple[Any, Tensor]:
-    """The model, and the ids of the window."""
+def load(
+    model: str, gguf: str | None, text: Path, starts: Sequence[int], tokens: int, dtype: torch.dtype
+) -> tuple[Any, list[Tensor]]:
+    """The model, and the ids of a window from each of these characters on.
+
+    Raises:
+        ValueError: a library is missing, or the text is too short.
+    """
     for library in ("transformers", *(("gguf", "accelerate") if gguf else ())):
         if importlib.util.find_spec(library) is None:
             raise ValueError(f"perplexity needs {library}: pip install 'farfield[hf]'")
@@ -115,13 +136,18 @@ def _load(model: str, gguf: str | None, text: Path, start: int, tokens: int, dty
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    written = _read(text)[start : start + LETTERS * tokens]
     options = {"gguf_file": gguf} if gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    ids: Tensor = tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"][0][:tokens]
-    if len(ids) < tokens:
-        raise ValueError(f"text shorter than n: {len(ids):,} tokens from character {start:,} on, {tokens:,} are needed")
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options), ids
+    written, windows = _read(text), []
+    for start in starts:
+        part = written[start : start + LETTERS * tokens]
+        ids: Tensor = tokenizer(part, add_special_tokens=False, return_tensors="pt")["input_ids"][0][:tokens]
+        if len(ids) < tokens:
+            raise ValueError(
+                f"text shorter than n: {len(ids):,} tokens from character {start:,} on, {tokens:,} are needed"
+            )
+        windows.append(ids)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options), windows
 
 
 def _read(path: Path) -> str:

@@ -7,6 +7,9 @@ Needs Transformers 5: pip install 'farfield[hf]'.
 """
 
 from farfield.hf.attention import NAME, in_use, use
+from farfield.hf.budget import Loss, count_layers, losses, plan, read_plan
 from farfield.hf.perplexity import Perplexity, perplexity
 
-__all__ = ["NAME", "Perplexity", "in_use", "perplexity", "use"]
+__all__ = [
+    "NAME", "Loss", "Perplexity", "count_layers", "in_use", "losses", "perplexity", "plan", "read_plan", "use",
+]  # fmt: skip

@@ -59,7 +59,7 @@ def use(
         ValueError: no attention that could be replaced, no such layer, no such mechanism or option.
     """
     _register()
-    found = _attentions(model)
+    found = attentions(model)
     if options and not isinstance(mechanism, str):
         raise ValueError("use: options belong to a mechanism's name; this one is made already")
     default: Choice = (mechanism, options or {}) if isinstance(mechanism, str) else mechanism
@@ -76,7 +76,7 @@ def in_use(model: nn.Module) -> list[Mechanism]:
     Raises:
         ValueError: `use` was not called on this model.
     """
-    found = [module.get_submodule(NAME) for _, module in _attentions(model) if NAME in dict(module.named_children())]
+    found = [module.get_submodule(NAME) for _, module in attentions(model) if NAME in dict(module.named_children())]
     if not found:
         raise ValueError(f"in_use: {type(model).__name__} has no mechanism of farfield; call farfield.hf.use first")
     return [x for x in found if isinstance(x, Mechanism)]
@@ -93,7 +93,7 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def _attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The self-attentions, in order: modules that tell whether they are causal, as the interface asks them to."""
     found = [(name, x) for name, x in model.named_modules() if hasattr(x, "is_causal") and hasattr(x, "scaling")]
     if not found or not hasattr(model, "set_attn_implementation"):

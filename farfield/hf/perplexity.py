@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -43,17 +44,26 @@ def perplexity(model: nn.Module, ids: Int[Tensor, " n"], *, chunk: int = 1024) -
         ValueError: fewer than two tokens.
         NotImplementedError: the model treats its logits in a way that is not known here.
     """
+    ids = ids.to(next(model.parameters()).device)
+    parts = [
+        nn.functional.cross_entropy(x, y, reduction="none")
+        for x, y in zip(logits(model, hidden_states(model, ids)[:-1], chunk), ids[1:].split(chunk), strict=True)
+    ]
+    return Perplexity(torch.cat(parts).cpu())
+
+
+def hidden_states(model: nn.Module, ids: Int[Tensor, " n"]) -> Float[Tensor, "n C"]:
+    """What the output embedding reads; errors as `perplexity`."""
     if ids.dim() != 1 or len(ids) < 2:
         raise ValueError(f"perplexity: ids must be [n] with n >= 2, got {list(ids.shape)}")
     whole: Any = model
     for name, plain in _LOGITS.items():
         if getattr(whole.config, name, None) not in (None, plain):
             raise NotImplementedError(f"perplexity: {type(model).__name__} has {name}, which is not applied here")
-    head = whole.get_output_embeddings()
-    ids = ids.to(whole.device)
-    hidden = whole.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-    parts = [
-        nn.functional.cross_entropy(head(x).float(), y, reduction="none")
-        for x, y in zip(hidden.split(chunk), ids[1:].split(chunk), strict=True)
-    ]
-    return Perplexity(torch.cat(parts).cpu())
+    return whole.base_model(input_ids=ids.to(whole.device)[None], use_cache=False).last_hidden_state[0]
+
+
+def logits(model: nn.Module, hidden: Float[Tensor, "n C"], chunk: int) -> Iterator[Float[Tensor, "c V"]]:
+    """In float32, of so many tokens at a time."""
+    head = cast(Any, model).get_output_embeddings()
+    return (head(x).float() for x in hidden.split(chunk))
