@@ -13,9 +13,11 @@ from farfield.mechanisms.fma import FMA
 from farfield.ops import opened as on_gpu
 from farfield.select import opened
 from farfield.state import State, appended
+from farfield.summarize import pyramid
 from farfield.testing import oracles
 from farfield.testing.contract import packing, rotate
 from farfield.testing.units import assert_within
+from farfield.types import Rows
 
 SMALL = {"block": 4, "near": 8, "rank": 2}
 
@@ -555,6 +557,52 @@ def test_what_is_not_proven_is_refused():
             call()
     with pytest.raises(ValueError, match="tolerance"):
         FMA(**SMALL, tolerance=-1.0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "shared"), [(4, 4, True), (4, 2, True), (4, 1, True), (4, 2, False)])
+@pytest.mark.parametrize("hold", [1, 2, 4])
+def test_runs_read_by_one_list_what_each_of_their_queries_reads(hold, heads, kv_heads, shared, monkeypatch):
+    """As GPUs do with tiles of queries, heads that share a list side by side."""
+    tokens, start = 93, 48
+    mech, x = FMA(**SMALL, open=3, hold=hold, shared=shared), draw(tokens, heads=heads, kv_heads=kv_heads)
+    found, original = {}, opened.opened_lists
+
+    def watch(*args, **more):
+        found["lists"] = original(*args, **more)
+        return found["lists"]
+
+    monkeypatch.setattr(opened, "opened_lists", watch)
+    given = [t.requires_grad_() for t in x]
+    exact = mech(*given)
+    wanted = torch.autograd.grad(exact.square().sum(), given)
+    near, listed = (tuple(y[:, :, ::hold] for y in pair) for pair in found["lists"])
+    q, k, v = given
+    blocks = -(-tokens // mech.block)
+    levels, radius = mech._levels(blocks)
+    tree = mech._tree(tokens, blocks, levels, radius[0])
+    far = pyramid(mech.pool, k, v, tree)
+    rows = Rows(far.far_k, far.far_v, bias=far.bias)
+    about = hold, mech.block, mech.rank, q.shape[3] ** -0.5
+    out = opened.attend_runs(q, Rows(k, v), rows, near, listed, *about).out
+    assert_within(out, exact.detach(), terms=tokens)
+    for got, want in zip(torch.autograd.grad(out.square().sum(), given, retain_graph=True), wanted, strict=True):
+        assert_within(got, want, terms=tokens)
+    # further queries, as after a state
+    lists = (tuple(y[:, :, start // hold :] for y in pair) for pair in (near, listed))
+    behind = opened.attend_runs(q[:, :, start:], Rows(k, v), rows, *lists, *about, start).out
+    assert_within(behind, exact.detach()[:, :, start:], terms=tokens)
+
+
+@pytest.mark.parametrize(
+    ("hold", "heads", "shared", "whole"),
+    [(64, 1, True, True), (128, 3, True, True), (64, 4, False, True), (16, 4, True, True), (16, 8, True, True),
+     (32, 2, True, True), (8, 8, True, True), (16, 4, False, False), (16, 2, True, False), (16, 6, True, False),
+     (4, 16, True, False), (1, 64, True, False)],
+)  # fmt: skip
+def test_runs_that_are_whole_tiles(hold, heads, shared, whole):
+    plan = FMA(open=4, block=128, hold=hold, shared=shared).plan()
+    q, k = (SimpleNamespace(shape=(1, n, 5000, 64)) for n in (2 * heads, 2))
+    assert on_gpu.by_tiles(q, k, plan) is whole
 
 
 @pytest.mark.parametrize(

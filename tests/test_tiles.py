@@ -72,7 +72,8 @@ SPILLS: dict[str, int] = {
     "backward-fma-m128-128": 16,
     "backward-blocks64-64": 8,
     "backward-runs-64": 8,
-    "backward-runs-128": 24,  # Triton 3.6
+    **dict.fromkeys(("backward-runs-128", "backward-runs-heads-128"), 24),  # Triton 3.6
+    **dict.fromkeys(("backward-runs-heads-64", "backward-runs-heads-8-64"), 8),
     "backward-fma-64": 8,  # sums of the bias's gradient, of Triton 3.7
     # positions of the queries, and numbers of the whole kernel
     "backward-sorted-128": _ONCE,
@@ -167,6 +168,7 @@ FMA = (source(64, causal=True), source(4, bias=True))
 WIDE_FMA = (source(128, causal=True), source(16, bias=True))
 BLOCKS = (source(128, rows=5000, heads=4),)
 OPENED = (source(64, causal=True, heads=4, picks=18), source(4, bias=True, heads=4, picks=60))
+TOGETHER = (source(64, causal=True, picks=18), source(4, bias=True, picks=60))
 ALL = (source(16, causal=True, reach=100, bias=True, end=True, group=True), source(1, bias=True, end=True, group=True))
 
 # name -> the call; what `attend` can meet, by width, dtype, blocks and what rides along
@@ -179,6 +181,9 @@ CALLS = {
         for d in (64, 128)
     },
     **{f"runs-{d}": (OPENED, {"width": d, "kv_heads": 4}) for d in (64, 128)},
+    # as many tokens of one head as of others, in tiles of 64
+    **{f"runs-heads-{d}": (TOGETHER, {"width": d, "q_block": 16, "kv_heads": 1}) for d in (64, 128)},
+    "runs-heads-8-64": (TOGETHER, {"q_block": 8, "heads": 8, "kv_heads": 1}),
     **{
         f"sorted-{d}": (
             (source(128, causal=True, heads=4),),
@@ -202,7 +207,7 @@ CALLS = {
 BACKWARD = {name: CALLS[name] for name in (
     "fma-64", "fma-80", "fma-128", "fma-256", "fma-m128-64", "fma-m128-128", "blocks128-64", "blocks128-128",
     "blocks64-64", "blocks64-128", "fma-fp16-64", "fma-fp32-64", "values-wider", "everything", "sorted-64",
-    "sorted-128", "runs-64", "runs-128",
+    "sorted-128", "runs-64", "runs-128", "runs-heads-64", "runs-heads-128", "runs-heads-8-64",
 )}  # fmt: skip
 ONE = {"tokens": 1, "q_block": 1, "heads": 32, "kv_heads": 8, "width": 128}
 
@@ -627,7 +632,8 @@ FEW = (
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
     "branches-64", "mix-64", "opened-2-64", "opened-runs-64",
-    "forward-runs-128", "backward-runs-64", "backward-runs-128",
+    "forward-runs-128", "backward-runs-64", "backward-runs-128", "forward-runs-heads-64", "backward-runs-heads-8-64",
+    "backward-runs-heads-128",
     "hashed-128-64", "hashed-backward-128-128", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64",
     "scores-64",
 )  # fmt: skip
@@ -709,6 +715,8 @@ AT_LENGTH = {
     "sorting": lambda n: sorting(False, n),
     "opened-step": lambda n: decoding_opened(4, capacity=-(-n // 64) * 64),
     "forward-runs": lambda n: forward(CALLS["runs-64"], tokens=n),
+    "forward-runs-heads": lambda n: forward(CALLS["runs-heads-64"], tokens=n),
+    "backward-runs-heads": lambda n: backward(CALLS["runs-heads-64"], tokens=n),
     "hashed": lambda n: sorted_attention(64, tokens=n),
     "hashed-backward": lambda n: sorted_attention(64, backward=True, tokens=n),
     "backward-fma": lambda n: backward((FMA, {}), tokens=n),

@@ -577,7 +577,7 @@ def gradients(
     plain = not (first.reach or first.biased or first.ended or first.grouped or grouped)
     # beside few blocks a launch of their own would read the queries once more for little
     long = last.small and not first.small and first.picks >= LONG
-    runs = long and not (positioned or grouped) and hopper_runs.wants_runs(q, d_out, out, first, last, q_block)
+    runs = long and not (positioned or grouped) and hopper_runs.wants_runs(q, d_out, out, first, last, q_block, stack)
     asked = list(zip(sources, grads, read, strict=True))
     hoppers = hopper_queries.wants_queries(q, d_out, out, first.k, first.v, first.plan.k_block, q_block)
     if runs:
@@ -596,7 +596,7 @@ def gradients(
     if long and wide <= 64 and dtype != torch.float32 and size == 64:
         rows, tiles = LONG_ROWS, tiles._replace(registers=LONG_REGISTERS)
     if runs:
-        lists = stack * (q_block // 64)
+        lists = stack * q_block // 64
     here = [s for s, _, _ in asked]
     for begin, stop in slices_of(sources, batch * units, lists * blocks) if here else ():
         count = (stop - begin) * blocks * lists
@@ -634,7 +634,7 @@ def gradients(
         plan, k_block = s.plan, s.plan.k_block
         pieces = pieces_of(s, batch * units * readers.pieces, delta)
         plain = not (grouped or s.reach or s.biased or s.ended or s.grouped)
-        if plain and hopper.wants_rows(q, d_out, s.k, s.v, k_block, q_block):
+        if plain and hopper.wants_rows(q, d_out, s.k, s.v, k_block, q_block, stack):
             hopper.rows_backward(
                 q, d_out, s.k, s.v, shift, delta, readers, _zero(delta), grad[:2], pieces[:2], q_block=q_block,
                 k_block=k_block, stack=stack, repeat=s.repeat, blocks=blocks, causal=s.causal, scale=scale,

@@ -32,9 +32,12 @@ from farfield.kernels.hopper import (
     barriers,
     descriptor,
     fetch,
+    heads_on,
+    in_tiles,
     on_hopper,
     processors,
     report,
+    token_of,
     wait_empty,
     wait_full,
 )
@@ -62,7 +65,10 @@ def _load(
     BYTES: gl.constexpr = q.dtype.primitive_bitwidth // 8
     WORDS: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    TILES: gl.constexpr = Q_BLOCK // BQ
+    # tiles of a reader: of one head each, or where its tokens are few, of several
+    EACH: gl.constexpr = STACK * Q_BLOCK // BQ
+    TILES: gl.constexpr = Q_BLOCK // BQ if Q_BLOCK > BQ else 1
+    TOKENS: gl.constexpr = Q_BLOCK if Q_BLOCK < BQ else BQ
     units = heads // STACK
     step, turn, message = 0, 0, 0
     item = gl.program_id(0)
@@ -104,19 +110,21 @@ def _load(
                 tma.async_copy_global_to_shared(k, [b, g, row, 0], k_full.index(s), k_ring.index(s * GROUPS + group))
                 tma.async_copy_global_to_shared(v, [b, g, row, 0], k_full.index(s), v_ring.index(s * GROUPS + group))
             turn += 1
-            for j in range(count * (STACK * TILES)):
-                n = gl.load(reader + begin + j // (STACK * TILES))
-                h = u * STACK + j // TILES % STACK
+            for j in range(count * EACH):
+                n = gl.load(reader + begin + j // EACH)
+                h = u * STACK + j // TILES % (EACH // TILES) * (BQ // TOKENS)
                 i = n * Q_BLOCK + j % TILES * BQ
                 s = wait_empty(empty, step)
                 fetch(q, [b, h, i, 0], q_full, q_ring, s)
                 fetch(d_out, [b, h, i, 0], d_full, d_ring, s)
-                stat = (b * heads + h).to(gl.int64) * (blocks * Q_BLOCK) + i + gl.arange(0, BQ, flat)
+                stat = (b * heads + h).to(gl.int64) * (blocks * Q_BLOCK) + i + token_of(BQ, TOKENS, flat)
+                stat = heads_on(stat, blocks * Q_BLOCK, BQ, TOKENS, flat)
                 async_copy.async_copy_global_to_shared(shift_ring.index(s), shift + stat)
                 async_copy.async_copy_global_to_shared(delta_ring.index(s), delta + stat)
                 if POSITION:
                     place = b.to(gl.int64) * position_strides[0] + h.to(gl.int64) * position_strides[1]
-                    place_at = position + place + i + gl.arange(0, BQ, flat)
+                    place_at = position + place + i + token_of(BQ, TOKENS, flat)
+                    place_at = heads_on(place_at, position_strides[1], BQ, TOKENS, flat)
                     async_copy.async_copy_global_to_shared(place_ring.index(s), place_at)
                 async_copy.mbarrier_arrive(stat_full.index(s), increment_count=False)
                 step += 1
@@ -144,7 +152,7 @@ def _hear(told, told_full, told_empty, message):
 @gluon.jit
 def _weigh(
     scores, shift_ring, place_ring, s, row, i, factor, layout: gl.constexpr, BQ: gl.constexpr, CAUSAL: gl.constexpr,
-    POSITION: gl.constexpr,
+    POSITION: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     """Products of 64 rows and BQ queries as softmax weights; 0 where the query is before the row."""
     shift_at, place_at = shift_ring.index(s), place_ring.index(s)
@@ -159,7 +167,7 @@ def _weigh(
             if POSITION:
                 queries = place_at.load(gl.SliceLayout(0, layout))[None, :]
             else:
-                queries = i + gl.arange(0, BQ, gl.SliceLayout(0, layout))[None, :]
+                queries = i + token_of(BQ, TOKENS, gl.SliceLayout(0, layout))[None, :]
             weights = gl.where(rows <= queries, weights, 0.0)
     return weights
 
@@ -185,8 +193,8 @@ def _query(
     if CAUSAL and SORTED:
         i = begin * Q_BLOCK + j * BQ
     elif CAUSAL:
-        TILES: gl.constexpr = Q_BLOCK // BQ
-        i = gl.load(reader + begin + j // (STACK * TILES)) * Q_BLOCK + j % TILES * BQ
+        TILES: gl.constexpr = Q_BLOCK // BQ if Q_BLOCK > BQ else 1
+        i = gl.load(reader + begin + j // (STACK * Q_BLOCK // BQ)) * Q_BLOCK + j % TILES * BQ
     return i
 
 
@@ -228,6 +236,7 @@ def _compute(
     ) = rings  # fmt: skip
     # where positions are told, nobody asks which query a tile starts with
     FROM_LIST: gl.constexpr = CAUSAL and not POSITION
+    TOKENS: gl.constexpr = Q_BLOCK if Q_BLOCK < BQ else BQ
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])
     of_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
@@ -256,12 +265,14 @@ def _compute(
                     wait_full(stat_full, step)
                     i = _query(reader, begin, 0, Q_BLOCK, BQ, STACK, FROM_LIST, SORTED)
                     scores = warpgroup_mma_wait(1, deps=[product])
-                    scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
+                    scores = _weigh(
+                        scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION, TOKENS
+                    )
                     d_weights = warpgroup_mma_wait(0, deps=[d_product])
                     d_weights = scores * (d_weights - delta_ring.index(s).load(of_query)[None, :])
                     weights = gl.convert_layout(scores.to(dtype), left_v)
                     d_scores = gl.convert_layout(d_weights.to(dtype), left_k)
-                    for j in range(1, count * (STACK * (Q_BLOCK // BQ))):
+                    for j in range(1, count * (STACK * Q_BLOCK // BQ)):
                         before = step % STAGES
                         step += 1
                         product, d_product, s = _multiply(
@@ -272,7 +283,9 @@ def _compute(
                         wait_full(stat_full, step)
                         i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST, SORTED)
                         scores = warpgroup_mma_wait(3, deps=[product])
-                        scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
+                        scores = _weigh(
+                            scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION, TOKENS
+                        )
                         if HOLD and not CAUSAL:
                             scores = _hold(scores, row)
                         d_weights = warpgroup_mma_wait(2, deps=[d_product])
@@ -292,14 +305,16 @@ def _compute(
                     acc_k, d_scores = warpgroup_mma_wait(0, deps=[sum_of_k, d_scores])
                     report(empty, before)
                 else:
-                    for j in range(count * (STACK * (Q_BLOCK // BQ))):
+                    for j in range(count * (STACK * Q_BLOCK // BQ)):
                         product, d_product, s = _multiply(
                             keys, values, q_ring, d_ring, q_full, d_full, step, score, BQ, D, E, SORTED
                         )
                         wait_full(stat_full, step)
                         i = _query(reader, begin, j, Q_BLOCK, BQ, STACK, FROM_LIST, SORTED)
                         scores = warpgroup_mma_wait(1, deps=[product])
-                        scores = _weigh(scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION)
+                        scores = _weigh(
+                            scores, shift_ring, place_ring, s, row, i, factor, score, BQ, CAUSAL, POSITION, TOKENS
+                        )
                         weights = gl.convert_layout(scores.to(dtype), left_v)
                         sum_of_v = warpgroup_mma(weights, d_ring.index(s).reshape([BQ, E]), acc_v, is_async=True)
                         d_weights = warpgroup_mma_wait(1, deps=[d_product])
@@ -362,8 +377,9 @@ def attend_backward_rows_hopper(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_ring = gl.allocate_shared_memory(k.dtype, [K_STAGES * GROUPS, 1, 1, 64, D], k.layout)
     v_ring = gl.allocate_shared_memory(v.dtype, [K_STAGES * GROUPS, 1, 1, 64, E], v.layout)
-    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BQ, D], q.layout)
-    d_ring = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, 1, BQ, E], d_out.layout)
+    TOKENS: gl.constexpr = Q_BLOCK if Q_BLOCK < BQ else BQ
+    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES, 1, BQ // TOKENS, TOKENS, D], q.layout)
+    d_ring = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, BQ // TOKENS, TOKENS, E], d_out.layout)
     shift_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], plain)
     place_ring = shift_ring
@@ -468,6 +484,7 @@ def rows_backward(
     items = batch * (heads // stack) * (row_blocks + readers.pieces)
     tiles = TILES[width, k_block]
     bounds = {} if tiles.registers is None else {"maxnreg": tiles.registers}
+    box = {"rows": min(q_block, tiles.queries), "heads": max(tiles.queries // q_block, 1)}
     places, place_strides = delta, (0, 0)
     if position is not None:
         # whole blocks are read; rows are their own positions, and fewer than 2**30
@@ -477,7 +494,7 @@ def rows_backward(
         place_strides = tuple(0 if n == 1 else x for n, x in zip(places.shape[:2], places.stride(), strict=False))
     start(
         attend_backward_rows_hopper, (min(items, processors(q.device) * tiles.programs),),
-        descriptor(q, tiles.queries), descriptor(d_out, tiles.queries), descriptor(k, 64), descriptor(v, 64),
+        descriptor(q, **box), descriptor(d_out, **box), descriptor(k, 64), descriptor(v, 64),
         shift, delta, places, readers.start, readers.reader, readers.key, queue, *grads,
         *sums,
         place_strides, readers.strides, items, heads, blocks, rows, row_blocks, readers.pieces, readers.most,
@@ -490,12 +507,12 @@ def rows_backward(
     )  # fmt: skip
 
 
-def wants_rows(q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, k_block: int, q_block: int) -> bool:
+def wants_rows(q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, k_block: int, q_block: int, stack: int) -> bool:
     """Whether shapes and strides suit; nothing but a causal layout may ride along."""
     width = q.shape[-1]
     return (
         (width, k_block) in TILES
-        and q_block % 64 == 0
+        and in_tiles(q_block, stack)
         and q.dtype in (torch.bfloat16, torch.float16)
         and width == v.shape[-1]
         and on_hopper(q.device)

@@ -35,6 +35,7 @@ from farfield.kernels.hopper import (
     processors,
     report,
     sync,
+    token_of,
     wait_empty,
     wait_full,
 )
@@ -107,9 +108,12 @@ def _load(
 @gluon.jit
 def _weigh(
     scores, shift, row, first, at, least, rows, factor, layout: gl.constexpr, BK: gl.constexpr, CAUSAL: gl.constexpr,
-    POSITION: gl.constexpr,
+    POSITION: gl.constexpr, TOKENS: gl.constexpr = 64,
 ):  # fmt: skip
-    """Products of 64 queries and BK rows as softmax weights; 0 where there is no row, or it is after the query."""
+    """Products of 64 queries and BK rows as softmax weights; 0 where there is no row, or it is after the query.
+
+    The queries are TOKENS of a head each, from `first` on.
+    """
     weights = gl.exp2(scores * factor - shift[:, None])
     whole = row + BK <= rows
     if CAUSAL:
@@ -121,7 +125,7 @@ def _weigh(
             if POSITION:
                 i = at[:, None]
             else:
-                i = first + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+                i = first + token_of(64, TOKENS, gl.SliceLayout(1, layout))[:, None]
             seen &= r <= i
         weights = gl.where(seen, weights, 0.0)
     return weights

@@ -33,10 +33,13 @@ from farfield.kernels.hopper import (
     aligned,
     barriers,
     descriptor,
+    heads_on,
+    in_tiles,
     on_hopper,
     processors,
     report,
     sync,
+    token_of,
     wait_empty,
     wait_full,
 )
@@ -46,12 +49,15 @@ from farfield.kernels.replay import start
 
 @gluon.jit
 def _place(item, first, blocks, units, Q_BLOCK: gl.constexpr, STACK: gl.constexpr):
-    """Item, which is the number of its shares too -> batch, query head, unit, query block, first query."""
-    TILES: gl.constexpr = Q_BLOCK // 64
-    unit = first + item // (STACK * TILES) // blocks
+    """Item, which is the number of its shares too -> batch, (first) query head, unit, query block, first query."""
+    EACH: gl.constexpr = STACK * Q_BLOCK // 64
+    TILES: gl.constexpr = Q_BLOCK // 64 if Q_BLOCK > 64 else 1
+    HEADS: gl.constexpr = 64 // Q_BLOCK if Q_BLOCK < 64 else 1
+    unit = first + item // EACH // blocks
     u = unit % units
-    n = item // (STACK * TILES) % blocks
-    return unit // units, u * STACK + item // TILES % STACK, u, n, n * Q_BLOCK + item % TILES * 64
+    n = item // EACH % blocks
+    h = u * STACK + item // TILES % (STACK // HEADS) * HEADS
+    return unit // units, h, u, n, n * Q_BLOCK + item % TILES * 64
 
 
 @gluon.jit
@@ -68,6 +74,7 @@ def _load(
     ) = given  # fmt: skip
     numbers, q_ring, k_ring, v_ring, q_bars, k_full, k_empty, v_full, v_empty = rings
     BYTES: gl.constexpr = 64 * D * 2
+    TOKENS: gl.constexpr = Q_BLOCK if Q_BLOCK < 64 else 64
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, across)
@@ -101,7 +108,10 @@ def _load(
                     # out of the queries takes the place of a tile of keys
                     mbarrier.arrive(k_full.index(s), count=32 * WARPS - 1)
                     mbarrier.expect(k_full.index(s), BYTES)
-                    tma.async_copy_global_to_shared(out, [b, h, i, 0], k_full.index(s), k_ring.index(s))
+                    to = k_ring.index(s)
+                    if TOKENS < 64:
+                        to = to.reshape([1, 64 // TOKENS, TOKENS, D])
+                    tma.async_copy_global_to_shared(out, [b, h, i, 0], k_full.index(s), to)
                 else:
                     row = gl.load(list_at + (j - 1) // (K_BLOCK // 64)) * K_BLOCK + (j - 1) % (K_BLOCK // 64) * 64
                     numbers.index(s).store(gl.full([1], row, gl.int32, ONE))
@@ -147,6 +157,7 @@ def _compute(
         far_batch_lists, far_head_lists, first_unit, items, blocks, heads, tokens, units, rows, scale,
     ) = given  # fmt: skip
     numbers, stats, q_ring, k_ring, v_ring, q_bars, k_full, k_empty, v_full, v_empty = rings
+    TOKENS: gl.constexpr = Q_BLOCK if Q_BLOCK < 64 else 64
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
@@ -159,8 +170,8 @@ def _compute(
     k_step, v_step, turn = 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         b, h, u, n, first = _place(item, first_unit, blocks, units, Q_BLOCK, STACK)
-        line = first + gl.arange(0, 64, down)
-        stat = (b * heads + h).to(gl.int64) * tokens + line
+        line = first + token_of(64, TOKENS, down)
+        stat = heads_on((b * heads + h).to(gl.int64) * tokens + line, tokens, 64, TOKENS, down)
         mass = gl.load(lse + stat, mask=line < tokens, other=float("-inf"))
         d_mass = mass
         if D_LSE:
@@ -184,6 +195,7 @@ def _compute(
         k_step += 1
         # up to the end of the last block, so that whole tiles can be read back
         stat = (b * heads + h).to(gl.int64) * (blocks * Q_BLOCK) + line
+        stat = heads_on(stat, blocks * Q_BLOCK, 64, TOKENS, down)
         gl.store(shift + stat, shift_row)
         gl.store(delta + stat, delta_row)
         # the gathered rows ask for them across
@@ -196,7 +208,9 @@ def _compute(
                 queries, d_tile, numbers, k_ring, v_ring, k_full, v_full, k_step, v_step, score, 64, D, D
             )
             scores = warpgroup_mma_wait(1, deps=[product])
-            weights = _weigh(scores, shift_row, row, first, first, first, rows, factor, score, 64, CAUSAL, False)
+            weights = _weigh(
+                scores, shift_row, row, first, first, first, rows, factor, score, 64, CAUSAL, False, TOKENS
+            )
             d_weights = warpgroup_mma_wait(0, deps=[d_product])
             report(v_empty, t)
             v_step += 1
@@ -210,7 +224,9 @@ def _compute(
                 )
                 summed = warpgroup_mma(d_scores, k_ring.index(before).reshape([64, D]), acc, is_async=True)
                 scores = warpgroup_mma_wait(2, deps=[product])
-                weights = _weigh(scores, shift_row, row, first, first, first, rows, factor, score, 64, CAUSAL, False)
+                weights = _weigh(
+                    scores, shift_row, row, first, first, first, rows, factor, score, 64, CAUSAL, False, TOKENS
+                )
                 d_weights = warpgroup_mma_wait(1, deps=[d_product])
                 d_weights = weights * (d_weights - delta_row[:, None])
                 acc, d_scores = warpgroup_mma_wait(0, deps=[summed, d_scores])
@@ -324,8 +340,9 @@ def attend_backward_runs_hopper(
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    TOKENS: gl.constexpr = Q_BLOCK if Q_BLOCK < 64 else 64
     # queries and dout
-    q_ring = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 64, D], q.layout)
+    q_ring = gl.allocate_shared_memory(q.dtype, [2, 1, 64 // TOKENS, TOKENS, D], q.layout)
     k_ring = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, 64, D], k.layout)
     v_ring = gl.allocate_shared_memory(q.dtype, [V_STAGES, 1, 1, 64, D], v.layout)
     # the loading warps pass over the place of dS: that it has come back, they know from the values' place two tiles on
@@ -396,17 +413,18 @@ def runs_backward(
 ) -> None:  # fmt: skip
     """dq, `delta` and `shift` [B, H, blocks * q_block] and the shares of `far` of units begin .. stop - 1.
 
-    A list has a share for every 64 queries of every head that reads it.
+    A list has a share for every 64 queries of the heads that read it.
     """
     heads, tokens, width = q.shape[1:]
     tiles = TILES[width]
-    items = (stop - begin) * blocks * stack * (q_block // 64)
+    items = (stop - begin) * blocks * (stack * q_block // 64)
+    box = {"rows": min(q_block, 64), "heads": max(64 // q_block, 1)}
     share_k, share_v = (x.view(1, items, far.picks * far.plan.k_block, width) for x in shares[:2])
     start(
         attend_backward_runs_hopper, (min(items, processors(q.device) * tiles.programs),),
-        descriptor(q, 64), descriptor(d_out, 64), descriptor(out, 64), descriptor(near.k, 64), descriptor(near.v, 64),
+        *(descriptor(x, **box) for x in (q, d_out, out)), descriptor(near.k, 64), descriptor(near.v, 64),
         far.k, far.v, far.bias, lse, lse if d_lse is None else d_lse, near.index, near.count, far.index, far.count,
-        descriptor(d_q, 64), descriptor(share_k, 64), descriptor(share_v, 64), shares[2], delta, shift,
+        descriptor(d_q, **box), descriptor(share_k, 64), descriptor(share_v, 64), shares[2], delta, shift,
         far.strides[0], *far.strides[2:4], near.picks, *near.lists, far.picks, *far.lists, far.rows, begin, items,
         blocks, heads, tokens, units, near.rows, scale,
         STACK=stack, REPEAT=near.repeat, FAR_REPEAT=far.repeat, Q_BLOCK=q_block, D=width, K_BLOCK=near.plan.k_block,
@@ -416,12 +434,12 @@ def runs_backward(
     )  # fmt: skip
 
 
-def wants_runs(q: Tensor, d_out: Tensor, out: Tensor, near: Source, far: Source, q_block: int) -> bool:
+def wants_runs(q: Tensor, d_out: Tensor, out: Tensor, near: Source, far: Source, q_block: int, stack: int) -> bool:
     """Whether shapes and strides suit; nothing but a causal layout of blocks and a bias of rows may ride along."""
     width = q.shape[-1]
     return (
         width in TILES
-        and q_block % 64 == 0
+        and in_tiles(q_block, stack)
         and near.plan.k_block in (64, 128)
         and far.small
         and far.rows > 0

@@ -526,6 +526,11 @@ SEGMENT = 256  # gathered rows whose numbers are looked up at a time
 
 def wants(call: Call) -> bool:
     """Whether this kernel takes the call: whole blocks and gathered rows of 16-bit numbers, on a Hopper GPU."""
+    return not call.plans[0].q_block % 64 and suits(call)
+
+
+def suits(call: Call) -> bool:
+    """Whether kernels for Hopper GPUs can read such rows and blocks, for tiles of queries of any kind."""
     q, k, v, bias, end, row_group, position, group, _, _, plans, scale = call
     if q.dtype not in (torch.bfloat16, torch.float16) or not on_hopper(q.device):
         return False
@@ -535,7 +540,7 @@ def wants(call: Call) -> bool:
         return False
     if position.dim() > 1 and (len(k) > 1 or plans[0].reach >= 0):
         return False
-    if plans[0].q_block % 64 or plans[0].k_block not in (64, 128):
+    if plans[0].k_block not in (64, 128):
         return False
     if not all(aligned(x) for x in (q, *k, *v)):
         return False

@@ -24,22 +24,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from farfield.kernels import attend_hopper
+from farfield.kernels.attend import lists_of
 from farfield.kernels.attend_hopper import _list, _lists, _place, _rows_of, _weigh
 from farfield.kernels.hopper import (
     LN2,
     LOG2E,
     descriptor,
     fetch,
+    heads_on,
+    in_tiles,
     processors,
     report,
     soften,
     soften_scaled,
     sync,
+    token_of,
     wait_empty,
     wait_full,
 )
 from farfield.kernels.replay import start
 from farfield.ops.attend import Call
+
+
+@gluon.jit
+def _tile(item, blocks, heads, TOKENS: gl.constexpr):
+    """Item -> batch, first of 64 / TOKENS heads, query block."""
+    HEADS: gl.constexpr = 64 // TOKENS
+    b, h, n, _ = _place(item, blocks, heads // HEADS, 1)
+    return b, h * HEADS, n
 
 
 @gluon.jit
@@ -49,7 +61,7 @@ def _load(
     far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists, far_rows,
     rows, items, blocks, heads,
     REPEAT: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, K_BLOCK: gl.constexpr,
-    BIAS: gl.constexpr, SEGMENT: gl.constexpr, WARPS: gl.constexpr,
+    BIAS: gl.constexpr, SEGMENT: gl.constexpr, WARPS: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     """Queries, blocks and gathered rows, by WARPS warps, each thread of which reports once for every tile."""
     PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
@@ -60,7 +72,7 @@ def _load(
     tiles = named._reinterpret(gl.int32, [SEGMENT // BK, BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     step, turn = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, n, _ = _place(item, blocks, heads, 1)
+        b, h, n = _tile(item, blocks, heads, TOKENS)
         g = h // REPEAT
         at = _list(b, h, n, batch_lists, head_lists)
         list_at = index + at * picks
@@ -73,7 +85,7 @@ def _load(
         which = gl.arange(0, 2, PAIR)
         counts.index(p).store(gl.where(which == 0, listed, far_listed))
         sync()
-        fetch(q, [b, h, n * 64, 0], q_full, q_ring, p)
+        fetch(q, [b, h, n * TOKENS, 0], q_full, q_ring, p)
         turn += 1
         for j in range(listed):
             block = gl.load(list_at + j, mask=j < filled, other=0)
@@ -119,7 +131,9 @@ def _load(
 
 
 @gluon.jit
-def _hide(scores, row, first, rows, layout: gl.constexpr, BK: gl.constexpr, CAUSAL: gl.constexpr):
+def _hide(
+    scores, row, first, rows, layout: gl.constexpr, BK: gl.constexpr, CAUSAL: gl.constexpr, TOKENS: gl.constexpr
+):  # fmt: skip
     """-inf where the queries from `first` on must not see the rows from `row` on."""
     whole = row + BK <= rows
     if CAUSAL:
@@ -128,7 +142,7 @@ def _hide(scores, row, first, rows, layout: gl.constexpr, BK: gl.constexpr, CAUS
         r = row + gl.arange(0, BK, gl.SliceLayout(0, layout))[None, :]
         seen = r < rows
         if CAUSAL:
-            seen &= r <= first + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+            seen &= r <= first + token_of(64, TOKENS, gl.SliceLayout(1, layout))[:, None]
         scores = gl.where(seen, scores, float("-inf"))
     return scores
 
@@ -138,7 +152,7 @@ def _compute(
     out, lse, counts, block_rows, q_ring, k_ring, v_ring, bias_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     items, blocks, heads, tokens, rows, scale,
     D: gl.constexpr, E: gl.constexpr, BK: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, BIAS: gl.constexpr,
+    CAUSAL: gl.constexpr, BIAS: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
@@ -151,8 +165,8 @@ def _compute(
     factor = scale * LOG2E
     step, turn = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, n, _ = _place(item, blocks, heads, 1)
-        first = n * 64
+        b, h, n = _tile(item, blocks, heads, TOKENS)
+        first = n * TOKENS
         peak = gl.full([64], float("-inf"), gl.float32, per_row)
         mass = gl.zeros([64], gl.float32, per_row)
         acc = gl.zeros([64, E], gl.float32, value)
@@ -169,7 +183,7 @@ def _compute(
         keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
         scores = warpgroup_mma(queries, keys, scores, use_acc=False)
         report(k_empty, s)
-        scores = _hide(scores, row, first, rows, score, BK, CAUSAL)
+        scores = _hide(scores, row, first, rows, score, BK, CAUSAL, TOKENS)
         weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
         operand = gl.convert_layout(weights.to(dtype), left)
         for _ in range(1, listed):
@@ -185,7 +199,7 @@ def _compute(
             summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[product])
             report(k_empty, s)
-            scores = _hide(scores, row, first, rows, score, BK, CAUSAL)
+            scores = _hide(scores, row, first, rows, score, BK, CAUSAL, TOKENS)
             weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             report(v_empty, last)
@@ -224,8 +238,8 @@ def _compute(
         fence_async_shared()
         sync()
         tma.async_copy_shared_to_global(out, [b, h, first, 0], q_ring.index(p))
-        at = first + gl.arange(0, 64, per_row)
-        lse_at = lse + (b.to(gl.int64) * heads + h) * tokens
+        at = first + token_of(64, TOKENS, per_row)
+        lse_at = heads_on(lse + (b.to(gl.int64) * heads + h) * tokens, tokens, 64, TOKENS, per_row)
         # log2(0) = -inf is what a query that read nothing has
         gl.store(lse_at + at, (peak + gl.log2(mass)) * LN2, at < tokens)
         tma.store_wait(0)
@@ -244,11 +258,11 @@ def attend_hopper_runs(
     items, blocks, heads, tokens, rows, scale,
     REPEAT: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, E: gl.constexpr, Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, K_BLOCK: gl.constexpr, BIAS: gl.constexpr, SEGMENT: gl.constexpr,
-    LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
+    LOADERS: gl.constexpr, REGISTERS: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES, 1, 1, 64, D], q.layout)
+    q_ring = gl.allocate_shared_memory(q.dtype, [Q_STAGES, 1, 64 // TOKENS, TOKENS, D], q.layout)
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BK, D], k.layout)
     v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BK, E], v.layout)
     bias_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BK], plain)
@@ -279,14 +293,14 @@ def attend_hopper_runs(
         (_compute, (
             out, lse, counts, block_rows, q_ring, k_ring, v_ring, bias_ring, q_full, q_empty, k_full, k_empty, v_full,
             v_empty, items, blocks, heads, tokens, rows, scale,
-            D, E, BK, Q_STAGES, STAGES, CAUSAL, BIAS,
+            D, E, BK, Q_STAGES, STAGES, CAUSAL, BIAS, TOKENS,
         )),
         (_load, (
             q, k, v, far_k, far_v, far_bias, counts, block_rows, named, q_ring, k_ring, v_ring, bias_ring, q_full,
             q_empty, k_full, k_empty, v_full, v_empty, index, count, picks, batch_lists, head_lists, far_index,
             far_count, far_k_strides, far_v_strides, bias_batch, bias_head, far_picks, far_batch_lists, far_head_lists,
             far_rows, rows, items, blocks, heads,
-            REPEAT, D, E, BK, K_BLOCK, BIAS, SEGMENT, LOADERS,
+            REPEAT, D, E, BK, K_BLOCK, BIAS, SEGMENT, LOADERS, TOKENS,
         )),
     ], [LOADERS], [REGISTERS])  # fmt: skip
 
@@ -318,16 +332,16 @@ LEAST = 6  # blocks of a list
 
 
 def wants(call: Call) -> bool:
-    """Whether this kernel takes a call that attend_hopper takes: two sources, long lists of blocks of 64."""
+    """Whether this kernel takes a call: two sources, blocks of 64, and long lists or few queries to a list."""
     near = call.plans[0]
-    return (
-        len(call.k) == 2
-        and near.q_block == near.k_block == ROWS
-        and near.reach < 0
-        and call.index[0].shape[3] >= LEAST
-        and not (call.position.dim() > 1 and near.causal)
-        and attend_hopper.wants(call)
-    )
+    if len(call.k) != 2 or near.k_block != ROWS or near.q_block > ROWS:
+        return False
+    if near.q_block < ROWS:
+        # queries of several heads that share a list in a tile: no other kernel for Hopper has them
+        suits = in_tiles(near.q_block, lists_of(call)[1])
+    else:
+        suits = call.index[0].shape[3] >= LEAST
+    return suits and near.reach < 0 and not (call.position.dim() > 1 and near.causal) and attend_hopper.suits(call)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -339,19 +353,22 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     blocks = index[0].shape[2]
     tiles = TILES[width]
-    items = batch * heads * blocks
+    # rows of a tile: tokens of one head, or fewer tokens of several that share their list
+    size = near.q_block
+    items = batch * heads * blocks * size // 64
     near_lists, far_lists = _lists(index[0], count[0]), _lists(index[1], count[1])
     weighted = bias[1].dim() > 1
     far_bias = bias[1].float().contiguous() if weighted else lse
     bias_strides = [0 if n == 1 else s for n, s in zip(far_bias.shape[:2], far_bias.stride(), strict=False)]
     start(
         attend_hopper_runs, (min(items, processors(q.device) * tiles.programs),),
-        descriptor(q, 64), descriptor(k[0], ROWS), descriptor(v[0], ROWS), descriptor(out, 64),
+        descriptor(q, size, heads=64 // size), descriptor(k[0], ROWS), descriptor(v[0], ROWS),
+        descriptor(out, size, heads=64 // size),
         lse, *near_lists[:2], k[1], v[1], far_bias, *far_lists[:2], k[1].stride(), v[1].stride(),
         *near_lists[2:], *bias_strides, *far_lists[2:], k[1].shape[2],
         items, blocks, heads, tokens, k[0].shape[2], scale,
         REPEAT=heads // k[0].shape[1], BK=ROWS, D=width, E=width, Q_STAGES=tiles.q_stages, STAGES=tiles.stages,
         CAUSAL=bool(near.causal), K_BLOCK=far.k_block, BIAS=weighted, SEGMENT=SEGMENT, LOADERS=tiles.loaders,
-        REGISTERS=tiles.loading, num_warps=4, maxnreg=tiles.registers,
+        REGISTERS=tiles.loading, TOKENS=size, num_warps=4, maxnreg=tiles.registers,
     )  # fmt: skip
     return out, lse

@@ -20,6 +20,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
 ALIGNED = 8  # elements of 16 bits in the 16 bytes that tensor memory accelerators and vector copies ask for
+LEAST = 8  # tokens of a head in a tile of several heads; rows of shared memory lie in groups of eight
 UNIT = gl.constexpr(ALIGNED)  # of the strides that kernels are told, so that rows are known to be aligned
 
 # Triton 3.7 has renamed it
@@ -71,6 +72,23 @@ def report(bars, s):
 
 
 @gluon.jit
+def token_of(SIZE: gl.constexpr, TOKENS: gl.constexpr, layout: gl.constexpr):
+    """Which token of its head each row of a tile is: SIZE rows, TOKENS of a head and then those of the next one."""
+    row = gl.arange(0, SIZE, layout)
+    if TOKENS < SIZE:
+        row = row % TOKENS
+    return row
+
+
+@gluon.jit
+def heads_on(at, stride, SIZE: gl.constexpr, TOKENS: gl.constexpr, layout: gl.constexpr):
+    """Pointers or offsets for the rows of such a tile: `at`, and `stride` more for each head behind the first."""
+    if TOKENS < SIZE:
+        at = at + (gl.arange(0, SIZE, layout) // TOKENS).to(gl.int64) * stride
+    return at
+
+
+@gluon.jit
 def soften(scores, peak, mass):
     """One step of the running softmax, in units of log 2: weights, peak, mass, and what the sums so far fade by."""
     higher = gl.maximum(peak, gl.max(scores, 1))
@@ -91,6 +109,13 @@ def soften_scaled(scores, peak, mass, factor):
     return weights, higher, mass * fade + gl.sum(weights, 1), fade
 
 
+def in_tiles(tokens: int, heads: int, size: int = 64) -> bool:
+    """Whether so many tokens of so many heads are tiles of `size` rows; where tokens are few, of several heads."""
+    if tokens >= size:
+        return tokens % size == 0
+    return tokens >= LEAST and size % tokens == 0 and heads % (size // tokens) == 0
+
+
 def aligned(x: Tensor) -> bool:
     """Whether rows lie one behind the other and everything else at multiples of 16 bytes."""
     *outer, last = x.stride()
@@ -99,23 +124,25 @@ def aligned(x: Tensor) -> bool:
     return all(n == 1 or (stride > 0 and stride % ALIGNED == 0) for n, stride in zip(x.shape, outer, strict=False))
 
 
-def descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, columns: int | None = None, heads: int = 1) -> TensorDescriptor:
     """A descriptor of boxes of so many rows and columns of [B, H, S, D], all columns if it is not said how many.
 
+    A box of several heads comes as their rows, one head behind the other.
     Made from a template: the checks of its constructor are `aligned`'s.
     """
     made = object.__new__(TensorDescriptor)
     # a dimension of one element may have any stride; the descriptor asks for an aligned one
     width = x.shape[-1]
     strides = [s if n > 1 else width for n, s in zip(x.shape[:-1], x.stride(), strict=False)]
-    made.__dict__.update(_template(rows, columns or width, x.dtype), base=x, shape=list(x.shape), strides=[*strides, 1])
+    about = _template(heads, rows, columns or width, x.dtype)
+    made.__dict__.update(about, base=x, shape=list(x.shape), strides=[*strides, 1])
     return made
 
 
 @cache
-def _template(rows: int, width: int, dtype: torch.dtype) -> dict:
+def _template(heads: int, rows: int, width: int, dtype: torch.dtype) -> dict:
     kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    box = [1, 1, rows, width]
+    box = [1, heads, rows, width]
     like = torch.empty(box, dtype=dtype, device="meta")
     return vars(TensorDescriptor.from_tensor(like, box, gl.NVMMASharedLayout.get_default_for(box, kind)))
 

@@ -487,7 +487,7 @@ class FMA(Mechanism):
         if far.bias is None or self._refused(q, k, v, tree, plan):
             return None
         chosen = on_gpu.choose(q, k, tree, plan, scale)
-        if self.hold % on_gpu.TILE == 0:
+        if on_gpu.by_tiles(q, k, plan):
             near, listed = on_gpu.lists(*chosen, tree, plan)
             return opened.attend_runs(q, Rows(k, v), far, near, listed, self.hold, self.block, self.rank, scale).out
         return on_gpu.attend(q, k, v, (far.k, far.v, far.bias), chosen, tree, plan, scale)
@@ -797,7 +797,7 @@ class FMA(Mechanism):
         self._check_opening()
         blocks, plan, scale = sketches[0].rows.shape[2], self.plan(), self._scale(q)
         tree = Tree(self.block, self.rank, blocks, len(sketches), True, self.sinks, blocks * self.block)
-        runs = self.hold % on_gpu.TILE == 0
+        runs = on_gpu.by_tiles(q, tokens.k, plan)
         step = q.shape[2] if runs else PIECE
         if far.bias is None or self._refused(q[:, :, :step], tokens.k, tokens.v, tree, plan):
             return None

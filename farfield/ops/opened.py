@@ -18,6 +18,7 @@ RANKS = (1, 2, 4, 8, 16, 32)
 MOST = 64  # groups opened, and looked into on a level
 LEVELS = 15  # where each query, or few together, have lists of their own: 2 bits each in a word
 TILE = 64  # queries that read what is opened as they read what is near, if they choose together
+FEWEST = 8  # of one head among them
 
 
 class Plan(NamedTuple):
@@ -56,9 +57,15 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> str | No
         return f"take {MOST} groups and query heads of a key head at most"
     if not tree.complete or not q.shape[0] * q.shape[1]:
         return "take causal sequences, at least one of them"
-    if tree.levels > LEVELS and plan.hold % TILE:
+    if tree.levels > LEVELS and not by_tiles(q, k, plan):
         return f"take {LEVELS} levels where fewer than {TILE} queries choose together, got {tree.levels}"
     return None
+
+
+def by_tiles(q: Tensor, k: Tensor, plan: Plan) -> bool:
+    """Whether the queries of a run, of all heads that choose together, are whole tiles of queries."""
+    heads = q.shape[1] // k.shape[1] if plan.shared else 1
+    return plan.hold >= FEWEST and plan.hold * heads % TILE == 0
 
 
 def choose(
@@ -105,7 +112,7 @@ def lists(
 
 def at_once(q: Tensor, k: Tensor, v: Tensor, tree: Tree, plan: Plan) -> bool:
     """Whether `runs` takes a call that `refusal` has nothing against: nobody sees operations or wants gradients."""
-    if plan.hold % TILE or SCORES[plan.score] != "mean" or not eager(q, k, v) or recorded(q, k, v):
+    if not by_tiles(q, k, plan) or SCORES[plan.score] != "mean" or not eager(q, k, v) or recorded(q, k, v):
         return False
     from farfield.kernels import opened_sketches
 

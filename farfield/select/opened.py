@@ -659,8 +659,8 @@ def attend_runs(
     found = Partial(found.out.reshape(batch, heads, many, -1), found.lse.reshape(batch, heads, many))
     if not start:
         return found
-    own = torch.arange(index.shape[2], dtype=torch.int32, device=q.device) * hold // block
-    layout = Layout(own[None, None, :, None], torch.ones_like(own)[None, None], hold, block, many, len(here), True)
+    own = torch.arange(-(-many // block), dtype=torch.int32, device=q.device)
+    layout = Layout(own[None, None, :, None], torch.ones_like(own)[None, None], block, block, many, len(here), True)
     return merge(found, attend(q, here, layout, scale=scale))
 
 

@@ -164,6 +164,8 @@ SUITE = {
     "fma, opened, runs": lambda: opened(few=2, hold=64, tokens=2100, open=8),
     "fma, opened, runs, width 128": lambda: opened(hold=64, tokens=2100, open=8, width=128, segments="sum"),
     "fma, opened, few in runs": lambda: opened(hold=64),
+    "fma, opened, runs of two heads": lambda: opened(hold=32, tokens=2100, open=8),
+    "fma, opened, runs of two heads, width 128": lambda: opened(hold=32, tokens=2100, open=8, width=128),
     "fma, float32": lambda: fma(dtype=torch.float32),
     "fma, float16, sinks": lambda: fma(dtype=torch.float16, sinks=3),
     "fma, widths 80 and 40": lambda: fma(width=80, value_width=40),

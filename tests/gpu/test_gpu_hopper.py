@@ -17,14 +17,20 @@ CASES = int(os.environ.get("FARFIELD_CASES", "200"))
 FIRST = int(os.environ.get("FARFIELD_SEED", "0"))
 
 
-def problem(seed):
-    """A random call that the kernel takes: q, sources and dtype, in float64."""
+def problem(seed, together=False):
+    """A random call that the kernel takes: q, sources and dtype, in float64.
+
+    together: tiles of several heads' queries.
+    """
     pick = random.Random(seed)
     gen = torch.Generator(device="cuda").manual_seed(seed)
     batch, kv_heads = pick.choice([1, 2, 3]), pick.choice([1, 2, 3])
     heads = kv_heads * pick.choice([1, 2, 5])
     tokens = pick.choice([65, 130, 257, 640, 1999])
     width, q_block = pick.choice([64, 128]), pick.choice([64, 128, 192, 256])
+    if together:
+        q_block = pick.choice([8, 16, 32])
+        heads = kv_heads * (64 // q_block) * pick.choice([1, 2])
     blocks = -(-tokens // q_block)
 
     def draw(*shape):
@@ -45,7 +51,7 @@ def problem(seed):
     def layout(rows, k_block, **options):
         row_blocks = -(-rows // k_block)
         picks = pick.randint(1, min(row_blocks, 90))
-        lead = pick.choice([1, batch]), pick.choice([1, heads])
+        lead = pick.choice([1, batch]), 1 if together else pick.choice([1, heads])
         order = torch.rand(*lead, blocks, row_blocks, generator=gen, device="cuda").argsort(-1)
         index = order[..., :picks].sort(-1).values.to(torch.int32)
         count = torch.randint(0, picks + 1, (*lead, blocks), generator=gen, device="cuda", dtype=torch.int32)
@@ -55,9 +61,11 @@ def problem(seed):
 
     rows = pick.choice([tokens, 64, 1000])
     options = {"causal": pick.random() < 0.5, "reach": pick.choice([None, None, 100]), "sinks": pick.choice([0, 70])}
-    near = layout(rows, pick.choice([64, 128]), **options)
+    if together:
+        options["reach"] = None
+    near = layout(rows, 64 if together else pick.choice([64, 128]), **options)
     sources = [(ff.Rows(strided(kv_heads, rows), strided(kv_heads, rows)), near)]
-    if pick.random() < 0.6:
+    if together or pick.random() < 0.6:
         rows, bias = pick.choice([30, 513, 2000]), None
         if pick.random() < 0.7:
             bias = draw(pick.choice([1, batch]), pick.choice([1, kv_heads]), rows)
@@ -81,9 +89,10 @@ def small(q, sources, dtype):
 
 
 def taken(q, sources) -> bool:
-    from farfield.kernels import attend_hopper
+    from farfield.kernels import attend_hopper, attend_hopper_runs
 
-    return attend_hopper.wants(arguments(Problem(q, sources)))
+    call = arguments(Problem(q, sources))
+    return attend_hopper.wants(call) or attend_hopper_runs.wants(call)
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
@@ -97,6 +106,32 @@ def test_random_calls(seed):
     terms = sum(len(r) for r, _ in sources)
     assert_within(got.out, exact.out, terms=terms, name=f"out, seed {seed}, {dtype}")
     assert_within(got.lse, exact.lse, terms=terms, name=f"lse, seed {seed}, {dtype}")
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES // 4))
+def test_tiles_of_several_heads(seed):
+    """Forward and backward, through out and lse."""
+    q, sources, dtype = problem(seed, together=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    asked, rows = small(q, sources, dtype)
+    assert taken(asked, rows)
+    found = []
+    for x, given in ((q, sources), (asked, rows)):
+        leaves = [x, *(r.k for r, _ in given), *(r.v for r, _ in given)]
+        leaves += [r.bias for r, _ in given if r.bias is not None]
+        for y in leaves:
+            y.requires_grad_()
+        got = ff.attend(x, given)
+        gen = torch.Generator(device="cuda").manual_seed(seed)
+        d_out, d_lse = (torch.randn(y.shape, generator=gen, device="cuda").bfloat16() for y in got)
+        seen = got.lse.isfinite()
+        loss = (got.out * d_out).sum() + (got.lse.where(seen, 0.0) * d_lse).sum()
+        found.append([got.out, got.lse, *torch.autograd.grad(loss, leaves)])
+    terms = sum(len(r) for r, _ in sources) + q.shape[1] * q.shape[2]
+    for n, (exact, got) in enumerate(zip(*found, strict=True)):
+        # a bias is float32, but its gradient no better than out
+        got = got if n == 1 else got.to(dtype)
+        assert_within(got, exact, terms=terms, name=f"result {n}, seed {seed}, {dtype}")
 
 
 @pytest.mark.parametrize("block", [64, 128])

@@ -50,6 +50,11 @@ CASES = {
     "runs": ({"open": 8, "rank": 4, "hold": 64, "sinks": 3}, 4, 4, 1700, 64),
     "peaks": ({"open": 4, "rank": 4, "hold": 64, "sinks": 3, "score": "peak", "detail": 1}, 4, 4, 1700, 64),
     "sums of segments": ({"open": 4, "rank": 4, "hold": 64, "segments": "sum"}, 4, 2, 1700, 64),
+    "runs of 32 of two heads": ({"open": 8, "rank": 4, "hold": 32, "sinks": 3}, 4, 2, 1733, 128),
+    "runs of 16 of four heads": ({"open": 8, "rank": 4, "hold": 16}, 8, 2, 1733, 64),
+    "runs of 16 of eight heads": ({"open": 3, "rank": 8, "hold": 16, "segments": "sum"}, 8, 1, 1733, 64),
+    "runs of 8 of eight heads": ({"open": 8, "rank": 2, "hold": 8, "detail": 8}, 16, 2, 1733, 128),
+    "runs in wide blocks": ({"block": 128, "open": 4, "rank": 8, "hold": 16}, 8, 2, 2100, 64),
     "runs of shared heads": ({"open": 8, "rank": 8, "hold": 64, "detail": 2}, 8, 2, 1700, 128),
     "wide blocks": ({"block": 128, "open": 4, "rank": 8, "sinks": 5}, 8, 2, 2100, 128),
 }
@@ -172,7 +177,10 @@ def test_the_choice_is_that_in_float64(case, tokens, few, monkeypatch):
     assert alike.all(-1).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("options", [{"rank": 4}, {"rank": 2, "detail": 8}, {"rank": 1, "detail": 8, "near": 64}])
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 4}, {"rank": 2, "detail": 8}, {"rank": 1, "detail": 8, "near": 64}, {"rank": 4, "hold": 16, "open": 8}],
+)
 @pytest.mark.parametrize("tokens", [1003, 20011])
 def test_one_pass_finds_what_two_find(tokens, options, monkeypatch):
     mech, x = FMA(**{**OPTIONS, "hold": 64, **options}), draw(tokens, torch.bfloat16)
@@ -209,13 +217,29 @@ def test_float64_equals_the_definition():
     assert_within(mech(*x), exact, terms=700)
 
 
-def test_the_future_reaches_no_output():
-    mech, x = FMA(**OPTIONS), draw(1003, torch.bfloat16)
+@pytest.mark.parametrize("hold", [1, 16])
+def test_the_future_reaches_no_output(hold):
+    mech, x = FMA(**OPTIONS, hold=hold), draw(1003, torch.bfloat16)
     after = mech(*(torch.cat([t[:, :, :600], -3 * t[:, :, 600:] + 1], 2) for t in x))
     assert torch.equal(after[:, :, :600], mech(*x)[:, :, :600])
 
 
-@pytest.mark.parametrize("hold", [1, 64])
+@pytest.mark.parametrize("width", [64, 128])
+def test_runs_of_few_queries_repeat_bitwise(width):
+    mech = FMA(**{**OPTIONS, "rank": 4, "open": 8, "beam": 16}, hold=16)
+    x = [t.requires_grad_() for t in draw(5003, torch.bfloat16, width=width)]
+    weights = torch.randn(1, 8, 5003, width, generator=torch.Generator().manual_seed(1)).bfloat16().to("cuda")
+
+    def run():
+        out = mech(*x)
+        return out, *torch.autograd.grad(out, x, weights)
+
+    first = run()
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("hold", [1, 16, 64])
 def test_a_graph_replays_it(hold):
     mech, x = FMA(**{**OPTIONS, "rank": 4}, hold=hold), draw(1003, torch.bfloat16)
     with torch.no_grad():
@@ -233,7 +257,7 @@ def test_a_graph_replays_it(hold):
         assert torch.equal(out, mech(*x))
 
 
-@pytest.mark.parametrize("hold", [1, 64])
+@pytest.mark.parametrize("hold", [1, 16, 64])
 def test_a_graph_replays_a_training_step(hold):
     mech, x = FMA(**OPTIONS, hold=hold), [t.requires_grad_() for t in draw(3003, torch.bfloat16)]
     weights = torch.randn(1, 8, 3003, 64, generator=torch.Generator().manual_seed(1)).bfloat16().to("cuda")

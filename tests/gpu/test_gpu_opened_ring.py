@@ -20,7 +20,7 @@ def draw(tokens, dtype, *, batch=2, heads=8, kv_heads=2, width=64):
     return [torch.randn(s, generator=gen).bfloat16().to("cuda", dtype) for s in shapes]
 
 
-@pytest.mark.parametrize("hold", [1, 4, 64, 128])
+@pytest.mark.parametrize("hold", [1, 4, 16, 64, 128])
 @pytest.mark.parametrize("sizes", [(2600,), (1500, 1, 1, 700, 398), (64, 1984, 552)], ids=str)
 def test_chunks_are_one_forward(hold, sizes, monkeypatch):
     mech = FMA(block=128 if hold == 128 else 64, near=128, rank=4, open=4, hold=hold, sinks=3)

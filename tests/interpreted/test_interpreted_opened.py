@@ -92,14 +92,16 @@ RUNS = {
     "sums": ({"rank": 4, "open": 2, "score": "mean", "detail": 4, "segments": "sum"}, 2, 2),
     "a horizon": ({"rank": 4, "open": 2, "beam": 3, "sinks": 3, "detail": 4, "score": "mean", "horizon": 512}, 2, 1),
     "apart": ({"rank": 16, "open": 2, "beam": 6, "detail": 1, "shared": False, "score": "peak"}, 2, 1),
+    "few queries": ({"rank": 4, "open": 3, "hold": 16, "score": "mean"}, 4, 1),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_lists_of_runs(name, monkeypatch):
-    """64 queries at a time, as the first of them chooses."""
+    """So many queries at a time, as the first of them chooses."""
     (options, heads, kv_heads), tokens = RUNS[name], 1300
-    mech = FMA(block=64, near=128, hold=64, **options)
+    mech = FMA(**{"block": 64, "near": 128, "hold": 64, **options})
+    hold = mech.hold
     gen = torch.Generator().manual_seed(len(name))
     q, k = (torch.randn(1, n, tokens, 16, generator=gen).half() for n in (heads, kv_heads))
     found, original = {}, opened.opened_lists
@@ -118,23 +120,24 @@ def test_lists_of_runs(name, monkeypatch):
     chosen = opened_search.chosen(q, k, tree, mech.plan(), 0.25)
     lists = kernels.lists_of_runs(*chosen, tree, mech.plan())
     for (index, count), name in zip((lists[:2], lists[2:]), ("near", "far"), strict=True):
-        want, wanted = (x[:, :, ::64] for x in found[name])
+        want, wanted = (x[:, :, ::hold] for x in found[name])
         assert torch.equal(count, wanted)
         used = torch.arange(want.shape[3]) < wanted[..., None]
         got = index[..., : want.shape[3]]
         assert torch.equal(got.masked_fill(~used, -1), want.masked_fill(~used, -1))
     # those of a chunk, by the sketches that there are already
     sketches = opened_search.sketches_of(k, tree, mech.detail, options["score"])
-    monkeypatch.setattr(opened_search, "RUNS", 7)
-    some, many = opened_search.choose(q[:, :, 9 * 64 :: 64], sketches, tree, mech.plan(), 0.25, 9)
-    assert torch.equal(many, chosen[1][:, :, 9:])
+    monkeypatch.setattr(opened_search, "RUNS", 7 * 64 // hold)
+    first = 9 * 64 // hold
+    some, many = opened_search.choose(q[:, :, 9 * 64 :: hold], sketches, tree, mech.plan(), 0.25, first)
+    assert torch.equal(many, chosen[1][:, :, first:])
     used = torch.arange(mech.open) < many[..., None]
-    assert torch.equal(some[used], chosen[0][:, :, 9:][used])
-    parts = kernels.lists_of_runs(some, many, tree, mech.plan(), 9)
+    assert torch.equal(some[used], chosen[0][:, :, first:][used])
+    parts = kernels.lists_of_runs(some, many, tree, mech.plan(), first)
     for part, count, whole, all_ in (*parts[:2], *lists[:2]), (*parts[2:], *lists[2:]):
-        assert torch.equal(count, all_[:, :, 9:])
+        assert torch.equal(count, all_[:, :, first:])
         used = torch.arange(part.shape[3]) < count[..., None]
-        assert torch.equal(part[used], whole[:, :, 9:][used])
+        assert torch.equal(part[used], whole[:, :, first:][used])
 
 
 @pytest.mark.parametrize(
