@@ -33,7 +33,7 @@ def fma_opened(
     score: str = "mean",
     hold: int = 64,
 ) -> Work:
-    """Causal FMA whose queries open groups of 64 tokens, 64 queries the same ones, against PyTorch's SDPA."""
+    """Causal FMA whose queries open groups of 64 tokens, `hold` queries the same ones, against PyTorch's SDPA."""
     from farfield import mechanisms
 
     q, k, v = draw(tokens, device, dtype, heads=heads, kv_heads=kv_heads, width=width)

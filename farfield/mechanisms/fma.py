@@ -249,7 +249,8 @@ class FMA(Mechanism):
             with means is nearer to what it holds.
         shared: the query heads of a key head open the same groups; otherwise each its own.
         hold: so many queries in a row open the same groups, chosen by the first of them; divides `block`. Choosing
-            then costs 1 / hold, and with a multiple of 64 a GPU reads what is opened as it reads what is near.
+            then costs 1 / hold, and a GPU reads what is opened as it reads what is near, in tiles of 64 queries, where
+            hold times the heads that choose together is a multiple of 64 and hold is 8 at least.
         tolerance: opens so many more groups that no output is farther from full attention's than this; see `certify`.
         level_bias: a learned number for each key head and level, added to the logits of its summaries. It starts at 0,
             or at the number that is given, such as -1 for a model that was trained without summaries.
