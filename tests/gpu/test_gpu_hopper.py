@@ -123,7 +123,7 @@ def test_tiles_of_several_heads(seed):
             y.requires_grad_()
         got = ff.attend(x, given)
         gen = torch.Generator(device="cuda").manual_seed(seed)
-        d_out, d_lse = (torch.randn(y.shape, generator=gen, device="cuda").bfloat16() for y in got)
+        d_out, d_lse = (torch.randn(y.shape, generator=gen, device="cuda").bfloat16() for y in (got.out, got.lse))
         seen = got.lse.isfinite()
         loss = (got.out * d_out).sum() + (got.lse.where(seen, 0.0) * d_lse).sum()
         found.append([got.out, got.lse, *torch.autograd.grad(loss, leaves)])
