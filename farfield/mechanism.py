@@ -19,6 +19,10 @@ Rotary = Callable[[Tensor, Tensor], Tensor]
 """`rotary(x, position)`: rotate x [B, H, T, D] to the positions [T] or [B, T], which may be fractional."""
 
 
+# fields of a state that its mechanism has as options
+SIZES = ("block", "near", "rank", "width", "sinks", "k_block")
+
+
 @dataclass(frozen=True)
 class Paper:
     """Where a mechanism comes from."""
@@ -75,10 +79,11 @@ class Mechanism(nn.Module):
     """An attention operator on q [B, H, T, D], k [B, G, T, D], v [B, G, T, E].
 
     Subclasses set `paper`, `cases` and `supports`, take keyword-only options with the paper's defaults, and implement
-    `forward`, `reference` and, where `supports.decode`, `extend`.
+    `forward`, `reference` and, where `supports.decode`, `extend`, whose states are of the class `remembers`.
     """
 
     paper: ClassVar[Paper]
+    remembers: ClassVar[type[State] | tuple[type[State], ...]] = State
     cases: ClassVar[tuple[Case, ...]]
     grouped: ClassVar[bool] = False  # the paper shares key heads among query heads; benchmarks then do as well
     supports: Supports = Supports()  # an instance whose options forbid something narrows it
@@ -167,17 +172,30 @@ class Mechanism(nn.Module):
         layouts = getattr(self, "layouts", None)
         return None if layouts is None else sum(layout.visible for layout in layouts(tokens).values())
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, *, group: Tensor | None = None, rotary: Rotary | None = None):
+    def check(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        group: Tensor | None = None,
+        rotary: Rotary | None = None,
+        state: State | None = None,
+    ):
         """Refuse what the mechanism or the shapes cannot honour.
 
         Raises:
-            ValueError: shapes, dtypes or devices do not fit together.
+            ValueError: shapes, devices or a state do not fit together.
+            TypeError: dtypes do not fit together, or the state is another mechanism's.
             NotImplementedError: the mechanism does not support what is asked for.
         """
         who = self.name
         check_qkv(who, q, k, v)
         if not self.supports.cross and q.shape[2] != k.shape[2]:
-            raise NotImplementedError(f"{who}: self-attention only, but q has {q.shape[2]} tokens and k {k.shape[2]}")
+            raise NotImplementedError(
+                f"{who}: self-attention only, but q has {q.shape[2]} tokens and k {k.shape[2]}; "
+                "tensors are [batch, heads, tokens, width]"
+            )
         if not self.supports.grouped and q.shape[1] != k.shape[1]:
             raise NotImplementedError(
                 f"{who}: needs as many key heads as query heads, got H={q.shape[1]} and G={k.shape[1]}; "
@@ -193,11 +211,40 @@ class Mechanism(nn.Module):
             if group.is_floating_point() or group.dtype == torch.bool:
                 raise TypeError(f"{who}: group holds integer document ids, got {group.dtype}")
         self.check_rotary(rotary)
+        if state is not None:
+            self.check_state(state, k)
 
     def check_rotary(self, rotary: Rotary | None) -> None:
         """Refuse a rotation that the mechanism does not place."""
         if rotary is not None and not self.supports.rotary:
             raise NotImplementedError(f"{self.name}: does not place rotations itself; rotate q and k before the call")
+        if rotary is not None and not callable(rotary):
+            raise TypeError(f"{self.name}: rotary must be a function of x and position, got {type(rotary).__name__}")
+
+    def check_state(self, state: State, k: Tensor) -> None:
+        """Refuse a state of another mechanism, of other options, or of another batch."""
+        who, own = self.name, self.remembers
+        if not isinstance(state, own):
+            names = " or ".join(x.__name__ for x in (own if isinstance(own, tuple) else (own,)))
+            raise TypeError(f"{who}: goes on from a state of its own, {names}, got {type(state).__name__}")
+        for name in SIZES:
+            there = getattr(state, name, None)
+            if there is not None and there != getattr(self, name, there):
+                raise ValueError(
+                    f"{who}: the state was made with {name}={there}, not {name}={getattr(self, name)}; begin a new one"
+                )
+        held = getattr(state, "k", None)
+        if held is None:
+            return
+        if (*held.shape[:2], held.shape[3]) != (*k.shape[:2], k.shape[3]):
+            raise ValueError(
+                f"{who}: the state holds keys {list(held.shape)}, k is {list(k.shape)}; batch, heads and width must "
+                "agree (state.reorder picks sequences)"
+            )
+        if held.dtype != k.dtype:
+            raise TypeError(f"{who}: the state holds {held.dtype}, got {k.dtype}; use one dtype, or state.to")
+        if held.device != k.device:
+            raise ValueError(f"{who}: the state is on {held.device}, k on {k.device}; use state.to({str(k.device)!r})")
 
 
 def no_tokens(q: Float[Tensor, "B H 0 D"], v: Float[Tensor, "B G 0 E"]) -> Float[Tensor, "B H 0 E"]:

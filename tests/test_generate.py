@@ -161,9 +161,9 @@ def test_a_model_steps_a_batch_as_it_extends(name):
 
 
 def test_without_rings_states_decode():
-    m = model(attention="moba")
+    m = model(attention="hip")
     assert len(list(generate(m, ids(), new_tokens=3, seed=0))) == 3
-    with pytest.raises(NotImplementedError, match="moba: no buffers of fixed size"):
+    with pytest.raises(NotImplementedError, match="hip: no buffers of fixed size"):
         list(generate(m, ids(), new_tokens=3, way="ring"))
 
 

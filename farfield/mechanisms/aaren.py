@@ -54,6 +54,7 @@ class Aaren(Mechanism):
         year=2024,
         arxiv="2405.13956",
     )
+    remembers = AarenState
     cases = (Case(), Case(options={"width": 16}, tokens=70, value_width=24))
     supports = Supports(noncausal=False)
 
@@ -75,7 +76,7 @@ class Aaren(Mechanism):
         return op.averages(first, k, v, self._factor(k))
 
     def extend(self, q, k, v, state: AarenState | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         seen = 0 if state is None else state.tokens
         if not q.shape[2]:
             return no_tokens(q, v), AarenState(0) if state is None else state

@@ -266,6 +266,7 @@ class FMA(Mechanism):
         arxiv="2310.11960",
         code="github.com/yanmingk/FMA",
     )
+    remembers = FMAState
     cases = (
         Case(options={"block": 8, "near": 16, "rank": 4}, tokens=197, block=8),
         Case(options={"block": 16, "near": 16, "rank": 8, "sinks": 3}, tokens=150),
@@ -702,7 +703,7 @@ class FMA(Mechanism):
         return min(levels, self.most, levels if self.pool.most is None else self.pool.most)
 
     def extend(self, q, k, v, state: FMAState | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         if not self.causal:
             raise NotImplementedError("fma: only causal attention can be extended; use forward")
         if self.tolerance is not None:

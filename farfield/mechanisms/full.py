@@ -27,6 +27,7 @@ class Full(Mechanism):
         arxiv="1706.03762",
         code="github.com/tensorflow/tensor2tensor",
     )
+    remembers = Cache
     cases = (Case(), Case(options={"causal": False}, value_width=24))
     supports = Supports(cross=True, packed=True)
 
@@ -44,7 +45,7 @@ class Full(Mechanism):
         return _sdpa(q, k, v, is_causal=self.causal, scale=self.scale)
 
     def extend(self, q, k, v, state: Cache | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         if not self.causal:
             raise NotImplementedError("full: only causal attention can be extended; use forward")
         if state is not None:

@@ -82,6 +82,7 @@ class Hip(Mechanism):
         arxiv="2406.09827",
         code="github.com/DeepAuto-AI/hip-attention",
     )
+    remembers = HipState
     cases = (
         Case(
             options={
@@ -147,7 +148,7 @@ class Hip(Mechanism):
         )  # fmt: skip
 
     def extend(self, q, k, v, state: HipState | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         seen, new, block, asking = 0, q.shape[2], self.q_block, q
         index = count = None
         if state is not None:

@@ -54,6 +54,7 @@ class LightningAttention(Mechanism):
         arxiv="2405.17381",
         code="github.com/OpenNLPLab/lightning-attention",
     )
+    remembers = LightningState
     cases = (
         Case(block=32),
         Case(options={"decay": "paper", "layer": 1, "layers": 3}, tokens=70, value_width=24),
@@ -117,7 +118,7 @@ class LightningAttention(Mechanism):
         return scan(self._scaled(q), k, v, decay)[0]
 
     def extend(self, q, k, v, state: LightningState | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         before = None if state is None else state.memory
         out, memory = scan(self._scaled(q), k, v, self._decays(q), before)
         if not q.shape[2]:

@@ -35,6 +35,7 @@ class MoBA(Mechanism):
         code="github.com/MoonshotAI/MoBA",
     )
     grouped = True
+    remembers = BlockCache
     cases = (
         Case(options={"block": 16, "picks": 3}, tokens=90),
         Case(options={"block": 8, "picks": 4}, tokens=67, block=8, heads=6, value_width=24),
@@ -51,7 +52,7 @@ class MoBA(Mechanism):
         return self._attend(q, k, v, block_means(k, self.scoring.block), 0)
 
     def extend(self, q, k, v, state: BlockCache | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         seen = 0 if state is None else state.tokens
         state = remember(state, k, v, self.scoring.block)
         return self._attend(q, state.k, state.v, state.means, seen), state

@@ -59,6 +59,7 @@ class NearField(Mechanism):
         year=2023,
         arxiv="2310.11960",
     )
+    remembers = NearState
     cases = (Case(options={"block": 8, "near": 16, "sinks": 3}, tokens=101, block=8),)
     supports = Supports(noncausal=False)
 
@@ -89,7 +90,7 @@ class NearField(Mechanism):
         return attend(q, [(Rows(k, v), near), (far, sinks)] if len(far) else [(Rows(k, v), near)], scale=self.scale).out
 
     def extend(self, q, k, v, state: NearState | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         m, nothing = self.block, (k[:, :, :0], v[:, :, :0])
         state = state or NearState(0, m, self.near, 0, *nothing, *nothing)
         if not q.shape[2]:

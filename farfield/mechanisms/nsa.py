@@ -48,6 +48,10 @@ class NSAState(State):
     stride: int
     span: int
 
+    @property
+    def k(self) -> Tensor:
+        return self.rows[0]
+
     def crop(self, drop: int) -> "NSAState":
         keep = self.left(drop)
         return replace(
@@ -110,6 +114,7 @@ class NSA(Mechanism):
         arxiv="2502.11089",
     )
     grouped = True
+    remembers = NSAState
     cases = (
         Case(
             options={"block": 8, "picks": 3, "initial": 0, "local": 1, "span": 8, "stride": 8, "window": 9},
@@ -187,7 +192,7 @@ class NSA(Mechanism):
         self, q, k, v, state: NSAState | None = None, *, rotary=None, gates: Tensor | None = None,
         compression: Pair | None = None, window: Pair | None = None,
     ):  # fmt: skip
-        self._check(q, k, v, gates, compression, window, rotary=rotary)
+        self._check(q, k, v, gates, compression, window, rotary=rotary, state=state)
         rows, seen = (k, v), 0
         if state is None:
             compressed = self._compressed(*(compression or rows))

@@ -41,6 +41,7 @@ class PowerAttention(Mechanism):
         year=2025,
         arxiv="2503.03588",
     )
+    remembers = Cache
     cases = (
         Case(options={"block": 4, "window": 1, "sinks": 0}, block=4),
         Case(options={"block": 5, "window": 3, "sinks": 2}, tokens=97, block=5),
@@ -71,7 +72,7 @@ class PowerAttention(Mechanism):
         return attend(q, Rows(k, v), self._layout(q.shape[2], q.device), scale=self.scale).out
 
     def extend(self, q, k, v, state: Cache | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         if state is None:
             return self.forward(q, k, v), Cache(q.shape[2], k, v)
         seen, k, v = state.tokens, torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)

@@ -62,6 +62,7 @@ class S2Attention(Mechanism):
         arxiv="2407.17678",
         code="github.com/linxihui/dkernel",
     )
+    remembers = S2State
     cases = (
         Case(options={"stride": 4, "local": 2, "block": 8}, block=8),
         Case(options={"stride": 3, "local": 1, "block": 5, "offset": 1, "dense_heads": 1}, tokens=58, block=5),
@@ -110,7 +111,7 @@ class S2Attention(Mechanism):
         return attend(q, Rows(k, v), layout, scale=self.scale).out
 
     def extend(self, q, k, v, state: S2State | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         if not self.causal:
             raise NotImplementedError("s2-attention: only causal attention can be extended; use forward")
         if state is None:

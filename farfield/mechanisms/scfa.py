@@ -70,6 +70,7 @@ class SparseCausalFlash(Mechanism):
         arxiv="2306.01160",
         code="github.com/epfml/dynamic-sparse-flash-attention",
     )
+    remembers = HashState, DropState
     cases = (
         Case(options={"buckets": 4, "block": 16}, kv_heads=4),
         Case(options={"buckets": 4, "block": 8, "shared": False}, heads=2, tokens=61, block=8),
@@ -110,7 +111,7 @@ class SparseCausalFlash(Mechanism):
         return self._sorted(q, k, v, self._hash(q, k))
 
     def extend(self, q, k, v, state: HashState | DropState | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         if self.choose == "drop":
             if state is not None and not isinstance(state, DropState):
                 raise TypeError(f"scfa: choose='drop' goes on from its own state, got {type(state).__name__}")

@@ -48,6 +48,7 @@ class SSA(Mechanism):
         code="github.com/zhenyi4/ssa",
     )
     grouped = True
+    remembers = BlockCache
     cases = (
         Case(options={"block": 8, "picks": 4}, tokens=91, block=8),
         Case(options={"block": 8, "picks": 3, "stream": "full"}, tokens=50, block=8, heads=6, value_width=24),
@@ -104,7 +105,7 @@ class SSA(Mechanism):
         return sparse if stream == "sparse" else full, self.alpha * loss
 
     def extend(self, q, k, v, state: BlockCache | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         seen = 0 if state is None else state.tokens
         state = remember(state, k, v, self.scoring.block)
         if not q.shape[2]:

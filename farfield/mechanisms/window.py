@@ -60,6 +60,7 @@ class SlidingWindow(Mechanism):
         arxiv="2309.17453",
         code="github.com/mit-han-lab/streaming-llm",
     )
+    remembers = WindowState
     cases = (
         Case(options={"width": 21, "sinks": 3, "block": 16}),
         Case(options={"width": 9, "sinks": 2, "block": 8, "causal": False}, tokens=50, block=8),
@@ -93,7 +94,7 @@ class SlidingWindow(Mechanism):
         return attend(q, Rows(k, v), self._layout(q), scale=self.scale).out
 
     def extend(self, q, k, v, state: WindowState | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         if not self.causal:
             raise NotImplementedError("window: only causal attention can be extended; use forward")
         seen = 0

@@ -57,6 +57,8 @@ def remember(state: BlockCache | None, k: Tensor, v: Tensor, block: int) -> Bloc
     """The state with further tokens."""
     if state is None:
         return BlockCache(k.shape[2], k, v, block_means(k, block), block)
+    if state.block != block:
+        raise ValueError(f"the state was made with block={state.block}, not block={block}; begin a new one")
     k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
     means = torch.cat([state.means, block_means(k[:, :, state.means.shape[2] * block :], block)], 2)
     return BlockCache(k.shape[2], k, v, means, block)

@@ -419,6 +419,17 @@ def check_state_is_immutable(kind: Kind, case: Case) -> None:
 
 
 @_contract("decode", "is causal")
+def check_refuses_states_that_do_not_fit(kind: Kind, case: Case) -> None:
+    """The state of another batch, or of another mechanism, is refused, never read."""
+    mech = build(kind, case)
+    q, k, v = (t.detach() for t in draw(case, torch.float32))
+    _, state = mech.extend(q, k, v)
+    _refused(lambda: mech.extend(q[:1], k[:1], v[:1], state), ValueError, TypeError)
+    if mech.remembers is not State:
+        _refused(lambda: mech.extend(q, k, v, State(3)), TypeError)
+
+
+@_contract("decode", "is causal")
 def check_state_api(kind: Kind, case: Case) -> None:
     """copy, tensors, replaced, reorder and nbytes of a state, at several lengths."""
     mech = build(kind, case)
