@@ -244,35 +244,95 @@ def test_no_gradient_through_the_choice_but_through_all_that_is_read():
         assert_within(got, want, terms=60)
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(("score", "hold"), [*((score, 1) for score in opened.SCORES), ("peak", 4), ("box", 2)])
-def test_extend_continues(score, hold, tmp_path):
+def test_extend_continues(score, hold, grad, tmp_path):
     q, k, v = draw(101)
     mech = scored_by(score, open=2, sinks=3, rewind=5, hold=hold)
     whole, state, outs, at = mech(q, k, v, rotary=rotate), None, [], 0
-    for n in (33, 1, 1, 9, 30, 1, 1, 1, 24):
-        out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state, rotary=rotate)
-        outs.append(out)
-        at += n
-        if at == 44:
-            state.save(tmp_path / "state")
-            state = State.load(tmp_path / "state")
-        if at == 74:
-            _, ahead = mech.extend(q[:, :, :5], k[:, :, :5], v[:, :, :5], state, rotary=rotate)
-            state = ahead.crop(5)
+    with torch.set_grad_enabled(grad):
+        for n in (33, 1, 1, 9, 30, 1, 1, 1, 24):
+            out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state, rotary=rotate)
+            outs.append(out)
+            at += n
+            if at == 44:
+                state.save(tmp_path / "state")
+                state = State.load(tmp_path / "state")
+            if at == 74:
+                _, ahead = mech.extend(q[:, :, :5], k[:, :, :5], v[:, :, :5], state, rotary=rotate)
+                state = ahead.crop(5)
     assert_within(torch.cat(outs, 2), whole, terms=101)
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("hold", [1, 2])
 @pytest.mark.parametrize("chunks", [(70,), (61, 9), (13, 4, 20, 33), (12, 1, 1, 1, 40, 15)], ids=str)
-def test_every_chunking_is_forward(chunks, hold):
+def test_every_chunking_is_forward(chunks, hold, grad):
     q, k, v = draw(70)
     mech = FMA(**SMALL, open=2, hold=hold, sinks=1).double()
     state, outs, at = None, [], 0
-    for n in chunks:
-        out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state)
-        outs.append(out)
-        at += n
+    with torch.set_grad_enabled(grad):
+        for n in chunks:
+            out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state)
+            outs.append(out)
+            at += n
     assert_within(torch.cat(outs, 2), mech(q, k, v), terms=70)
+
+
+POOLS = {
+    "mean": {},
+    "biased": {"level_bias": -0.5, "kv_heads": 2, "levels": 9},
+    "conv": {"pool": "conv", "width": 8, "levels": 6},
+    "softmax-whole": {"pool": "softmax-whole", "kv_heads": 2, "width": 8},
+    "strided": {"pool": "strided", "kv_heads": 2},
+    "horizon": {"horizon": 24},
+}
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("pool", POOLS)
+def test_groups_in_the_room_behind_others_are_those_of_forward(pool, sinks):
+    """Chunks and tokens, from states that were kept, cropped, copied and joined with others, in any order."""
+    q, k, v = draw(150)
+    mech = FMA(**SMALL, open=2, sinks=sinks, rewind=4, **POOLS[pool]).double()
+    with torch.no_grad():
+        whole, state, states, at = mech(q, k, v), None, {}, 0
+        for n in (20, 1, 7, 30, 1, 1, 40, 3):
+            out, state = mech.extend(*(x[:, :, at : at + n] for x in (q, k, v)), state)
+            assert_within(out, whole[:, :, at : at + n], terms=150)
+            at += n
+            states[at] = state
+        for state in [*states.values(), *reversed(states.values())]:
+            before = {name: x.clone() for name, x in state.tensors().items()}
+            beams = torch.tensor([0])
+            for found in (state, state.copy(), state.reorder(beams), state.crop(2)):
+                begin, there = found.tokens, found
+                # other tokens behind the same ones
+                other = [torch.randn_like(x[:, :, :40]) for x in (q, k, v)]
+                _, aside = mech.extend(*other, found)
+                copied = aside.copy()
+                for n in (9, 5):
+                    here = [x[:, :, begin : begin + n] for x in (q, k, v)]
+                    out, there = mech.extend(*here, there)
+                    assert_within(out, whole[:, :, begin : begin + n], terms=150)
+                    begin += n
+                assert torch.equal(mech.extend(*other, aside)[0], mech.extend(*other, copied)[0])
+            # whoever went on has changed nothing
+            assert all(torch.equal(x, before[name]) for name, x in state.tensors().items())
+
+
+def test_a_chunk_costs_what_it_brings():
+    """Summaries and sketches are written behind those that there are: most chunks copy none of them."""
+    q, k, v = draw(400)
+    mech, state, where = FMA(**SMALL, open=2), None, []
+    with torch.no_grad():
+        for at in range(0, 400, 8):
+            _, state = mech.extend(*(x[:, :, at : at + 8] for x in (q, k, v)), state)
+            if state.levels:
+                where.append((state.levels[0].k.data_ptr(), state.sketches[0].rows.data_ptr()))
+    assert len(set(where)) <= 10
+    # nor are near tokens held apart from all
+    assert state.k.untyped_storage().data_ptr() == state.all_k.untyped_storage().data_ptr()
 
 
 def test_a_prompt_is_summarized_once(monkeypatch):

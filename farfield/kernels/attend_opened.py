@@ -304,7 +304,7 @@ class Opened(NamedTuple):
 
 def _opened(
     q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, bias: Tensor, leaves: Tensor, count: Tensor,
-    tree: Tree, near: int, scale: float, begin: int,
+    tree: Tree, near: int, scale: float, begin: int, used: int,
 ) -> Opened:  # fmt: skip
     batch, heads, tokens, width = q.shape
     kv_heads, lists, picks = k.shape[1], *leaves.shape[1::2]
@@ -316,13 +316,13 @@ def _opened(
         tree.block, padded(picks, 1), 64, num_warps=4,
     )  # fmt: skip
     rows = _rows(tree)
-    beside_k, beside_v = (x.new_empty(batch, kv_heads, tree.blocks * rows, width) for x in (k, v))
-    more = torch.empty(batch, kv_heads, tree.blocks * rows, dtype=torch.float32, device=q.device)
+    beside_k, beside_v = (x.new_empty(batch, kv_heads, used * rows, width) for x in (k, v))
+    more = torch.empty(batch, kv_heads, used * rows, dtype=torch.float32, device=q.device)
     _, k, v, far_k, far_v, bias, at, unit = _readable(q, k, v, far_k, far_v, bias)
     start(
-        set_beside, (tree.blocks * (rows // 64), batch * kv_heads),
+        set_beside, (used * (rows // 64), batch * kv_heads),
         k, v, far_k, far_v, bias, beside_k, beside_v, more,
-        kv_heads, k.shape[2], tree.blocks, tree.levels, tree.lead, *at[3:], scale,
+        kv_heads, k.shape[2], used, tree.blocks, tree.levels, tree.lead, *at[3:], scale,
         tree.block, tree.rank, width, padded(width), unit, rows, 64, num_warps=4,
     )  # fmt: skip
     # lists that heads share: each key head a batch element of its own
@@ -354,11 +354,15 @@ def _piece(rank: int) -> int:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, bias: Tensor, leaves: Tensor, count: Tensor,
-    tree: Tree, near: int, scale: float, begin: int = 0,
+    tree: Tree, near: int, scale: float, begin: int = 0, used: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [B, H, T, D] and lse [B, H, T] of queries begin .. begin + T - 1, `begin` a multiple of 64."""
+    """out [B, H, T, D] and lse [B, H, T] of queries begin .. begin + T - 1, `begin` a multiple of 64.
+
+    used: how many of the tree's blocks there are, default all.
+    """
     batch, heads, tokens, width = q.shape
-    opened = _opened(q, k, v, far_k, far_v, bias, leaves, count, tree, near, scale, begin)
+    used = tree.blocks if used is None else used
+    opened = _opened(q, k, v, far_k, far_v, bias, leaves, count, tree, near, scale, begin, used)
     found, found_lse = attend_listed(opened.call, beside=opened.beside)
     q, k, v, far_k, far_v, bias, at, unit = _readable(q, k, v, far_k, far_v, bias)
     out, lse = q.new_empty(q.shape), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -380,7 +384,7 @@ def backward(
     """dq, dk, dv, those of the far rows, and of the bias [B, G, R], empty unless asked for."""
     batch, heads, tokens, width = q.shape
     kv_heads, lists = k.shape[1], leaves.shape[1]
-    opened = _opened(q, k, v, far_k, far_v, bias, leaves, count, tree, near, scale, 0)
+    opened = _opened(q, k, v, far_k, far_v, bias, leaves, count, tree, near, scale, 0, tree.blocks)
     call = opened.call
     d_q, opened_k, opened_v, opened_bias = gradients(
         call, d_out.reshape(call.q.shape), None, out.view(call.q.shape), lse.view(call.q.shape[:3]),

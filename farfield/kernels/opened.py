@@ -83,18 +83,22 @@ def listed(slot, n, radius, blocks, levels, sinks, RANK: tl.constexpr):
     return row, tl.where(sink, n > radius, there), tl.where(sink, 30, 2 * height + x)
 
 
-SETTING = ["kv_heads", "keys", "blocks", "levels", "lead"]
+SETTING = ["kv_heads", "keys", "used", "blocks", "levels", "lead"]
 SETTING += ["k_b", "k_h", "k_r", "v_b", "v_h", "v_r", "far_b", "bias_b", "bias_h"]
 
 
 @triton.jit(do_not_specialize=SETTING)
 def set_beside(
     k, v, far_k, far_v, bias, to_k, to_v, to_bias,
-    kv_heads, keys, blocks, levels, lead, k_b, k_h, k_r, v_b, v_h, v_r, far_b, bias_b, bias_h, scale,
+    kv_heads, keys, used, blocks, levels, lead, k_b, k_h, k_r, v_b, v_h, v_r, far_b, bias_b, bias_h, scale,
     BLOCK: tl.constexpr, RANK: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, UNIT: tl.constexpr,
     ALL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ALL rows for each block: its tokens, and the siblings of the groups that it lies in, level by level."""
+    """ALL rows for each of `used` blocks: its tokens, and the siblings of the groups that it lies in, level by level.
+
+    Args:
+        blocks: for how many the far rows have room.
+    """
     pid, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = unit // kv_heads, unit % kv_heads
     leaf = pid // (ALL // ROWS)
@@ -117,7 +121,7 @@ def set_beside(
     k_tile = tl.load(k_at, mask=own_mask, other=0.0) + tl.load(far_k + far_at, mask=far_mask, other=0.0)
     v_tile = tl.load(v_at, mask=own_mask, other=0.0) + tl.load(far_v + far_at, mask=far_mask, other=0.0)
     more = tl.load(bias + b * bias_b + g * bias_h + from_, mask=there, other=0.0).to(tl.float32) / scale
-    to = (unit * blocks + leaf) * ALL + row
+    to = (unit * used + leaf) * ALL + row
     tl.store(to_k + to[:, None] * D + dims, k_tile, mask=wide)
     tl.store(to_v + to[:, None] * D + dims, v_tile, mask=wide)
     tl.store(to_bias + to, more)

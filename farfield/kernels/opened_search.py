@@ -90,6 +90,8 @@ def score_children(
     """
     BT: tl.constexpr = ROWS // STACK_TILE
     PARTS: tl.constexpr = 2 * DETAIL if DETAIL > 8 else 16
+    # means in float32, which become two numbers here
+    WHOLE: tl.constexpr = TWICE and high.dtype.element_ty != q.dtype.element_ty
     pid = tl.program_id(0)
     parts = (runs + split - 1) // split
     line, dims, part = tl.arange(0, ROWS), tl.arange(0, D_TILE), tl.arange(0, PARTS)
@@ -165,7 +167,11 @@ def score_children(
             at = ((b * kv_heads + g) * all_rows + before + rows)[:, None] * D + dims
             wide = (dims < D)[None, :]
             sketch = tl.load(high + at, mask=there[:, None] & wide, other=0.0)
-            if TWICE:
+            if WHOLE:
+                whole = sketch
+                sketch = whole.to(q.dtype.element_ty)
+                rest = (whole - sketch.to(tl.float32)).to(q.dtype.element_ty)
+            elif TWICE:
                 rest = tl.load(low + at, mask=there[:, None] & wide, other=0.0)
             number = tl.where(there, _counted(rows * size, size, sinks), 0).to(tl.float32)
             more = tl.where(number > 0, tl.log(tl.maximum(number, 1.0)), float("-inf"))
@@ -222,6 +228,8 @@ def score_every(
     """
     BT: tl.constexpr = ROWS // STACK_TILE
     COLUMNS: tl.constexpr = GROUPS * DETAIL
+    # means in float32, which become two numbers here
+    WHOLE: tl.constexpr = TWICE and high.dtype.element_ty != q.dtype.element_ty
     pid = tl.program_id(0)
     unit = (pid % units).to(tl.int64)
     lists, kv_heads = heads // STACK, heads // REPEAT
@@ -247,7 +255,11 @@ def score_every(
     wide = (dims < D)[None, :]
     at = ((b * kv_heads + g) * all_rows + before + group * DETAIL + column)[:, None] * D + dims
     sketch = tl.load(high + at, mask=there[:, None] & wide, other=0.0)
-    if TWICE:
+    if WHOLE:
+        whole = sketch
+        sketch = whole.to(q.dtype.element_ty)
+        rest = (whole - sketch.to(tl.float32)).to(q.dtype.element_ty)
+    elif TWICE:
         rest = tl.load(low + at, mask=there[:, None] & wide, other=0.0)
     size = (BLOCK // DETAIL) << height
     number = tl.where(there, _counted((group * DETAIL + column) * size, size, sinks), 0).to(tl.float32)
@@ -511,13 +523,14 @@ def chosen(q: Tensor, k: Tensor, tree: Tree, plan: Plan, scale: float) -> tuple[
     return choose(q[:, :, :: plan.hold], sketches, tree, plan, scale)
 
 
-def split(rows: Tensor, dtype: torch.dtype, score: str) -> Sketches:
-    """Rows [B, G, R, D] in float32 as the search reads them."""
-    high = rows.to(dtype)
+def sketched(rows: Tensor, dtype: torch.dtype, score: str) -> Sketches:
+    """Rows [B, G, R, D] in float32 as the search reads them, in memory without gaps."""
     if score != "mean":
         # keys as they are
-        return Sketches(high, high, False)
-    return Sketches(high, (rows - high).to(dtype), True)
+        rows = rows.to(dtype)
+    rows = rows.contiguous()
+    # a mean becomes two numbers where it is read
+    return Sketches(rows, rows, score == "mean")
 
 
 def choose(

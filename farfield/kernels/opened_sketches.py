@@ -30,7 +30,10 @@ LIFTS = 6  # levels that a program makes of what others have left
 
 
 class Sketches(NamedTuple):
-    """[B, G, R, D]: `detail` rows for each group of each level, level by level; `low` counts only where `twice`."""
+    """[B, G, R, D]: `detail` rows for each group of each level, level by level; `low` counts only where `twice`.
+
+    In float32 for queries of 16 bits `high` is the whole of it, and becomes two numbers of theirs where it is read.
+    """
 
     high: Tensor
     low: Tensor

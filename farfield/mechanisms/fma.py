@@ -45,8 +45,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from farfield import opened_room
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
 from farfield.opened_ring import OpenedRing
+from farfield.ops import growth
 from farfield.ops import multipole as whole
 from farfield.ops import opened as on_gpu
 from farfield.ops.attend import attend
@@ -182,8 +184,9 @@ class OpenedState(FMAState):
         """
         pinned = self.k.is_cuda
         held = (torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x) for x in (self.all_k, self.all_v))
-        k, v = held
-        return replace(self, all_k=k, all_v=v)
+        all_k, all_v = held
+        # near tokens may lie among all of them
+        return replace(self, all_k=all_k, all_v=all_v, k=_after(self.k, 0), v=_after(self.v, 0))
 
     def crop(self, drop: int) -> OpenedState:
         state = super().crop(drop)
@@ -739,23 +742,31 @@ class FMA(Mechanism):
         """Attention of the tokens after `state`, and the state after them with nothing forgotten yet."""
         m = self.block
         seen, first, tokens = state.tokens, state.first, state.tokens + q.shape[2]
-        new_k, new_v = k, v
-        k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-        sinks = (state.sink_k, state.sink_v) if seen >= self.sinks else (k[:, :, : self.sinks], v[:, :, : self.sinks])
-        levels, grown = self._grow(k, v, state, tokens)
         if rotary is not None:
             q = rotary(q, torch.arange(seen, tokens, device=q.device))
         here, last = seen // m, (tokens - 1) // m
-        far, starts = self._far_rows(levels, sinks, k, v, rotary)
+        where = None
+        if isinstance(state, OpenedState) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            now, where = self._go_on(q, k, v, state, rotary)
+            sinks, k, v = (now.sink_k, now.sink_v), now.k, now.v
+        else:
+            new_k, new_v = k, v
+            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+            sinks = self._sinks_of(state, k, v)
+            levels, grown = self._grow(k, v, state, tokens)
+            now = FMAState(
+                tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown), most=self.most
+            )
+            if isinstance(state, OpenedState):
+                now = self._remember(now, state, q, new_k, new_v, rotary)
+        if where is None:
+            far, starts = self._far_rows(now.levels, sinks, k, v, rotary)
+        else:
+            far, starts = self._far_in(where.room, len(now.levels), rotary)
         self._reach(len(starts), last + 1)
-        now = FMAState(
-            tokens, m, self.near, self.rank, first, k, v, *sinks, tuple(levels), tuple(grown), most=self.most
-        )
-        if isinstance(state, OpenedState):
-            now = self._remember(now, state, q, new_k, new_v, rotary)
-            # a cropped state may have levels without groups
-            if self.open and levels and now.grown[-1].blocks:
-                return self._open_further(q, now, far, starts), now
+        # a cropped state may have levels without groups
+        if isinstance(now, OpenedState) and self.open and now.levels and now.grown[-1].blocks:
+            return self._open_further(q, now, far, starts, where), now
 
         # a query block reads one list: further blocks must start where the tree's do
         lead = seen - here * m if last > here else 0
@@ -771,7 +782,135 @@ class FMA(Mechanism):
         out = attend(q, sources, scale=self.scale, position=position).out[:, :, lead:]
         return out, now
 
-    def _open_further(self, q: Tensor, now: OpenedState, far: Rows, starts: Sequence[int]) -> Tensor:
+    def _go_on(self, q, k, v, state: OpenedState, rotary) -> tuple[OpenedState, opened_room.Held | None]:
+        """The state after further tokens, with nothing forgotten yet, and where its groups lie; q is rotated.
+
+        What a chunk costs is what it brings: tokens, summaries and sketches go into the room behind those there are.
+        """
+        m, first, begin, tokens = self.block, state.first, state.begin, state.tokens + q.shape[2]
+        turned = k if rotary is None else rotary(k, torch.arange(state.tokens, tokens, device=k.device))
+        every_k, every_v = appended(state.all_k, turned), appended(state.all_v, v)
+        # what all tokens hold need not be held twice
+        at_hand, past = every_k.device == k.device, (first - begin) * m
+        k = every_k[:, :, past:] if at_hand and rotary is None else torch.cat([state.k, k], 2)
+        v = every_v[:, :, past:] if at_hand else torch.cat([state.v, v], 2)
+        sinks, askers = self._sinks_of(state, k, v), state.askers
+        if self.hold > 1:
+            asking = q[:, :, -state.tokens % self.hold :: self.hold]
+            askers = appended(askers, asking) if asking.shape[2] else askers
+        levels, grown, sketches, where = self._grow_there(state, tokens, k, v, every_k, sinks)
+        now = OpenedState(
+            tokens, m, self.near, self.rank, first, k, v, *sinks, levels, grown, all_k=every_k, all_v=every_v,
+            hold=self.hold, askers=askers, sketches=sketches, begin=begin, most=self.most,
+        )  # fmt: skip
+        return now, where
+
+    def _grow_there(
+        self, state: OpenedState, tokens: int, k: Tensor, v: Tensor, every_k: Tensor, sinks: Sequence[Tensor]
+    ) -> tuple[tuple[Level, ...], tuple[Grown, ...], tuple[opened.Sketch, ...], opened_room.Held | None]:
+        """`_grow`, and the sketches, into the room behind what there is; by kernels where they take it."""
+        m, p, begin = self.block, self.rank, state.begin
+        done = state.grown[-1].blocks
+        stop = max(done, _summarized(tokens, m, self.near))
+        where = opened_room.held(state.sketches)
+        if stop == begin or (stop == done and where is not None):
+            return state.levels, state.grown, state.sketches, where
+        shape = opened_room.Shape(m, p, self.detail, self.most, self.sinks, begin)
+        moved = not opened_room.take(where, shape, stop - begin)
+        if moved or where is None:
+            where = self._moved(state, shape, stop, sinks)
+        room, grown, waiting = where.room, list(state.grown), where.waiting
+        quick = type(self._modules["pool"]) is MeanPool and self.score == "mean"
+        quick = quick and not growth.refusal(every_k, v, m, p, self.detail)
+        # block by block only where `crop` may want to stop in between
+        for now in range(_summarized(tokens - self.rewind, m, self.near), stop + 1):
+            before = grown[-1]
+            if now <= before.blocks:
+                continue
+            if quick:
+                known = opened_room.waiting(before.pending, k, p) if waiting is None else waiting
+                past = (state.first - begin) * m
+                firsts = 0, past, past
+                waiting = opened_room.grow(room, every_k, k, v, firsts, known, before.blocks - begin, now - begin)
+                pending = self._waiting(room, waiting, now - begin)
+            else:
+                new, pending = self._pooled(k, v, state.first, before, now)
+                for height, groups in enumerate(new):
+                    if len(groups):
+                        room.put(height, (before.blocks >> height) - (begin >> height), groups)
+            grown.append(Grown(now, pending))
+        if not quick and stop > done:
+            for height, level in enumerate(self._further_sketches(state, every_k, k.device, stop)):
+                room.put_sketch(height, (done - begin) >> height, level)
+        blocks = stop - begin
+        heights = min(blocks.bit_length(), self.most)
+        levels = []
+        for height in range(self._at_most(heights)):
+            level_k, level_v, bias = room.level(height, blocks)
+            levels.append(Level(begin >> height, level_k, level_v, bias if self.sinks else None))
+        sketches = tuple(room.sketch(height, blocks) for height in range(heights))
+        where = opened_room.Held(room, blocks, waiting)
+        opened_room.keep(sketches, where)
+        return tuple(levels), tuple(grown), sketches, where
+
+    def _moved(
+        self, state: OpenedState, shape: opened_room.Shape, stop: int, sinks: Sequence[Tensor]
+    ) -> opened_room.Held:
+        """A room for `stop` blocks, and half as many behind those of `state`, which are in it."""
+        done, stop = state.grown[-1].blocks - shape.begin, stop - shape.begin
+        width = sinks[0].shape[3]
+        size = opened.width_of(self.score, width)
+        # a prompt may be all there is
+        sink_k, sink_v = sinks
+        room = opened_room.Room(shape, stop + stop // 2 if done else stop, sink_k, sink_v, size)
+        room.used = stop
+        for height, (level, sketch) in enumerate(zip(state.levels, state.sketches, strict=False)):
+            many = done >> height
+            if many:
+                here = room.far(height, 0, many)
+                room.far_k[:, :, here], room.far_v[:, :, here] = level.k, level.v
+                if level.bias is not None and level.bias.shape[0]:
+                    room.bias[:, :, here] = level.bias[:1]
+                room.put_sketch(height, 0, sketch)
+        return opened_room.Held(room, done, None)
+
+    def _waiting(self, room: opened_room.Room, waiting: Tensor, blocks: int) -> tuple[Groups | None, ...]:
+        """What waits for its other half after so many blocks, of means."""
+        found = []
+        for height in range(waiting.shape[3]):
+            group = blocks >> height
+            if group % 2 == 0 or height + 1 >= self.most:
+                found.append(None)
+                continue
+            count = room.tokens(height, group - 1) if self.sinks else None
+            found.append(Groups(waiting[:, :, 0, height, None], waiting[:, :, 1, height, None], count))
+        return tuple(found)
+
+    def _far_in(self, room: opened_room.Room, levels: int, rotary: Rotary | None) -> tuple[Rows, list[int]]:
+        """`_far_rows` of a room."""
+        far_k, begin = room.far_k, room.shape.begin
+        if rotary is not None:
+            if room.centres is None:
+                centres = [torch.arange(room.shape.lead, device=far_k.device).double()]
+                for height, groups in enumerate(room.groups):
+                    numbers = torch.arange(groups, device=far_k.device) + (begin >> height)
+                    centres.append(self._centres(numbers, height))
+                room.centres = torch.cat(centres)
+            far_k = rotary(far_k, room.centres)
+        bias = self._bias(room.bias, room.shape.lead, room.groups[:levels])
+        return Rows(far_k, room.far_v, bias=bias), [
+            at - (begin >> height) for height, at in enumerate(room.starts[:levels])
+        ]
+
+    def _sinks_of(self, state: FMAState, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The first tokens of the sequence, of k and v that begin where the state's do."""
+        if state.tokens >= self.sinks:
+            return state.sink_k, state.sink_v
+        return k[:, :, : self.sinks], v[:, :, : self.sinks]
+
+    def _open_further(
+        self, q: Tensor, now: OpenedState, far: Rows, starts: Sequence[int], lies: opened_room.Held | None
+    ) -> Tensor:
         """Opened attention of the last tokens of `now`; q is rotated.
 
         Positions and groups are counted from the first token that is kept: the tree from there on is the same, since
@@ -783,7 +922,7 @@ class FMA(Mechanism):
         rows = Rows(now.all_k.to(q.device), now.all_v.to(q.device))
         sketches = now.sketches[: len(starts)]
         starts = [at + (now.begin >> height) for height, at in enumerate(starts)]
-        found = self._quickly_further(q, rows, far, sketches, now.askers, seen)
+        found = self._quickly_further(q, rows, far, sketches, now.askers, seen, lies)
         if found is not None:
             return found
         asking = q
@@ -793,11 +932,20 @@ class FMA(Mechanism):
         return self._attend_opened(q, rows, far, sketches, where, starts, seen, asking=asking)[0]
 
     def _quickly_further(
-        self, q: Tensor, tokens: Rows, far: Rows, sketches: Sequence[opened.Sketch], askers: Tensor, seen: int
+        self,
+        q: Tensor,
+        tokens: Rows,
+        far: Rows,
+        sketches: Sequence[opened.Sketch],
+        askers: Tensor,
+        seen: int,
+        where: opened_room.Held | None,
     ) -> Tensor | None:
         """`_quickly` for the queries from position `seen` on, by the sketches of all blocks before."""
         self._check_opening()
-        blocks, plan, scale = sketches[0].rows.shape[2], self.plan(), self._scale(q)
+        used, plan, scale = sketches[0].rows.shape[2], self.plan(), self._scale(q)
+        # in a room levels lie as those of more blocks would
+        blocks = used if where is None else where.room.blocks
         tree = Tree(self.block, self.rank, blocks, len(sketches), True, self.sinks, blocks * self.block)
         runs = on_gpu.by_tiles(q, tokens.k, plan)
         step = q.shape[2] if runs else PIECE
@@ -811,9 +959,12 @@ class FMA(Mechanism):
             step = q.shape[2]
         # tiles and blocks start where the tokens' do
         lead = seen % (self.block if runs else on_gpu.TILE)
-        q, start = torch.nn.functional.pad(q, (0, 0, lead, 0)), seen - lead
+        q, start = torch.nn.functional.pad(q, (0, 0, lead, 0)) if lead else q, seen - lead
         asking = q if self.hold == 1 else askers[:, :, start // self.hold :]
-        seen_by, _ = opened.told(self.score, sketches)
+        if where is None:
+            seen_by, _ = opened.told(self.score, sketches)
+        else:
+            seen_by = opened.told_rows(self.score, where.room.sketches)
         chosen = on_gpu.choose_from(asking, seen_by, tree, plan, scale, start // self.hold)
         if runs:
             lists = on_gpu.lists(*chosen, tree, plan, start // self.hold)
@@ -825,7 +976,7 @@ class FMA(Mechanism):
             here = slice(at // self.hold, -(-(at + step) // self.hold))
             part = chosen[0][:, :, here], chosen[1][:, :, here]
             asked = q[:, :, at : at + step]
-            outs.append(on_gpu.attend(asked, tokens.k, tokens.v, rows, part, tree, plan, scale, start + at))
+            outs.append(on_gpu.attend(asked, tokens.k, tokens.v, rows, part, tree, plan, scale, start + at, used))
         return (outs[0] if len(outs) == 1 else torch.cat(outs, 2))[:, :, lead:]
 
     def _remember(self, now: FMAState, before: OpenedState, q: Tensor, k: Tensor, v: Tensor, rotary) -> OpenedState:
@@ -837,14 +988,8 @@ class FMA(Mechanism):
             k = rotary(k, torch.arange(before.tokens, now.tokens, device=k.device))
         every_k, every_v = (appended(*pair) for pair in ((before.all_k, k), (before.all_v, v)))
         sketches, begin = list(before.sketches), before.begin
-        done = sketches[0].rows.shape[2] if sketches else 0
-        stop = now.grown[-1].blocks - begin
-        if stop > done:
-            here = slice(done * self.block, stop * self.block)
-            at = torch.arange(here.start, here.stop, device=k.device).view(1, stop - done, self.block)
-            present = (at + begin * self.block >= self.sinks).expand(k.shape[0], -1, -1)
-            keys = to_blocks(every_k[:, :, here].to(k.device), self.block, stop - done)
-            new = opened.sketch(self.score, keys, present, self.detail, below=sketches)[: self.most]
+        new = self._further_sketches(before, every_k, k.device, now.grown[-1].blocks)
+        if new:
             sketches = [*(opened.joined(*pair) for pair in zip(sketches, new, strict=False)), *new[len(sketches) :]]
         parts = {name: getattr(now, name) for name in PLAIN}
         return OpenedState(
@@ -860,23 +1005,44 @@ class FMA(Mechanism):
             done = grown[-1].blocks
             if stop <= done:
                 continue
-            here = slice((done - first) * self.block, (stop - first) * self.block)
-            blocks_k, blocks_v = (to_blocks(x[:, :, here], self.block, stop - done) for x in (k, v))
-            count = None
-            if self.sinks:
-                at = torch.arange(done * self.block, stop * self.block, device=k.device)
-                count = (at >= self.sinks).to(blocks_k.dtype).view(1, 1, stop - done, self.block)
-                count = count.expand(k.shape[0], -1, -1, -1)
-            pending = grown[-1].pending
-            new, pending = self.pool.grow(
-                blocks_k, blocks_v, count, rank=self.rank, first=done, pending=pending, levels=self.most
-            )
-            # copies: what waits is a small part of what it was cut from
-            grown.append(Grown(stop, tuple(None if x is None else x.copy() for x in pending)))
+            new, pending = self._pooled(k, v, first, grown[-1], stop)
+            grown.append(Grown(stop, pending))
             for height, groups in enumerate(new):
                 level = self._level(groups, height, done >> height, k, v)
                 levels[height : height + 1] = [level if height == len(levels) else levels[height].join(level)]
         return levels, grown
+
+    def _pooled(
+        self, k: Tensor, v: Tensor, first: int, before: Grown, stop: int
+    ) -> tuple[list[Groups], tuple[Groups | None, ...]]:
+        """All groups that the blocks up to `stop` complete, and what waits; k and v begin with block `first`."""
+        done = before.blocks
+        here = slice((done - first) * self.block, (stop - first) * self.block)
+        blocks_k, blocks_v = (to_blocks(x[:, :, here], self.block, stop - done) for x in (k, v))
+        count = None
+        if self.sinks:
+            at = torch.arange(done * self.block, stop * self.block, device=k.device)
+            count = (at >= self.sinks).to(blocks_k.dtype).view(1, 1, stop - done, self.block)
+            count = count.expand(k.shape[0], -1, -1, -1)
+        new, pending = self.pool.grow(
+            blocks_k, blocks_v, count, rank=self.rank, first=done, pending=before.pending, levels=self.most
+        )
+        # copies: what waits is a small part of what it was cut from
+        return new, tuple(None if x is None else x.copy() for x in pending)
+
+    def _further_sketches(
+        self, before: OpenedState, every_k: Tensor, device: torch.device, stop: int
+    ) -> list[opened.Sketch]:
+        """Of the groups that the blocks up to `stop` complete, of all tokens' keys."""
+        begin = before.begin
+        done, stop = before.sketches[0].rows.shape[2] if before.sketches else 0, stop - begin
+        if stop <= done:
+            return []
+        here = slice(done * self.block, stop * self.block)
+        at = torch.arange(here.start, here.stop, device=device).view(1, stop - done, self.block)
+        present = (at + begin * self.block >= self.sinks).expand(every_k.shape[0], -1, -1)
+        keys = to_blocks(every_k[:, :, here].to(device), self.block, stop - done)
+        return opened.sketch(self.score, keys, present, self.detail, below=before.sketches)[: self.most]
 
     def _forget(self, state: FMAState) -> FMAState:
         """The state without what neither a later query nor `crop` within `rewind` can need."""
@@ -895,13 +1061,15 @@ class FMA(Mechanism):
             oldest = min(oldest, level.first + level.k.shape[2] // self.rank)
             levels.append(level if isinstance(state, OpenedState) else level.after(oldest - level.first, self.rank))
         tokens = (first - state.first) * self.block
+        every = (state.all_k, state.all_v) if isinstance(state, OpenedState) else (None, None)
+        k, v = (_left(x, tokens, whole) for x, whole in zip((state.k, state.v), every, strict=True))
         return replace(
             state,
             first=first,
-            k=_after(state.k, tokens),
-            v=_after(state.v, tokens),
-            sink_k=_after(state.sink_k, 0),
-            sink_v=_after(state.sink_v, 0),
+            k=k,
+            v=v,
+            sink_k=_left(state.sink_k, 0, state.sink_k),
+            sink_v=_left(state.sink_v, 0, state.sink_v),
             levels=tuple(levels),
             grown=tuple(g for g in state.grown if g.blocks >= first),
         )
@@ -1024,6 +1192,8 @@ class FMA(Mechanism):
             raise ValueError(f"fma: level_bias has {levels} levels, but the sequence {len(groups)}; build it with more")
         learned = [self.level_bias.new_zeros(heads, lead)]
         learned += [self.level_bias[:, n : n + 1].expand(-1, many * self.rank) for n, many in enumerate(groups)]
+        # of levels that are not there yet
+        learned.append(self.level_bias.new_zeros(heads, known.shape[2] - lead - sum(groups) * self.rank))
         return known + torch.cat(learned, 1).to(known.dtype)
 
     def _sink_bias(self, filled: Tensor) -> Tensor:
@@ -1302,6 +1472,16 @@ def _layout(
 def _after(x: Tensor, rows: int) -> Tensor:
     """What follows the first rows, without keeping their memory alive."""
     return x[:, :, rows:].clone(memory_format=torch.contiguous_format)
+
+
+def _left(x: Tensor, rows: int, kept: Tensor | None) -> Tensor:
+    """What follows the first rows, in memory of its own unless `kept` holds all of it anyway."""
+    if kept is None or torch.compiler.is_compiling():
+        return _after(x, rows)
+    storage = kept.untyped_storage()
+    if x.untyped_storage().data_ptr() != storage.data_ptr() or (kept is x and storage.nbytes() != x.nbytes):
+        return _after(x, rows)
+    return x[:, :, rows:] if rows else x
 
 
 def _after_there(x: Tensor, rows: int) -> Tensor:

@@ -95,7 +95,7 @@ def choose_from(
     """
     from farfield.kernels import opened_search
 
-    sketches = opened_search.split(rows, asking.dtype, SCORES[plan.score])
+    sketches = opened_search.sketched(rows, asking.dtype, SCORES[plan.score])
     return opened_search.choose(asking.detach(), sketches, tree, plan, scale, first)
 
 
@@ -144,6 +144,7 @@ def attend(
     plan: Plan,
     scale: float,
     begin: int = 0,
+    used: int | None = None,
 ) -> Float[Tensor, "B H T D"]:
     """Each query's near tokens, the tokens of what it opened, and the summaries of all else, under one softmax.
 
@@ -154,6 +155,7 @@ def attend(
         far: keys, values [B, G, R, D] and biases [1|B, 1|G, R] of the summaries, in the order of `tree`.
         chosen: of `choose` or `choose_from`.
         begin: position of the first query, a multiple of TILE.
+        used: how many of the tree's blocks there are, default all; then the far rows have room for the rest.
     """
     if plan.hold > 1:
         leaves, count = (x.repeat_interleave(plan.hold, 2)[:, :, : q.shape[2]] for x in chosen)
@@ -161,7 +163,7 @@ def attend(
     if begin:
         from farfield.kernels import attend_opened
 
-        return attend_opened.forward(q, k, v, *far, *chosen, tree, plan.near, scale, begin=begin)[0]
+        return attend_opened.forward(q, k, v, *far, *chosen, tree, plan.near, scale, begin=begin, used=used)[0]
     given = q, k, v, *far, *chosen
     if not eager(*given):
         return _attend(q, k, v, *far, *chosen, list(tree), list(plan), scale)[0]

@@ -138,6 +138,11 @@ def sketch(
     return found
 
 
+def width_of(score: str, width: int) -> int:
+    """Numbers in a row of a sketch of keys of such a width."""
+    return {"mean": width, "ball": width + 1}.get(score, 2 * width)
+
+
 def cut(level: Sketch, start: int | None = None, stop: int | None = None) -> Sketch:
     return Sketch(level.rows[:, :, start:stop], level.count[:, :, start:stop])
 
@@ -214,12 +219,15 @@ def told(score: str, levels: Sequence[Sketch]) -> tuple[Float[Tensor, "B G R F"]
     rows = torch.cat([x.rows.flatten(2, 3) for x in levels], 2)
     batch = max(x.count.shape[0] for x in levels)
     count = torch.cat([x.count.flatten(2).expand(batch, -1, -1) for x in levels], 2)
+    return told_rows(score, rows), count.log()
+
+
+def told_rows(score: str, rows: Float[Tensor, "B G R X"]) -> Float[Tensor, "B G R F"]:
+    """Rows of sketches as `told` has them."""
     if score == "box":
         low, high = rows.chunk(2, -1)
-        rows = torch.cat([low + high, high - low], -1) / 2
-    if score == "peak":
-        rows = rows.chunk(2, -1)[1]
-    return rows, count.log()
+        return torch.cat([low + high, high - low], -1) / 2
+    return rows.chunk(2, -1)[1] if score == "peak" else rows
 
 
 def score_loss(

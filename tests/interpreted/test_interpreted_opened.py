@@ -133,6 +133,24 @@ def test_lists_of_runs(name, monkeypatch):
     assert torch.equal(many, chosen[1][:, :, first:])
     used = torch.arange(mech.open) < many[..., None]
     assert torch.equal(some[used], chosen[0][:, :, first:][used])
+    if sketches.twice:
+        # in float32 they become two numbers where they are read; levels may lie as those of more blocks would. Far from
+        # 0 the first number alone does not tell groups apart
+        asking, means = q[:, :, 9 * 64 :: hold], 8 + torch.randn(sketches.high.shape, generator=gen) / 256
+        parted = opened_sketches.Sketches(means.half(), (means - means.half()).half(), True)
+        wanted, filled = opened_search.choose(asking, parted, tree, mech.plan(), 0.25, first)
+        laid = tree._replace(blocks=blocks + 9, hi=(blocks + 9) * 64)
+        spread = torch.zeros(1, kv_heads, sum(laid.groups) * mech.detail, 16)
+        at = to = 0
+        for here, there in zip(tree.groups, laid.groups, strict=True):
+            here, there = here * mech.detail, there * mech.detail
+            spread[:, :, to : to + here] = means[:, :, at : at + here]
+            at, to = at + here, to + there
+        found = opened_search.sketched(spread, q.dtype, "mean")
+        others, count = opened_search.choose(asking, found, laid, mech.plan(), 0.25, first)
+        assert torch.equal(count, filled)
+        used = torch.arange(mech.open) < filled[..., None]
+        assert torch.equal(others[used], wanted[used])
     parts = kernels.lists_of_runs(some, many, tree, mech.plan(), first)
     for part, count, whole, all_ in (*parts[:2], *lists[:2]), (*parts[2:], *lists[2:]):
         assert torch.equal(count, all_[:, :, first:])
