@@ -15,7 +15,7 @@ from farfield.mechanisms.fma import FMA
 from farfield.select import opened
 from farfield.select.static import radii
 
-STEP = 512  # queries at a time
+STEP = 1024  # queries at a time
 
 
 _OPTIONS = inspect.signature(FMA).parameters.values()

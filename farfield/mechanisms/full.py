@@ -71,4 +71,8 @@ class Full(Mechanism):
 
 
 def _sdpa(q, k, v, **options):
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and q.is_cuda and q.dtype == torch.float32:
+        # no fused kernel of PyTorch takes shared key heads in float32: all T x S scores would be held
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
