@@ -311,8 +311,10 @@ def test_budget(folder, monkeypatch):
     losses = [hf.Loss(*x[1:]) for x in held["measured"]]
     wanted = [held["candidates"][pick] for pick in hf.plan(losses, 30.0)]
     assert held["layers"] == wanted == [list(x) for x in hf.read_plan("p.json")]
-    # other rows take no measuring; a run that was cut goes on with the layer it was in
+    # other rows take no measuring, nor the model; a run that was cut goes on with the layer it was in
+    (folder / "tiny").rename(folder / "away")
     run("--rows", "12")
+    (folder / "away").rename(folder / "tiny")
     assert json.loads((folder / "p.json").read_text())["layers"] == [["near-field", {"block": 8, "near": 8}]] * 3
     cut = held | {"measured": held["measured"][:13]}
     del cut["layers"]

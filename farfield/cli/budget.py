@@ -79,29 +79,37 @@ def budget(
         "model": gguf or Path(model).name, "text": text.name, "start": starts, "tokens": tokens, "dtype": dtype,
         "candidates": [[name, options] for name, options in candidates],
     }  # fmt: skip
-    measured = _begun(out, about)
-    labels = [Entry(*each).label for each in candidates]
+    layers, measured = _begun(out, about)
+    # what all mechanisms of a name have in common is in the plan
+    option = vary.partition("=")[0]
+    labels = [Entry(name, {k: v for k, v in options.items() if k == option}).label for name, options in candidates]
+    if len(set(labels)) < len(labels):
+        labels = [Entry(*each).label for each in candidates]
     notes = Console(stderr=True, highlight=False)
-    with notes.status(f"loading {model}"):
-        pretrained, windows = load(model, gguf, text, starts, tokens, getattr(torch, dtype))
-        pretrained = pretrained.to(where).eval()
-    layers = hf.count_layers(pretrained)
 
     def keep(**more: Any) -> None:
         written = about | {"measured": [[at, *asdict(x).values()] for at, x in measured]} | more
         records.write_atomic(out, json.dumps(written) + "\n")
 
-    for at, ids in zip(starts, windows, strict=True):
-        # a layer is measured with all candidates, or again
-        done = {(x.layer, x.candidate) for begin, x in measured if begin == at}
-        missing = [n for n in range(layers) if any((n, c) not in done for c in range(len(candidates)))]
-        measured = [(begin, x) for begin, x in measured if begin != at or x.layer not in missing]
-        with notes.status(f"character {at:,}") as status:
-            for each in hf.losses(pretrained, ids, candidates, layers=missing) if missing else ():
-                measured.append((at, each))
-                status.update(f"character {at:,}, layer {each.layer} of {layers}: {labels[each.candidate]}")
-                if each.candidate == len(candidates) - 1:
-                    keep()
+    def missing(start: int) -> list[int]:
+        """Layers that are not measured with all candidates; they are measured again."""
+        done = {(x.layer, x.candidate) for at, x in measured if at == start}
+        return [n for n in range(layers) if any((n, c) not in done for c in range(len(candidates)))]
+
+    if not layers or any(map(missing, starts)):
+        with notes.status(f"loading {model}"):
+            pretrained, windows = load(model, gguf, text, starts, tokens, getattr(torch, dtype))
+            pretrained = pretrained.to(where).eval()
+        layers = hf.count_layers(pretrained)
+        for at, ids in zip(starts, windows, strict=True):
+            left = missing(at)
+            measured = [(begin, x) for begin, x in measured if begin != at or x.layer not in left]
+            with notes.status(f"character {at:,}") as status:
+                for each in hf.losses(pretrained, ids, candidates, layers=left) if left else ():
+                    measured.append((at, each))
+                    status.update(f"character {at:,}, layer {each.layer} of {layers}: {labels[each.candidate]}")
+                    if each.candidate == len(candidates) - 1:
+                        keep()
     found = [x for at, x in measured if at in starts]
     picks = hf.plan(found, allowed)
     keep(rows=allowed, layers=[list(candidates[pick]) for pick in picks])
@@ -163,12 +171,12 @@ def _starts(text: str) -> list[int]:
     return found
 
 
-def _begun(path: Path, about: dict[str, Any]) -> list[tuple[int, Loss]]:
-    """What a run that was cut, or one for other rows, has measured already."""
+def _begun(path: Path, about: dict[str, Any]) -> tuple[int, list[tuple[int, Loss]]]:
+    """How many layers there are, 0 if that is not known, and what an earlier run has measured already."""
     from farfield.hf import Loss
 
     if not path.exists():
-        return []
+        return 0, []
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name, value in about.items() if held[name] != value and name != "start"]
@@ -177,4 +185,4 @@ def _begun(path: Path, about: dict[str, Any]) -> list[tuple[int, Loss]]:
         raise ValueError(f"{path} is not a plan of farfield budget; give another --out") from None
     if other:
         raise ValueError(f"{path} was measured with another {', '.join(other)}; give another --out, or remove it")
-    return found
+    return len(held.get("layers", ())), found
