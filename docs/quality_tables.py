@@ -42,6 +42,9 @@ HELD_BESIDE = ("full", NEAR, f"{NEAR}/{OPENED}", f"{NEAR}/{OPENED},rope_share=0"
 SUPERSEDED = "fma-opened:rank=4,near=128,open=4,beam=16,detail=16,score=mean"  # by fma with the same options
 SHORT = RESULTS / "compare-mechanisms.json"  # all mechanisms, with a quarter of the bytes
 LONG = RESULTS / "compare-csource-long.json"  # twice the bytes
+LONGEST = RESULTS / "compare-csource-150m.json"  # 150 M bytes
+GROUPED = RESULTS / "compare-csource-gqa.json"  # two key heads for eight query heads
+GROUPED_READ = RESULTS / "compare-csource-gqa-read.json"  # models of GROUPED read with other fields
 LONG_WINDOWS = RESULTS / "compare-csource-32k.json"  # half the bytes, in windows of 32,768
 PASSED = RESULTS / "recall-passkey.json"
 PASSED_LONG = RESULTS / "recall-passkey-long.json"  # twice the steps
@@ -115,7 +118,8 @@ def swept(found: Models) -> dict[str, Mapping[str, Any]]:
 
 def held(found: Models) -> dict[str, Mapping[str, Any]]:
     """FMA with less choosing: queries that choose together, coarser sketches, and what they are shown beside."""
-    return {label: m for label, m in found.items() if label in HELD_BESIDE or "hold=" in label or "detail=8" in label}
+    less = ("hold=", "detail=8", "detail=4")
+    return {label: m for label, m in found.items() if label in HELD_BESIDE or any(x in label for x in less)}
 
 
 def others(found: Models) -> dict[str, Mapping[str, Any]]:
@@ -273,6 +277,7 @@ def written() -> dict[str, str]:
     """Every table by the name of its spot."""
     compared, mechanisms, novels = of_fma(models()), others(models()), models(NOVELS)
     longer, together, windows = models(LONG), held(models()), models(LONG_WINDOWS)
+    longest, grouped = models(LONGEST), models(GROUPED)
     return {
         "scores": scores(compared),
         "copies": copies(compared),
@@ -287,6 +292,11 @@ def written() -> dict[str, str]:
         "long-windows-copies": copies(windows),
         "longer": scores(longer),
         "longer-copies": copies(longer),
+        "longest": scores(longest),
+        "longest-copies": copies(longest),
+        "grouped": scores(grouped),
+        "grouped-copies": copies(grouped),
+        "grouped-read": reread_together(GROUPED_READ),
         "lengths": lengths(compared),
         "novels": scores(novels),
         "novel-copies": copies(novels),
