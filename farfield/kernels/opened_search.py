@@ -33,7 +33,7 @@ WORDS = 256  # of bits that are looked at together
 KEPT = 128  # pairs of candidates of a warp that keeps the best, of 32 queries at most
 # pairs of groups of a level that all are scored, whoever asks for them, for a beam of 16, in proportion for others;
 # where queries are few, up to MANY
-FEW, MANY, SCORED = 64, 512, 1 << 19
+FEW, MANY, SCORED = 64, 2048, 1 << 19
 COLUMNS = 128  # rows of sketches that queries meet at a time there
 CLEARED = 4096
 PROGRAMS = 2112  # that score at once, each with a list of its own in memory

@@ -821,7 +821,11 @@ class FMA(Mechanism):
             where = self._moved(state, shape, stop, sinks)
         room, grown, waiting = where.room, list(state.grown), where.waiting
         quick = type(self._modules["pool"]) is MeanPool and self.score == "mean"
-        quick = quick and not growth.refusal(every_k, v, m, p, self.detail)
+        quick = quick and not growth.refusal(k, v, m, p, self.detail)
+        read, read_first = every_k, 0
+        if quick and every_k.device != k.device:
+            read_first = (done - begin) * m
+            read = every_k[:, :, read_first : (stop - begin) * m].to(k.device)
         # block by block only where `crop` may want to stop in between
         for now in range(_summarized(tokens - self.rewind, m, self.near), stop + 1):
             before = grown[-1]
@@ -830,8 +834,8 @@ class FMA(Mechanism):
             if quick:
                 known = opened_room.waiting(before.pending, k, p) if waiting is None else waiting
                 past = (state.first - begin) * m
-                firsts = 0, past, past
-                waiting = opened_room.grow(room, every_k, k, v, firsts, known, before.blocks - begin, now - begin)
+                firsts = read_first, past, past
+                waiting = opened_room.grow(room, read, k, v, firsts, known, before.blocks - begin, now - begin)
                 pending = self._waiting(room, waiting, now - begin)
             else:
                 new, pending = self._pooled(k, v, state.first, before, now)
