@@ -35,6 +35,7 @@ class Example(Mechanism):
         arxiv=None,  # "2310.11960"
         code=None,  # "github.com/owner/name"
     )
+    remembers = Recent
     cases = (Case(options={"block": 16}), Case(options={"block": 32}, tokens=131, block=32, value_width=24))
     supports = Supports(noncausal=False)
 
@@ -50,7 +51,7 @@ class Example(Mechanism):
         return attend(q, Rows(k, v), layout, scale=self.scale).out
 
     def extend(self, q, k, v, state: Recent | None = None, *, rotary=None):
-        self.check(q, k, v, rotary=rotary)
+        self.check(q, k, v, rotary=rotary, state=state)
         start = 0 if state is None else state.tokens
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
