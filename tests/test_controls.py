@@ -29,7 +29,21 @@ def load(name):
 
 @pytest.mark.parametrize(
     "more",
-    [{"score": "peak"}, {"score": "box", "shared": False}, {"score": "mean", "segments": "sum", "level_bias": -1.0}],
+    [
+        {"score": "peak"},
+        {"score": "box", "shared": False},
+        {"score": "mean", "segments": "sum", "level_bias": -1.0},
+        {
+            "rank": 1,
+            "open": 20,
+            "score": "mean",
+            "segments": "sum",
+            "shared": False,
+            "detail": 2,
+            "beam": 2048,
+            "level_bias": -1.0,
+        },
+    ],
     ids=str,
 )
 def test_dense_fma_is_fma(more, monkeypatch):
