@@ -88,7 +88,11 @@ def budget(
     notes = Console(stderr=True, highlight=False)
 
     def keep(**more: Any) -> None:
-        written = about | {"measured": [[at, *asdict(x).values()] for at, x in measured]} | more
+        written = (
+            about
+            | {"env": records.environment(where), "measured": [[at, *asdict(x).values()] for at, x in measured]}
+            | more
+        )
         records.write_atomic(out, json.dumps(written) + "\n")
 
     def missing(start: int) -> list[int]:
