@@ -28,10 +28,12 @@ from farfield.kernels import (
     choose_backward,
     compress,
     fan,
+    growth,
     hashed,
     launch,
     lists,
     means,
+    merge,
     mix,
     multipole_backward,
     multipole_hopper,
@@ -491,6 +493,25 @@ def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, toke
     attend_opened.backward(out, *about, out, lse, tree, field.near, 0.125, True)
 
 
+def growing(width, *, block=64, rank=4, detail=16, dtype="bf16", tokens=5000):
+    """A chunk of a prompt: what it adds to summaries and sketches, the choice by these, and two results joined."""
+    done, stop, room = 1000, 1000 + -(-tokens // block), 3000 + tokens // block
+    tree = Tree(block, rank, room, 8, True, 3, room * block)
+    k, far = (empty(1, 4, n, width, dtype=DTYPES[dtype]) for n in (stop * block, tree.rows))
+    sketches = empty(1, 4, sum(tree.groups) * detail, width, dtype=torch.float32)
+    trees = growth.Trees(sketches, far, far, block, rank, detail, tree.lead, 3, room)
+    waiting = empty(1, 4, 2, 8, rank, width, dtype=torch.float32)
+    growth.grow(k, k, k, (0, 0, 0), trees, waiting, done, stop, 8)
+    lse = empty(1, 4, tokens, dtype=torch.float32)
+    merge.merge(k[:, :, :tokens].contiguous(), lse, k[:, :, :tokens].contiguous(), lse)
+    if dtype != "fp32":
+        for hold in (1, 64):
+            plan = OpenedPlan(128, detail, 4, 8, 1, hold, SCORES.index("mean"))
+            asking = k[:, :, : tokens // 64 * 64 : hold]
+            found = opened_search.sketched(sketches, k.dtype, "mean")
+            opened_search.choose(asking, found, tree, plan, 0.125, done * block // hold)
+
+
 def decoding_opened(picks, *, heads=8, kv_heads=8, width=64, capacity=1 << 20, **plan):
     """A step from fixed buffers, and the fetch of its blocks."""
     about = {"detail": 16, "picks": picks, "beam": 2 * picks, "shared": 1, "summed": 0, "score": 3, **plan}
@@ -602,6 +623,10 @@ LAUNCHES = {
     "means": lambda: means.means(empty(1, 4, 5000, 128), 512),
     **{f"opened-{n}-{d}": (lambda n=n, d=d: opening(n, d)) for n in (2, 16) for d in (64, 128)},
     "opened-runs-64": lambda: opening(16, 64, hold=64),
+    "growth-64": lambda: growing(64),
+    "growth-128": lambda: growing(128, block=128, rank=16),
+    "growth-few-16": lambda: growing(16, rank=1, detail=1),
+    "growth-fp32-64": lambda: growing(64, rank=32, dtype="fp32"),
     # few levels of which all groups are scored
     "opened-runs-long-64": lambda: opening(16, 64, hold=64, tokens=1 << 20),
     "opened-runs-long-128": lambda: opening(16, 128, hold=64, tokens=1 << 20),
@@ -631,7 +656,7 @@ FEW = (
     "append-sinks-rotary", "opened-step-4", "token",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
-    "branches-64", "mix-64", "opened-2-64", "opened-runs-64",
+    "branches-64", "mix-64", "opened-2-64", "opened-runs-64", "growth-64",
     "forward-runs-128", "backward-runs-64", "backward-runs-128", "forward-runs-heads-64", "backward-runs-heads-8-64",
     "backward-runs-heads-128",
     "hashed-128-64", "hashed-backward-128-128", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64",
@@ -747,6 +772,7 @@ AT_LENGTH = {
     "mix": lambda n: mixing(64, tokens=n),
     "opened": lambda n: opening(4, 64, tokens=n),
     "opened-runs": lambda n: opening(4, 64, hold=64, tokens=n),
+    "growth": lambda n: growing(64, tokens=n),
     "scan": lambda n: scanning(SCAN["64"], n),
     "prefix": lambda n: prefixes(PREFIX["64"], False, n),
 }

@@ -20,7 +20,7 @@ from farfield.kernels.attend_listed import _unit
 from farfield.kernels.opened_sketches import _before, _counted, _leaf
 from farfield.kernels.replay import start
 
-ROWS, NUMBERS = 128, 8192  # that a program of four warps holds of a tree: rows of the lowest level, numbers at most
+ROWS, NUMBERS, WARPS = 128, 8192, 8  # of a program: rows of the lowest level, and numbers at most that it holds
 FURTHER = 256  # rows where it goes on from what others have left
 
 
@@ -248,10 +248,12 @@ def grow(
             at = [n // unit for n in (*k_at, *raw_at, *v_at)]
             start(
                 grow_leaves, grid, k, raw, v, above, *into, *about, pieces, kv_heads, *firsts, *at, *same, unit,
-                num_warps=4,
+                num_warps=WARPS,
             )  # fmt: skip
         else:
-            start(grow_parents, grid, below, above, *into, height, below.shape[3], *about, pieces, *same, num_warps=4)
+            start(
+                grow_parents, grid, below, above, *into, height, below.shape[3], *about, pieces, *same, num_warps=WARPS
+            )
         height += lifts
         below, lifts = above, max(1, (FURTHER // each).bit_length() - 1)
     return left

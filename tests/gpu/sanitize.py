@@ -145,6 +145,17 @@ def opened(few=None, tokens=1531, width=64, **options):
         opened_search.FEW, opened_search.SCORED = before
 
 
+def further(tokens=1531, **options):
+    """A prompt in chunks, with groups opened."""
+    mech, state = ff.FMA(**{"near": 64, "rank": 4, "open": 3, "sinks": 3} | options), None
+    x, at = [y.detach() for y in qkv(tokens, dtype=torch.bfloat16, width=64)], 0
+    with torch.no_grad():
+        for n in (700, 1, 500, tokens - 1201):
+            out, state = mech.extend(*(y[:, :, at : at + n] for y in x), state)
+            assert out.isfinite().all()
+            at += n
+
+
 def hip(dtype=torch.bfloat16, **options):
     both(ff.mechanisms.make("hip", keep=32, sinks=3, width=20, **options), qkv(530, dtype=dtype))
 
@@ -166,6 +177,8 @@ SUITE = {
     "fma, opened, few in runs": lambda: opened(hold=64),
     "fma, opened, runs of two heads": lambda: opened(hold=32, tokens=2100, open=8),
     "fma, opened, runs of two heads, width 128": lambda: opened(hold=32, tokens=2100, open=8, width=128),
+    "fma, opened, in chunks": further,
+    "fma, opened, in chunks, runs": lambda: further(hold=64, tokens=2100),
     "fma, float32": lambda: fma(dtype=torch.float32),
     "fma, float16, sinks": lambda: fma(dtype=torch.float16, sinks=3),
     "fma, widths 80 and 40": lambda: fma(width=80, value_width=40),
