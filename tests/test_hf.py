@@ -315,6 +315,9 @@ def test_budget(folder, monkeypatch):
     (folder / "tiny").rename(folder / "away")
     run("--rows", "12")
     (folder / "away").rename(folder / "tiny")
+    # where it was measured is kept
+    assert json.loads((folder / "p.json").read_text())["env"] == held["env"]
+    assert held["env"]["command"]
     assert json.loads((folder / "p.json").read_text())["layers"] == [["near-field", {"block": 8, "near": 8}]] * 3
     cut = held | {"measured": held["measured"][:13]}
     del cut["layers"]

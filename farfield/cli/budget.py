@@ -79,7 +79,8 @@ def budget(
         "model": gguf or Path(model).name, "text": text.name, "start": starts, "tokens": tokens, "dtype": dtype,
         "candidates": [[name, options] for name, options in candidates],
     }  # fmt: skip
-    layers, measured = _begun(out, about)
+    held, measured = _begun(out, about)
+    layers, env = len(held.get("layers", ())), held.get("env", {})
     # what all mechanisms of a name have in common is in the plan
     option = vary.partition("=")[0]
     labels = [Entry(name, {k: v for k, v in options.items() if k == option}).label for name, options in candidates]
@@ -88,11 +89,8 @@ def budget(
     notes = Console(stderr=True, highlight=False)
 
     def keep(**more: Any) -> None:
-        written = (
-            about
-            | {"env": records.environment(where), "measured": [[at, *asdict(x).values()] for at, x in measured]}
-            | more
-        )
+        losses = [[at, *asdict(x).values()] for at, x in measured]
+        written = about | {"env": env, "measured": losses} | more
         records.write_atomic(out, json.dumps(written) + "\n")
 
     def missing(start: int) -> list[int]:
@@ -104,7 +102,7 @@ def budget(
         with notes.status(f"loading {model}"):
             pretrained, windows = load(model, gguf, text, starts, tokens, getattr(torch, dtype))
             pretrained = pretrained.to(where).eval()
-        layers = hf.count_layers(pretrained)
+        layers, env = hf.count_layers(pretrained), records.environment(where)
         for at, ids in zip(starts, windows, strict=True):
             left = missing(at)
             measured = [(begin, x) for begin, x in measured if begin != at or x.layer not in left]
@@ -175,12 +173,12 @@ def _starts(text: str) -> list[int]:
     return found
 
 
-def _begun(path: Path, about: dict[str, Any]) -> tuple[int, list[tuple[int, Loss]]]:
-    """How many layers there are, 0 if that is not known, and what an earlier run has measured already."""
+def _begun(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, Loss]]]:
+    """The file of an earlier run, and what it has measured."""
     from farfield.hf import Loss
 
     if not path.exists():
-        return 0, []
+        return {}, []
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name, value in about.items() if held[name] != value and name != "start"]
@@ -189,4 +187,4 @@ def _begun(path: Path, about: dict[str, Any]) -> tuple[int, list[tuple[int, Loss
         raise ValueError(f"{path} is not a plan of farfield budget; give another --out") from None
     if other:
         raise ValueError(f"{path} was measured with another {', '.join(other)}; give another --out, or remove it")
-    return len(held.get("layers", ())), found
+    return held, found
