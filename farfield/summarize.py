@@ -494,10 +494,15 @@ def summarize(rows: Rows, *, block: int = 64, rank: int = 16, pool: Pool | None 
 
     Raises:
         ValueError: `rank` does not divide `block`, or the pool was made for other sizes.
+        TypeError: no Rows, or no Pool.
 
     Source: Fast Multipole Attention (arXiv:2310.11960); filters from child to parent, softmax pooling and the
     hierarchy of means are ours.
     """
+    if not isinstance(rows, Rows):
+        raise TypeError(f"summarize: rows must be Rows, as in Rows(k, v), got {type(rows).__name__}")
+    if not isinstance(pool, Pool | None):
+        raise TypeError(f"summarize: pool must be a Pool, such as MeanPool(), got {pool!r}")
     check_rank(block, rank)
     pool, tokens = pool or MeanPool(), len(rows)
     blocks = -(-tokens // block)

@@ -713,6 +713,19 @@ def test_every_mechanism_is_measured_and_failures_are_shown(broken, tmp_path, ca
     assert labels == ["fma (block=16, near=16, rank=4)", "full", "sdpa, flash"]
 
 
+def test_a_window_has_a_width_of_its_own():
+    """Not that of the heads."""
+    (made,) = all_mechanisms.run_all([("window", {"width": 9})], replace(TINY, tokens=[64]), out=None, against=[])
+    assert made.params == {"tokens": 64, "width": 8, "heads": 2, "kv_heads": 2, "own_width": 9}
+    assert made.rates["rows"] == mechanisms.make("window", width=9).rows_read(64)
+    assert tables.label(made) == "window (width=9)"
+    few = {"tokens": [64], "heads": 1, "dtypes": ["float32"], "passes": ["forward"], "out": None, "against": []}
+    assert runner.run("window", width=9, head_width=16, **few)[0].bytes == 4 * 64 * 16 * 4
+    assert runner.run("full", width=16, **few)[0].bytes == 4 * 64 * 16 * 4
+    with pytest.raises(ValueError, match="window: no option widht; its options are width, sinks"):
+        runner.run("window", widht=9, **few)
+
+
 def test_a_run_goes_on_where_it_was_cut(broken, tmp_path, monkeypatch):
     chosen = [("refuses", {}), ("full", {})]
     options = {"seconds": 0.01, "out": tmp_path, "resume": True}

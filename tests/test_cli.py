@@ -417,7 +417,7 @@ def test_missing_empty_and_short_text(tmp_path, text):
     assert "is empty" in complaint("train", empty, "--out", out)
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    assert "text shorter than n" in complaint("train", short, "--out", out, *TINY)
+    assert "the text is too short" in complaint("train", short, "--out", out, *TINY)
     assert not list(out.glob("step-*"))
 
 

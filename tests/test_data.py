@@ -151,13 +151,13 @@ def test_empty_text(tmp_path):
 
 
 def test_text_shorter_than_a_window(opened):
-    with pytest.raises(ValueError, match=r"training tokens, but a window of tokens=100,000 needs 100,001.*or fewer"):
+    with pytest.raises(ValueError, match=r"training tokens, but a window of 100,000 needs 100,001.*or fewer"):
         opened(tokens=100_000)
 
 
 def test_advice_on_short_text_works(tmp_path):
     (tmp_path / "short").write_text("x" * 100)
-    with pytest.raises(ValueError, match=r"use tokens=49 or fewer"):
+    with pytest.raises(ValueError, match=r"windows of 49 tokens or fewer"):
         open_data(tmp_path / "short", tokens=80, cache=tmp_path)
     assert open_data(tmp_path / "short", tokens=49, cache=tmp_path).train.windows == 1
 

@@ -42,6 +42,7 @@ ATTEND = {
     ),
     "q is integer": (lambda: attend(q=q().long()), TypeError, r"q must be floating point.*int64"),
     "no sources": (lambda: attend(rows=[], layout=None), ValueError, r"at least one \(rows, layout\)"),
+    "a tensor in the place of rows": (lambda: attend(rows=q()), TypeError, r"got a tensor; use Rows\(k, v\)"),
     "no layout": (lambda: attend(layout=None), TypeError, r"source 0 must be \(Rows, Layout\), got \(Rows, NoneType\)"),
     "a tensor as rows": (lambda: attend(rows=[(q(), plan())], layout=None), TypeError, r"got \(Tensor, Layout\)"),
     "k of another dtype": (
@@ -160,6 +161,14 @@ OPERATIONS = {
         ValueError,
         "q has 12 tokens, k and v have 10",
     ),
+    "merge of tensors": (lambda: ff.merge(q(), q()), TypeError, "takes what attend returns, Partials, got Tensor"),
+    "scan with a number as decay": (lambda: scan(decay=-0.1), TypeError, "a tensor, Decays or None, got -0.1"),
+    "summarize of a tensor": (lambda: ff.summarize(q()), TypeError, r"must be Rows, as in Rows\(k, v\), got Tensor"),
+    "summarize with a pool's name": (
+        lambda: ff.summarize(rows(), block=4, rank=2, pool="mean"),
+        TypeError,
+        r"pool must be a Pool, such as MeanPool\(\), got 'mean'",
+    ),
     "scan in chunks of 0": (lambda: scan(chunk=0), ValueError, "chunk must be at least 1, got 0"),
     "scan with decays of another shape": (
         lambda: scan(decay=-torch.ones(T)),
@@ -209,6 +218,12 @@ def call(name="full", group=None, rotary=None, shape=(B, H, T, D), **options):
     return mechanism(name, **options)(q(*shape), q(B, G, T, D), q(B, G, T, E), group=group, rotary=rotary)
 
 
+def extended(batches):
+    state = None
+    for batch in batches:
+        _, state = mechanism("full").extend(q(batch, H, 3, D), q(batch, G, 3, D), q(batch, G, 3, D), state)
+
+
 def sdpa(*args, heads=G, **options):
     return ff.attention(q(), q(B, heads, T, D), q(B, heads, T, E), *args, **options)
 
@@ -244,10 +259,30 @@ MECHANISMS = {
         ValueError,
         "3 query heads are not a multiple of 2 key heads",
     ),
+    "rotary that is no function": (
+        lambda: call("fma", rotary=3, block=4, near=4, rank=2),
+        TypeError,
+        "fma: rotary must be a function of x and position, got int",
+    ),
+    "a state of another batch": (
+        lambda: extended((2, 1)),
+        ValueError,
+        r"full: the state holds keys \[2, 2, 3, 6\], k is \[1, 2, 3, 6\]; batch, heads and width must agree",
+    ),
+    "a state of another mechanism": (
+        lambda: mechanism("full").extend(q(), q(), q(), mechanism("window").extend(q(), q(), q())[1]),
+        TypeError,
+        "full: goes on from a state of its own, Cache, got WindowState",
+    ),
+    "a state of other sizes": (
+        lambda: mechanism("window", width=9).extend(q(), q(), q(), mechanism("window").extend(q(), q(), q())[1]),
+        ValueError,
+        "window: the state was made with width=256, not width=9; begin a new one",
+    ),
     "cross-attention where there is none": (
         lambda: call("window", shape=(B, H, T + 1, D)),
         NotImplementedError,
-        "window: self-attention only, but q has 13 tokens and k 12",
+        r"window: self-attention only, but q has 13 tokens and k 12; tensors are \[batch, heads, tokens, width\]",
     ),
     "groups as floats": (
         lambda: call("fma", group=torch.zeros(B, T), block=4, near=4, rank=2),

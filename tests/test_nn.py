@@ -14,6 +14,7 @@ from farfield.nn import models as models_module
 from farfield.state import State
 from farfield.testing.inputs import normal
 from farfield.testing.units import assert_within
+from farfield.train import generate
 
 # small enough that 70 tokens are several blocks
 OPTIONS = {"fma": {"block": 8, "near": 8, "rank": 4, "rewind": 4}, "window": {"width": 12, "sinks": 2, "rewind": 4}}
@@ -181,6 +182,24 @@ def test_crop_of_more_than_is_kept_is_refused_in_words():
     _, short = model.extend(tokens(length=20))
     assert short.crop(20).tokens == 0
     assert torch.equal(model.extend(tokens(), short.crop(20))[0], model.extend(tokens())[0])
+
+
+def test_what_does_not_fit_a_model_is_refused_in_words():
+    model, x = decoder(), tokens()
+    _, state = model.extend(x)
+    calls = (
+        (lambda: model(x + 200), r"must lie below vocab=256 and not below 0, got \d+\.\.\d+"),
+        (lambda: model(x, torch.zeros(len(x), 69).long()), r"group must be \[B, T\] = .*got \[2, 69\]"),
+        (lambda: model.extend(x[:1], state), "the state holds 2 sequences, got 1"),
+        (
+            lambda: model.blocks[0].attention(torch.zeros(2, 5, 7)),
+            r"x must be \[batch, tokens, width=.*got \[2, 5, 7\]",
+        ),
+        (lambda: generate(model, "text", new_tokens=1), "prompt must be token ids, got text; encode it first"),
+    )
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("name", DECODERS)

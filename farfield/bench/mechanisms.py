@@ -57,9 +57,11 @@ def mechanism(
     width: int = 64,
     heads: int = 16,
     kv_heads: int | None = None,
+    own_width: int | None = None,
     **options: Any,
 ) -> Work:
     """Every registered mechanism with its defaults against causal SDPA: time, memory, efficiency, break-even."""
+    options |= {} if own_width is None else {"width": own_width}
     kind = mechanisms.get(mechanism)
     kv_heads = kv_heads or key_heads(mechanism, heads)
     q, k, v = draw(tokens, device, dtype, heads=heads, kv_heads=kv_heads, width=width)
@@ -195,7 +197,9 @@ def run_all(
     with Worker(own=isolated, limit=limit) as worker:
         for (name, options), dtype, width, passes, tokens in points:
             heads = {"heads": plan.heads, "kv_heads": plan.kv_heads or key_heads(name, plan.heads)}
-            params = {"tokens": tokens, "width": width, **heads, **options}
+            # beside the width of heads
+            own = {"own_width" if k == "width" and mechanisms.own_width(name) else k: x for k, x in options.items()}
+            params = {"tokens": tokens, "width": width, **heads, **own}
             blank = Record(NAME, name, passes, dtype, params)
             point, mine = _key(blank)[1:], (name, repr(options))
             if _key(blank) in known:

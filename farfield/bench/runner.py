@@ -317,6 +317,8 @@ def run(
     Raises:
         ValueError: no such benchmark, option, dtype, passes or device.
     """
+    from farfield import mechanisms
+
     case = get(name)
     where = _device(device)
     dtypes, passes = dtypes or case.dtypes, passes or case.passes
@@ -337,6 +339,8 @@ def run(
     if not takes_any and (bad := [x for x in grid if x not in options or x in ("device", "dtype")]):
         known = [x for x in options if x not in ("device", "dtype")]
         raise ValueError(f"bench {name}: no option {bad[0]!r}; its options are {', '.join(known)}")
+    if name not in BENCHES:
+        mechanisms.check_options(name, [x for x in grid if x not in options and x != "width"])
     axes = {k: list(v) if isinstance(v, (list, tuple, range)) else [v] for k, v in {**case.over, **grid}.items()}
 
     made: list[Record] = []
@@ -558,8 +562,12 @@ def _generic(name: str) -> Bench:
     """Any mechanism with its defaults: nothing on paper, no reference beyond the contract tests."""
     from farfield import mechanisms
 
-    def make(tokens, device, dtype, heads=4, kv_heads=None, width=64, causal=True, **options) -> Work:
-        q, k, v = draw(tokens, device, dtype, heads=heads, kv_heads=kv_heads, width=width)
+    own = mechanisms.own_width(name)
+
+    def make(tokens, device, dtype, heads=4, kv_heads=None, head_width=64, causal=True, **options) -> Work:
+        # a window's width is its own
+        head_width = head_width if own else options.pop("width", head_width)
+        q, k, v = draw(tokens, device, dtype, heads=heads, kv_heads=kv_heads, width=head_width)
         mechanism = mechanisms.make(name, causal=causal, **options).to(device, dtype)
         return Work(call=lambda: mechanism(q, k, v), bytes=2 * (q.nbytes + v.nbytes), inputs=(q, k, v), causal=causal)
 

@@ -155,7 +155,8 @@ def even_from(even: float | None, points: Sequence[Record]) -> str:
 
 def label(record: Record) -> str:
     """The contender and the options that it was given."""
-    options = [f"{k}={v}" for k, v in record.params.items() if k not in ("tokens", "width", "heads", "kv_heads")]
+    sizes = ("tokens", "width", "heads", "kv_heads")
+    options = [f"{k.removeprefix('own_')}={v}" for k, v in record.params.items() if k not in sizes]
     return f"{record.contender} ({', '.join(options)})" if options else record.contender
 
 

@@ -67,7 +67,7 @@ def compare(
     deadline: runs.Deadline = None,
 ) -> None:
     """Train the same model with each mechanism for equal tokens: bits per byte, speed, memory, rows read."""
-    from farfield.bench.compare import SHAPES, Settings
+    from farfield.bench.compare import NAME, SHAPES, Settings
     from farfield.bench.compare import compare as run
     from farfield.train.config import pick_device
 
@@ -83,9 +83,11 @@ def compare(
     }  # fmt: skip
     settings = Settings(
         **SHAPES["cuda" if where.type == "cuda" else "cpu"] | {k: x for k, x in given.items() if x is not None},
-        seeds=seeds, again=runs.labels(seeds_of), model=parse(model, "--model"), train=parse(recipe, "--recipe"),
+        seeds=seeds, again=runs.labels(seeds_of),
+        model=parse(model, "--model", "--model conv=0"), train=parse(recipe, "--recipe", "--recipe lr=0.02"),
     )  # fmt: skip
-    run(
+    page = run(
         mixed(attention, "--attention"), text, settings, valid=valid, out=out, device=where, resume=resume, gpus=gpus,
         **runs.until(limit, deadline),
     )  # fmt: skip
+    runs.check(page.with_name(NAME))

@@ -41,7 +41,7 @@ def demo(
     from farfield.bench.demo import demo as run
     from farfield.nn.config import known
 
-    settings = parse(setting, "--set")
+    settings = parse(setting, "--set", "--set width=192")
     known(Settings, settings)
     settings |= {name: value for name, value in (("tokens", tokens), ("steps", steps)) if value is not None}
     named = {"minutes": minutes, "seed": seed}

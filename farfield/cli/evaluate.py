@@ -31,7 +31,7 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run folder, or one of its steps.")],
     text: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT...]", help="Files, folders or globs. Default: what the run held out."),
+        typer.Argument(metavar="TEXT...", help="Files, folders or globs. Default: what the run held out."),
     ] = None,
     tokens: Annotated[int | None, unset("as trained", "Sequence length.", "--tokens", "-n", min=1)] = None,
     windows: Annotated[int | None, unset("all", "Windows read, spread evenly over the text.", min=1)] = None,
@@ -40,7 +40,7 @@ def evaluate(
         bool, typer.Option("--copy-probe", help="Also: does the model copy strings seen once?")
     ] = False,
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="Field of ModelConfig to change, NAME=VALUE; repeat.")
+        list[str] | None, typer.Option("--model", metavar="NAME=VALUE", help="Field of ModelConfig to change; repeat.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
@@ -55,7 +55,7 @@ def evaluate(
     from farfield.train import evaluate as measure
 
     found = checkpoints.read(checkpoint)
-    changes = parse(model, "--model")
+    changes = parse(model, "--model", "--model log_scale=8192")
     trained, _ = checkpoints.load_model(found.path, device=device, changes=changes)
     if copy_probe and not isinstance(trained, Decoder):
         raise ValueError("evaluate: the copy probe needs a decoder, and this checkpoint is an encoder")
@@ -93,8 +93,8 @@ def open_text(found: Checkpoint, codec: Codec, text: list[str] | None, tokens: i
     split = Split(ids, sizes, tokens)
     if not split.windows:
         raise ValueError(
-            f"text shorter than n: {len(ids):,} tokens, but a window of {tokens:,} needs {tokens + 1:,}. "
-            f"Give more text, or use --tokens {max(1, len(ids) - 1)} or fewer."
+            f"evaluate: the text is too short: {len(ids):,} tokens, but a window of {tokens:,} needs {tokens + 1:,}. "
+            f"Give more text{f', or --tokens {len(ids) - 1} or fewer' if len(ids) > 1 else ''}."
         )
     return split
 

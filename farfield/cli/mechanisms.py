@@ -154,8 +154,9 @@ def write_template(name: str, folder: Path | None = None) -> Path:
     text = text.replace("class Example(", f"class {''.join(w.capitalize() for w in words)}(", 1)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.py"
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
+    if path.exists():
+        raise ValueError(f"new: there is a file {path} already; take another name, or delete it")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -221,6 +222,8 @@ def draw(mechanism: Mechanism, tokens: int, path: Path) -> None:
 
     from farfield.bench.plots import save
 
+    if path.suffix.lstrip(".").lower() not in ("", *Figure().canvas.get_supported_filetypes()):
+        raise ValueError(f"show: --plot takes .svg, .png, .pdf or another ending that matplotlib writes, got {path}")
     layouts = offered(tokens)
     figure = Figure(figsize=(4.5 * len(layouts), 4.5), layout="constrained")
     for n, (title, layout) in enumerate(layouts.items(), start=1):

@@ -22,8 +22,11 @@ def unset(default: object, help: str, *names: str, **options: Any) -> Any:
     )
 
 
-def parse(pairs: list[str] | None, flag: str = "--option") -> dict[str, Any]:
+def parse(pairs: list[str] | None, flag: str = "--option", example: str = "--option block=64") -> dict[str, Any]:
     """["block=32", "pool=mean", "causal=false"] as keyword arguments: JSON where it is JSON, else text.
+
+    Args:
+        flag, example: what errors name, and how it is written.
 
     Raises:
         ValueError: an entry is not NAME=VALUE, or a name comes twice.
@@ -33,7 +36,7 @@ def parse(pairs: list[str] | None, flag: str = "--option") -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name.isidentifier():
-            raise ValueError(f"{flag} takes NAME=VALUE, got {pair!r}; for example {flag} block=64")
+            raise ValueError(f"{flag} takes NAME=VALUE, got {pair!r}; for example {example}")
         if name in found:
             raise ValueError(f"{flag} {name} is given twice")
         try:
@@ -61,7 +64,7 @@ def chosen(text: str, flag: str) -> list[tuple[str, dict[str, Any]]]:
             found[-1][1].append(entry)
         else:
             raise ValueError(f"{flag}: {entry!r} follows no mechanism's options; write NAME:{entry}")
-    made = [(name, parse(options, f"{flag} {name}")) for name, options in found]
+    made = [(name, parse(options, f"{flag} {name}", f"{flag} {name}:block=64")) for name, options in found]
     for at, each in enumerate(made):
         if each in made[:at]:
             raise ValueError(f"{flag}: {each[0]} is given twice")

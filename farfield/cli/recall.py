@@ -73,7 +73,7 @@ def recall(
     deadline: runs.Deadline = None,
 ) -> None:
     """Train the same model with each mechanism to recall: right answers by length and distance, speed, memory, rows."""
-    from farfield.bench.recall import OPTIONS, SHAPES, RecallSettings
+    from farfield.bench.recall import NAME, OPTIONS, SHAPES, RecallSettings
     from farfield.bench.recall import recall as run
     from farfield.train.config import pick_device
 
@@ -93,9 +93,10 @@ def recall(
     settings = RecallSettings(
         **SHAPES[kind] | {k: x for k, x in given.items() if x is not None},
         task=task, options=OPTIONS[kind].get(task, {}) | parse(option), seeds=seeds, again=runs.labels(seeds_of),
-        model=parse(model, "--model"), train=parse(recipe, "--recipe"),
+        model=parse(model, "--model", "--model conv=0"), train=parse(recipe, "--recipe", "--recipe lr=0.02"),
     )  # fmt: skip
-    run(
+    page = run(
         mixed(attention, "--attention"), settings, out=out, device=where, resume=resume, gpus=gpus,
         **runs.until(limit, deadline),
     )  # fmt: skip
+    runs.check(page.with_name(NAME))

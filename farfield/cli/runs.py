@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,3 +49,9 @@ def until(limit: float | None, deadline: float | None) -> dict[str, Any]:
     """--limit and --deadline, infinite where they are not given."""
     given = {"limit": limit, "deadline": deadline}
     return {name: math.inf if seconds is None else seconds for name, seconds in given.items()}
+
+
+def check(found: Path) -> None:
+    """Exit with 1 where nothing could be trained, by compare.json or recall.json; the reasons have been printed."""
+    if not json.loads(found.read_text(encoding="utf-8"))["runs"]:
+        raise typer.Exit(1)

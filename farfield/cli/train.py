@@ -141,7 +141,7 @@ def configs(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
     recipe: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in given.items() if k in of_train}
     recipe |= {k: tuple(v) for k, v in recipe.items() if isinstance(v, list)}
     shape: dict[str, Any] = {k: v for k, v in given.items() if k in of_model}
-    shape |= known(ModelConfig, parse(given.get("model"), "--model"))
+    shape |= known(ModelConfig, parse(given.get("model"), "--model", "--model conv=0"))
     if options := parse(given.get("option")):
         shape["attention_options"] = options
     if given["encoder"]:

@@ -11,7 +11,7 @@ import inspect
 import numbers
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -95,13 +95,25 @@ def make(name: str, **options) -> Mechanism:
         ValueError: no such mechanism, or an option that it does not have or that is of another kind than it asks for;
             the message lists its options, or says which kind.
     """
+    check_options(name, options)
     kind = get(name)
     known = inspect.signature(kind).parameters
-    if unknown := [o for o in options if o not in known]:
-        raise ValueError(f"{name}: no option {', '.join(unknown)}; its options are {', '.join(known)}")
     for option, value in options.items():
         check_plain(name, option, known[option].annotation, value)
     return kind(**options)
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raise ValueError where the mechanism of this name has no such option."""
+    known = inspect.signature(get(name)).parameters
+    if unknown := [o for o in options if o not in known]:
+        raise ValueError(f"{name}: no option {', '.join(unknown)}; its options are {', '.join(known)}")
+
+
+def own_width(name: str) -> bool:
+    """Whether an option `width` of this mechanism is something else than the width of heads, such as a window's."""
+    known = inspect.signature(get(name)).parameters.keys()
+    return "width" in known and not known & {"kv_heads", "value_width"}
 
 
 def make_for(
@@ -119,6 +131,6 @@ def make_for(
     """
     known = inspect.signature(get(name)).parameters
     sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "value_width": value_width or width}
-    if not known.keys() & {"kv_heads", "value_width"}:
+    if own_width(name):
         del sizes["width"]
     return make(name, **{k: v for k, v in sizes.items() if k in known} | dict(options))

@@ -140,6 +140,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T W"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
         """Attention of every token. `group` as in Mechanism.forward: the convolution keeps documents apart too."""
+        self._check(x)
         if group is not None and 0 < self.log_scale < x.shape[1]:
             raise NotImplementedError(
                 f"Attention: log_scale={self.log_scale} counts from the sequence's beginning, not from a document's; "
@@ -160,6 +161,9 @@ class Attention(nn.Module):
 
     def extend(self, x: Float[Tensor, "B T W"], state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """Attention of T further tokens after those in `state`: the outputs of one forward over everything."""
+        self._check(x)
+        if state is not None and state.recent is not None and len(state.recent) != len(x):
+            raise ValueError(f"Attention: the state holds {len(state.recent)} sequences, got {len(x)}")
         tokens = state.tokens if state else 0
         mixed, recent, reach = x, None, 0
         if self.conv is not None:
@@ -197,6 +201,10 @@ class Attention(nn.Module):
         with _plain(x):
             out = self.mechanism.step(q, k, v, ring.inner)
         return F.linear(rearrange(out, "b h t d -> b t (h d)"), ring.out)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[2] != self.width:
+            raise ValueError(f"Attention: x must be [batch, tokens, width={self.width}], got {list(x.shape)}")
 
     def _positions(self, start: int, x: Tensor) -> tuple[Tensor | None, bool]:
         """Of the tokens x from position `start` on, where they are needed, and whether queries have grown by them."""

@@ -156,12 +156,26 @@ class Transformer(nn.Module):
                 f"{type(self).__name__}: tokens must be integers [batch, tokens], "
                 f"got {tokens.dtype} {list(tokens.shape)}"
             )
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            least, most = tokens.aminmax()
+            if least < 0 or most >= self.config.vocab:
+                raise ValueError(
+                    f"{type(self).__name__}: tokens must lie below vocab={self.config.vocab} and not below 0, "
+                    f"got {int(least)}..{int(most)}"
+                )
         # at unit RMS the blocks weigh against it from the first step, however small a tied embedding is
         return F.rms_norm(self.embed(tokens), (self.config.width,), eps=1e-6)
 
     def features(self, tokens: Int[Tensor, "B T"], group: Int[Tensor, "#B T"] | None = None) -> Float[Tensor, "B T W"]:
         """The normed residual stream that the output layer reads."""
         x = self._embed(tokens)
+        if group is not None and (
+            group.dim() != 2 or group.shape[0] not in (1, len(x)) or group.shape[1] != x.shape[1]
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: group must be [B, T] = {list(tokens.shape)}, or one row for all, "
+                f"got {list(group.shape)}"
+            )
         again = self.config.checkpoint and torch.is_grad_enabled()
         for block in self.blocks:
             if again:

@@ -335,6 +335,8 @@ def _check(
     q: Tensor, given: Sequence[tuple[Rows, Layout | None]], position: Tensor | None, group: Tensor | None
 ) -> Sequence[tuple[Rows, Layout]]:
     """The sources, once everything fits together."""
+    if isinstance(given, Tensor):
+        raise TypeError("attend: rows must be Rows, or a list of (Rows, Layout), got a tensor; use Rows(k, v)")
     if not given:
         raise ValueError("attend: needs at least one (rows, layout) source")
     if not q.is_floating_point() or q.dim() != 4:

@@ -18,11 +18,15 @@ def merge(*partials: Partial) -> Partial:
 
     Raises:
         ValueError: no partials, or partials of different shapes.
+        TypeError: something else than partials.
 
     Source: FlashAttention's rescaling (Dao et al. 2022, arXiv:2205.14135) across calls instead of tiles.
     """
     if not partials:
         raise ValueError("merge: needs at least one Partial")
+    for p in partials:
+        if not isinstance(p, Partial):
+            raise TypeError(f"merge: takes what attend returns, Partials, got {type(p).__name__}")
     first = partials[0]
     for p in partials[1:]:
         if p.out.shape != first.out.shape or p.lse.shape != first.lse.shape:

@@ -161,6 +161,8 @@ def _check(
         raise ValueError(f"scan: q has {T} tokens, k and v have {k.shape[2]}; the recurrence reads them in step")
     if chunk < 1:
         raise ValueError(f"scan: chunk must be at least 1, got {chunk}")
+    if not isinstance(decay, Tensor | Decays | None):
+        raise TypeError(f"scan: decay must be a tensor, Decays or None, got {decay!r}")
     for name, x in (("decay", decay), ("state", state)):
         if isinstance(x, Tensor) and x.device != q.device:
             raise ValueError(f"scan: {name} is on {x.device}, q on {q.device}")

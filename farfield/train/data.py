@@ -162,8 +162,9 @@ def open_data(
     ):
         if not split.windows:
             raise ValueError(
-                f"text shorter than n: {len(split.ids):,} {name} tokens, but a window of tokens={tokens:,} needs "
-                f"{tokens + 1:,}. Give more text{advice}, or use tokens={max(1, len(split.ids) - 1)} or fewer."
+                f"the text is too short: {len(split.ids):,} {name} tokens, but a window of {tokens:,} needs "
+                f"{tokens + 1:,}. Give more text{advice}"
+                + (f", or windows of {len(split.ids) - 1:,} tokens or fewer" if len(split.ids) > 1 else "")
             )
     return Data(train, held, codec, digest)
 

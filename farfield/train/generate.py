@@ -56,6 +56,8 @@ def generate(
     """
     if not isinstance(model, Decoder):
         raise ValueError(f"generate: only a Decoder generates text, got {type(model).__name__}")
+    if isinstance(prompt, str | bytes):
+        raise ValueError("generate: prompt must be token ids, got text; encode it first, as in codec.encode(text)")
     ids = prompt.cpu().long() if isinstance(prompt, Tensor) else torch.tensor([int(i) for i in prompt])
     if ids.dim() != 1 or not len(ids):
         raise ValueError(f"generate: prompt must be a list of at least one token id, got shape {list(ids.shape)}")
