@@ -27,6 +27,7 @@ from farfield.kernels import (
     choose,
     choose_backward,
     compress,
+    draw,
     fan,
     growth,
     hashed,
@@ -512,6 +513,11 @@ def growing(width, *, block=64, rank=4, detail=16, dtype="bf16", tokens=5000):
             opened_search.choose(asking, found, tree, plan, 0.125, done * block // hold)
 
 
+def drawing(tokens):
+    number = empty(1, dtype=torch.float64)
+    draw.drawn(empty(1, tokens, dtype=torch.float32), number, 0.8, tokens, 0.9)
+
+
 def decoding_opened(picks, *, heads=8, kv_heads=8, width=64, capacity=1 << 20, **plan):
     """A step from fixed buffers, and the fetch of its blocks."""
     about = {"detail": 16, "picks": picks, "beam": 2 * picks, "shared": 1, "summed": 0, "score": 3, **plan}
@@ -639,6 +645,8 @@ LAUNCHES = {
     "append-sinks-rotary": lambda: appending(sinks=4, rotary=Rope(128)),
     "append-fp32": lambda: appending(width=64, dtype="fp32"),
     "token": stepping,
+    "draw-256": lambda: drawing(256),
+    "draw-1000": lambda: drawing(1000),
     "token-fp32": lambda: stepping(width=64, dtype="fp32"),
 }
 
@@ -653,7 +661,7 @@ FEW = (
     "decode-1", "decode-64", "decode-64-whole", "decode-fp32", "pool-64-m64-p4", "tree-m64-128", "tree-m128-64",
     "tree-m128-128", "tree-near-128-64", "tree-cut-64", "walk", "walk-long", "walk-128",
     "walk-halves-64-100000", "walk-halves-128-5000", "lists-causal", "lists-patterns",
-    "append-sinks-rotary", "opened-step-4", "token",
+    "append-sinks-rotary", "opened-step-4", "token", "draw-256",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
     "branches-64", "mix-64", "opened-2-64", "opened-runs-64", "growth-64",

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from farfield.nn import Decoder, DecoderRing, DecoderState
+from farfield.ops import draw as one_launch
 from farfield.train.codec import Codec
 from farfield.train.config import DTYPES, autocast
 from farfield.train.fast import Captured
@@ -255,6 +256,9 @@ def drawn(
         ids = torch.arange(logits.shape[-1], device=logits.device)
         # of equal ones the lower id, which argmax does not promise
         return torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)
+    check_sampling(temperature, top_k, top_p)
+    if not one_launch.refusal(logits, number):
+        return one_launch.draw(logits, number, temperature, top_k, top_p)
     kept = probabilities(logits, temperature, top_k, top_p)
     sums = kept.cumsum(-1)
     place = (sums <= number[..., None] * sums[..., -1:]).sum(-1)

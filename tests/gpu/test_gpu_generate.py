@@ -13,8 +13,10 @@ from farfield.mechanisms.ssa import SSA
 from farfield.mechanisms.window import SlidingWindow
 from farfield.nn import Attention, Decoder, ModelConfig
 from farfield.nn.models import DecoderRing
+from farfield.ops import draw
 from farfield.testing.units import assert_within
 from farfield.train import generate
+from farfield.train.generate import drawn
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -60,6 +62,20 @@ def test_a_graph_generates_what_steps_and_states_do(name, sampling, monkeypatch)
         assert list(generate(found, prompt, way="ring", **given)) == graph
     assert list(generate(found, prompt, way="extend", **given)) == graph
     assert len(graph) == 80
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [256, 1000, 1500])
+def test_one_launch_draws_what_the_cpu_draws(tokens, dtype):
+    gen = torch.Generator().manual_seed(tokens)
+    logits = (3 * torch.randn(50, tokens, generator=gen)).to(dtype)
+    # many equal ones
+    logits[::2] = (2 * logits[::2]).round() / 2
+    numbers = torch.rand(50, dtype=torch.float64, generator=gen)
+    assert (draw.refusal(logits.cuda(), numbers.cuda()) is None) == (tokens <= draw.MOST)
+    for sampling in ((1.0, None, None), (0.7, 5, None), (1.3, None, 0.9), (0.8, 50, 0.6)):
+        for number in (numbers, numbers[:1]):
+            assert torch.equal(drawn(logits.cuda(), number.cuda(), *sampling).cpu(), drawn(logits, number, *sampling))
 
 
 def test_numbers_beyond_those_held_are_drawn(monkeypatch):
