@@ -68,6 +68,31 @@ def _below(x):
     return tl.where(x >= 32, -1, (1 << tl.minimum(tl.maximum(x, 0), 31)) - 1)
 
 
+@triton.jit
+def _share(number):
+    """The logarithm of a number of tokens, -inf of none."""
+    number = number.to(tl.float32)
+    return tl.where(number > 0, tl.log(tl.maximum(number, 1.0)), float("-inf"))
+
+
+@triton.jit
+def _of_groups(
+    products, scale, more, group_more,
+    ROWS: tl.constexpr, DETAIL: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """The scores of GROUPS groups by products with their first segments, their second ones, and so on.
+
+    The best segment of a group is that of the largest product where all hold as many tokens (ALIKE).
+    """
+    if SUM:
+        found = _added(tl.reshape(products * scale + more[None, :], [ROWS, DETAIL, GROUPS]))
+    elif ALIKE:
+        found = tl.max(tl.reshape(products, [ROWS, DETAIL, GROUPS]), 1) * scale + group_more[None, :]
+    else:
+        found = tl.max(tl.reshape(products * scale + more[None, :], [ROWS, DETAIL, GROUPS]), 1)
+    return found
+
+
 VARIES = ["heads", "runs", "begin", "hold", "words", "height", "blocks", "levels", "radius", "sinks", "beam"]
 
 
@@ -78,7 +103,7 @@ def score_children(
     total, q_b, q_h, q_t, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    STEPS: tl.constexpr, TWICE: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr,
+    STEPS: tl.constexpr, TWICE: tl.constexpr, SUM: tl.constexpr, ALIKE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The scores of the children of each parent, for the queries that look into it; and the next bits are cleared.
 
@@ -87,16 +112,20 @@ def score_children(
         begin: number of the first of `runs` runs of `hold` queries.
         below: how many groups of `height` have bits in `next_bits`, 0 for none.
         split: queries of a program, a multiple of 32.
+        ALIKE: all segments hold as many tokens, and the scale is positive.
     """
     BT: tl.constexpr = ROWS // STACK_TILE
     PARTS: tl.constexpr = 2 * DETAIL if DETAIL > 8 else 16
     # means in float32, which become two numbers here
     WHOLE: tl.constexpr = TWICE and high.dtype.element_ty != q.dtype.element_ty
+    CHILDREN: tl.constexpr = PARTS // DETAIL
     pid = tl.program_id(0)
     parts = (runs + split - 1) // split
     line, dims, part = tl.arange(0, ROWS), tl.arange(0, D_TILE), tl.arange(0, PARTS)
-    child, span = tl.arange(0, PARTS // DETAIL), tl.arange(0, WORDS)
+    child, span = tl.arange(0, CHILDREN), tl.arange(0, WORDS)
     spot, r = line // STACK_TILE, line % STACK_TILE
+    # what only fills up a tile reads what is there, and writes nothing
+    own_head, head = r < STACK, tl.minimum(r, STACK - 1)
     lists = heads // STACK
     kv_heads = heads // REPEAT
     readers += pid.to(tl.int64) * 2 * split
@@ -161,9 +190,10 @@ def score_children(
             tl.store(readers + split + some + span, slot, mask=inside)
         tl.debug_barrier()
         if filled > 0:
-            # both children's rows lie one behind the other
-            rows = 2 * parent * DETAIL + part
-            there = (part < 2 * DETAIL) & (rows < (blocks >> height) * DETAIL)
+            # the children's first segments, their second ones, and so on
+            own_child = part % CHILDREN
+            rows = (2 * parent + own_child) * DETAIL + part // CHILDREN
+            there = (own_child < 2) & (rows < (blocks >> height) * DETAIL)
             at = ((b * kv_heads + g) * all_rows + before + rows)[:, None] * D + dims
             wide = (dims < D)[None, :]
             sketch = tl.load(high + at, mask=there[:, None] & wide, other=0.0)
@@ -173,23 +203,25 @@ def score_children(
                 rest = (whole - sketch.to(tl.float32)).to(q.dtype.element_ty)
             elif TWICE:
                 rest = tl.load(low + at, mask=there[:, None] & wide, other=0.0)
-            number = tl.where(there, _counted(rows * size, size, sinks), 0).to(tl.float32)
-            more = tl.where(number > 0, tl.log(tl.maximum(number, 1.0)), float("-inf"))
+            more = _share(tl.where(there, _counted(rows * size, size, sinks), 0))
+            group_more = _share(tl.where((child < 2) & (2 * parent + child < (blocks >> height)), size, 0))
+            q_own = q + (b * q_b + (u * STACK + head) * q_h)[:, None] * D_UNIT + dims
+            to = scores + ((unit * STACK + head) * (SLOTS + 1) * runs * 2)[:, None] + child[None, :]
             for step in range(0, filled, BT):
-                t = step + spot
-                asked = (t < filled) & (r < STACK)
-                behind = tl.load(readers + t, mask=(t >= neighbours) & (t < filled), other=0)
-                i = tl.where(t < neighbours, first + t, behind)
-                slot = tl.load(readers + split + t, mask=(t >= neighbours) & (t < filled), other=SLOTS)
-                q_at = (b * q_b + (u * STACK + r) * q_h + i.to(tl.int64) * q_t)[:, None] * D_UNIT + dims
-                q_tile = tl.load(q + q_at, mask=asked[:, None] & wide, other=0.0)
+                asked = (step + spot < filled) & own_head
+                t = tl.minimum(step + spot, filled - 1)
+                i = tl.where(t < neighbours, first + t, tl.load(readers + t))
+                slot = tl.where(t < neighbours, SLOTS, tl.load(readers + split + t))
+                q_at = q_own + (i.to(tl.int64) * q_t)[:, None] * D_UNIT
+                if D == D_TILE:
+                    q_tile = tl.load(q_at)
+                else:
+                    q_tile = tl.load(q_at, mask=wide, other=0.0)
                 logits = tl.dot(q_tile, sketch.T, input_precision="ieee")
                 if TWICE:
                     logits = tl.dot(q_tile, rest.T, logits, input_precision="ieee")
-                logits = tl.reshape(logits * scale + more[None, :], [ROWS, PARTS // DETAIL, DETAIL])
-                found = _added_last(logits) if SUM else tl.max(logits, 2)
-                place = (((unit * STACK + r) * (SLOTS + 1) + slot) * runs + i) * 2
-                tl.store(scores + place[:, None] + child[None, :], found, mask=asked[:, None] & (child < 2)[None, :])
+                found = _of_groups(logits, scale, more, group_more, ROWS, DETAIL, CHILDREN, SUM, ALIKE)
+                tl.store(to + ((slot * runs + i) * 2)[:, None], found, mask=asked[:, None] & (child < 2)[None, :])
 
 
 @triton.jit(
@@ -219,7 +251,7 @@ def score_every(
     q_b, q_h, q_t, scale,
     STACK: tl.constexpr, STACK_TILE: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr, DETAIL: tl.constexpr,
     D: tl.constexpr, D_TILE: tl.constexpr, D_UNIT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    TWICE: tl.constexpr, SUM: tl.constexpr,
+    TWICE: tl.constexpr, SUM: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """The scores of all groups of levels bottom .. top - 1 that any of `runs` queries may keep, GROUPS a program.
 
@@ -250,10 +282,12 @@ def score_every(
     group = chunk * GROUPS
     line, dims, column = tl.arange(0, ROWS), tl.arange(0, D_TILE), tl.arange(0, COLUMNS)
     spot, r = line // STACK_TILE, line % STACK_TILE
-    j, own = group + column // DETAIL, group + tl.arange(0, GROUPS)
+    # the groups' first segments, their second ones, and so on: a thread has all of a group's, or many of them
+    j, own = group + column % GROUPS, group + tl.arange(0, GROUPS)
     there = j < (blocks >> height)
     wide = (dims < D)[None, :]
-    at = ((b * kv_heads + g) * all_rows + before + group * DETAIL + column)[:, None] * D + dims
+    row = j * DETAIL + column // GROUPS
+    at = ((b * kv_heads + g) * all_rows + before + row)[:, None] * D + dims
     sketch = tl.load(high + at, mask=there[:, None] & wide, other=0.0)
     if WHOLE:
         whole = sketch
@@ -262,26 +296,31 @@ def score_every(
     elif TWICE:
         rest = tl.load(low + at, mask=there[:, None] & wide, other=0.0)
     size = (BLOCK // DETAIL) << height
-    number = tl.where(there, _counted((group * DETAIL + column) * size, size, sinks), 0).to(tl.float32)
-    more = tl.where(number > 0, tl.log(tl.maximum(number, 1.0)), float("-inf"))
+    more = _share(tl.where(there, _counted(row * size, size, sinks), 0))
+    group_more = _share(tl.where(own < (blocks >> height), size, 0))
     # of groups that are far for none of a tile's queries, or too far for all, nobody asks
     reach = (radius + (1 << height) - 1) >> height
     first = tl.maximum(((group + reach + 1) << height) * BLOCK // hold - begin, 0) // BT
     ends = ((group + GROUPS - 1) >> (levels - height)) + ((radius + (1 << levels) - 1) >> levels) + 1
     ends = (tl.maximum((ends << levels) * BLOCK // hold - begin, 0) + BT - 1) // BT
+    # what only fills up a tile reads what is there, and writes nothing
+    own_head, head = r < STACK, tl.minimum(r, STACK - 1)
+    q_own = q + (b * q_b + (u * STACK + head) * q_h)[:, None] * D_UNIT + dims
+    place = ((unit * STACK + head) * width + base)[:, None] + (own // 2)[None, :]
+    to = scores + place * runs * 2 + (own % 2)[None, :]
     for tile in range(first + tl.program_id(1), tl.minimum(tiles, ends), tl.num_programs(1)):
-        i = tile * BT + spot
-        asked = (i < runs) & (r < STACK)
-        q_at = (b * q_b + (u * STACK + r) * q_h + i.to(tl.int64) * q_t)[:, None] * D_UNIT + dims
-        q_tile = tl.load(q + q_at, mask=asked[:, None] & wide, other=0.0)
+        asked = (tile * BT + spot < runs) & own_head
+        i = tl.minimum(tile * BT + spot, runs - 1)
+        q_at = q_own + (i.to(tl.int64) * q_t)[:, None] * D_UNIT
+        if D == D_TILE:
+            q_tile = tl.load(q_at)
+        else:
+            q_tile = tl.load(q_at, mask=wide, other=0.0)
         logits = tl.dot(q_tile, sketch.T, input_precision="ieee")
         if TWICE:
             logits = tl.dot(q_tile, rest.T, logits, input_precision="ieee")
-        logits = tl.reshape(logits * scale + more[None, :], [ROWS, GROUPS, DETAIL])
-        found = _added_last(logits) if SUM else tl.max(logits, 2)
-        place = ((unit * STACK + r) * width + base)[:, None] + (own // 2)[None, :]
-        to = scores + (place * runs + i[:, None]) * 2 + (own % 2)[None, :]
-        tl.store(to, found, mask=asked[:, None] & (own < many)[None, :])
+        found = _of_groups(logits, scale, more, group_more, ROWS, DETAIL, GROUPS, SUM, ALIKE)
+        tl.store(to + (i * 2)[:, None], found, mask=asked[:, None] & (own < many)[None, :])
 
 
 @triton.jit
@@ -296,14 +335,6 @@ def _added(x):
     peak = tl.max(x, 1)
     base = tl.where(peak == float("-inf"), 0.0, peak)
     return base + tl.log(tl.sum(tl.exp(x - tl.expand_dims(base, 1)), 1))
-
-
-@triton.jit
-def _added_last(x):
-    """The same along dimension 2."""
-    peak = tl.max(x, 2)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    return base + tl.log(tl.sum(tl.exp(x - tl.expand_dims(base, 2)), 2))
 
 
 @triton.jit
@@ -332,7 +363,7 @@ def _best(
     score0 = tl.full([SLOTS, BT], float("-inf"), tl.float32)
     score1, near0 = score0, tl.full([BT], float("-inf"), tl.float32)
     near1 = near0
-    for r in range(STACK):
+    for r in tl.range(0, STACK, loop_unroll_factor=4 if STACK % 4 == 0 else 1):
         from_ = scores + ((unit * STACK + r) * width + base) * runs * 2
         at = from_ + (place * runs + i[None, :]) * 2
         x0 = tl.load(at, mask=valid, other=float("-inf"))
@@ -573,6 +604,7 @@ def _search(
     kept = [new(units, runs, slots) for _ in range(2)]
     stacked = max(ROWS, stack_tile)
     shape = width, padded(width), unit, stacked
+    alike = not tree.lo and scale > 0
     few = max(FEW * slots // 16, min(MANY, SCORED // runs))
     # where the tree ends early: a higher level has fewer groups, though none of them is kept
     top = next(h for h in range(top, tree.levels + 1) if far[h] < few or far[h] <= beam or h == tree.levels)
@@ -585,7 +617,7 @@ def _search(
         score_every, (chunks * units, max(1, min(tiles, PROGRAMS // (chunks * units)))),
         q, sketches.high, sketches.low, every, heads, runs, begin, hold, bottom, top, tree.blocks, tree.levels,
         radius, tree.lo, every.shape[2], tiles, units, sketches.high.shape[2], *q_at, scale,
-        stack, stack_tile, heads // kv_heads, tree.block, detail, *shape, groups, sketches.twice, bool(summed),
+        stack, stack_tile, heads // kv_heads, tree.block, detail, *shape, groups, sketches.twice, bool(summed), alike,
         num_warps=WARPS, num_stages=2,
     )  # fmt: skip
     size = max(1, min(32, KEPT // slots))
@@ -617,7 +649,7 @@ def _search(
             q, sketches.high, sketches.low, kept[turn % 2], bits[0], bits[1], scores, new(programs, 2 * split),
             *numbers, parents, below, split, sketches.high.shape[2], total, *q_at, scale,
             stack, stack_tile, heads // kv_heads, tree.block, detail, *shape[:3], max(ASKERS, stack_tile), slots,
-            slots.bit_length() - 1, sketches.twice, bool(summed), WORDS, num_warps=FEWER, num_stages=3,
+            slots.bit_length() - 1, sketches.twice, bool(summed), alike, WORDS, num_warps=FEWER, num_stages=3,
         )  # fmt: skip
         start(
             keep_best, (tiles * units,),
