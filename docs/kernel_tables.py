@@ -104,14 +104,15 @@ def choosing() -> str:
 
 
 def opened() -> str:
-    """Ratios of fma-opened by rank and detail, and what part of the forward is the choice."""
+    """Ratios of fma-opened by who chooses and by rank and detail, and what part of the forward is the choice."""
     own = [r for r in load("fma-opened") if r.contender == "fma-opened"]
     lengths = sorted({r.tokens for r in own})
     body = []
-    for rank, detail in sorted({_parts(r) for r in own}, reverse=True):
+    for parts in sorted({_parts(r) for r in own}, reverse=True):
+        kv_heads, hold, rank, detail = parts
         for said, passes in PASSES.items():
             for width in WIDTHS:
-                point = passes, width, (rank, detail)
+                point = passes, width, parts
                 here = {r.tokens: r for r in own if (r.passes, r.params["width"], _parts(r)) == point}
                 if not here:
                     continue
@@ -119,13 +120,15 @@ def opened() -> str:
                 ends = (min(shares), max(shares)) if shares and passes == "forward" else ()
                 share = " to ".join(dict.fromkeys(f"{x:.0%}" for x in ends))
                 cells = [_times(here[n].ratio) if n in here else "" for n in lengths]
-                body.append([f"{rank}, {detail}", said, str(width), *cells, share])
-    return table(["rank, detail", "passes", "d", *map(short, lengths), "share of choosing"], body)
+                body.append([f"{kv_heads}, {hold}", f"{rank}, {detail}", said, str(width), *cells, share])
+    return table(["key heads, hold", "rank, detail", "passes", "d", *map(short, lengths), "share of choosing"], body)
 
 
-def _parts(r: Record) -> tuple[int, int]:
-    """Rows of a group and of a sketch."""
-    return r.params.get("rank", 4), r.params.get("detail", 16)
+def _parts(r: Record) -> tuple[int, int, int, int]:
+    """Key heads, queries of a run, and rows of a group and of a sketch."""
+    heads = r.params.get("heads", 16)
+    given = r.params.get("kv_heads", heads), r.params.get("hold", 64)
+    return *given, r.params.get("rank", 4), r.params.get("detail", 16)
 
 
 def decoding() -> str:

@@ -112,6 +112,8 @@ SPILLS: dict[str, int] = {
     # numbers of a tile of queries, and sums of a piece of the far rows
     **dict.fromkeys(("opened-2-64", "opened-16-64"), 24),
     "opened-shared-64": 32,  # Triton 3.6; 24 of 3.7
+    # of the means of segments, Triton 3.7
+    **dict.fromkeys(("opened-runs-long-128", "opened-runs-heads-128", "opened-runs-heads-long-128"), 8),
     **dict.fromkeys(("opened-2-128", "opened-16-128"), 80),
     # a third stage of loads, which was faster
     "scan-80": 64,
@@ -476,8 +478,10 @@ def prefixes(case, given, tokens=5000):
     prefix.backward(out, row if given else None, rows if given else None, scores, v, out, rest, lse, mass)
 
 
-def opening(picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, tokens=5000, score="mean", detail=16):
-    field = Field(block, 128, rank, 3)
+def opening(
+    picks, width, *, heads=4, kv_heads=4, block=64, rank=4, hold=1, tokens=5000, score="mean", detail=16, sinks=3
+):
+    field = Field(block, 128, rank, sinks)
     tree = tree_of(max(tokens, 3 * block + 1), field)
     q, k = (empty(1, n, tokens, width) for n in (heads, kv_heads))
     plan = OpenedPlan(field.near, detail, picks, 2 * picks, 1, hold, SCORES.index(score))
@@ -636,6 +640,11 @@ LAUNCHES = {
     # few levels of which all groups are scored
     "opened-runs-long-64": lambda: opening(16, 64, hold=64, tokens=1 << 20),
     "opened-runs-long-128": lambda: opening(16, 128, hold=64, tokens=1 << 20),
+    **{
+        f"opened-runs-heads-{d}": (lambda d=d: opening(16, d, hold=16, heads=16, kv_heads=4, sinks=0))
+        for d in (64, 128)
+    },
+    "opened-runs-heads-long-128": lambda: opening(16, 128, hold=16, heads=16, kv_heads=4, tokens=1 << 20),
     "opened-shared-64": lambda: opening(8, 64, heads=8, kv_heads=2, block=128, rank=16),
     "opened-step-4": lambda: decoding_opened(4),
     "opened-step-16": lambda: decoding_opened(16, width=128),
@@ -664,7 +673,7 @@ FEW = (
     "append-sinks-rotary", "opened-step-4", "token", "draw-256",
     "forward-sorted-128", "sorting-both",
     "listed-64", "listed-512-128", "listed-backward-64", "choose-64", "choose-80", "choose-backward-64", "compress-64",
-    "branches-64", "mix-64", "opened-2-64", "opened-runs-64", "growth-64",
+    "branches-64", "mix-64", "opened-2-64", "opened-runs-64", "opened-runs-heads-64", "growth-64",
     "forward-runs-128", "backward-runs-64", "backward-runs-128", "forward-runs-heads-64", "backward-runs-heads-8-64",
     "backward-runs-heads-128",
     "hashed-128-64", "hashed-backward-128-128", "scan-64", "scan-128", "scan-back-128", "scan-16", "prefix-64",

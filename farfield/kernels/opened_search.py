@@ -29,6 +29,7 @@ from farfield.ops.pool import Tree
 # are scored, and where those that look into one parent are
 ROWS, WARPS = 64, 4
 ASKERS, FEWER = 64, 4
+STACKED, SEVERAL = 128, 4  # in the place of ASKERS, of so many heads and more that choose together
 WORDS = 256  # of bits that are looked at together
 KEPT = 128  # pairs of candidates of a warp that keeps the best, of 32 queries at most
 # pairs of groups of a level that all are scored, whoever asks for them, for a beam of 16, in proportion for others;
@@ -363,7 +364,7 @@ def _best(
     score0 = tl.full([SLOTS, BT], float("-inf"), tl.float32)
     score1, near0 = score0, tl.full([BT], float("-inf"), tl.float32)
     near1 = near0
-    for r in tl.range(0, STACK, loop_unroll_factor=4 if STACK % 4 == 0 else 1):
+    for r in range(STACK):
         from_ = scores + ((unit * STACK + r) * width + base) * runs * 2
         at = from_ + (place * runs + i[None, :]) * 2
         x0 = tl.load(at, mask=valid, other=float("-inf"))
@@ -605,6 +606,7 @@ def _search(
     stacked = max(ROWS, stack_tile)
     shape = width, padded(width), unit, stacked
     alike = not tree.lo and scale > 0
+    askers = STACKED if stack >= SEVERAL else ASKERS
     few = max(FEW * slots // 16, min(MANY, SCORED // runs))
     # where the tree ends early: a higher level has fewer groups, though none of them is kept
     top = next(h for h in range(top, tree.levels + 1) if far[h] < few or far[h] <= beam or h == tree.levels)
@@ -648,7 +650,7 @@ def _search(
             score_children, (programs,),
             q, sketches.high, sketches.low, kept[turn % 2], bits[0], bits[1], scores, new(programs, 2 * split),
             *numbers, parents, below, split, sketches.high.shape[2], total, *q_at, scale,
-            stack, stack_tile, heads // kv_heads, tree.block, detail, *shape[:3], max(ASKERS, stack_tile), slots,
+            stack, stack_tile, heads // kv_heads, tree.block, detail, *shape[:3], max(askers, stack_tile), slots,
             slots.bit_length() - 1, sketches.twice, bool(summed), alike, WORDS, num_warps=FEWER, num_stages=3,
         )  # fmt: skip
         start(
