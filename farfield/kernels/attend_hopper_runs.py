@@ -29,18 +29,21 @@ from farfield.kernels.attend_hopper import _list, _lists, _place, _rows_of, _wei
 from farfield.kernels.hopper import (
     LN2,
     LOG2E,
+    by_lane,
     descriptor,
+    faded,
     fetch,
+    from_words,
     heads_on,
     in_tiles,
     processors,
     report,
-    soften,
-    soften_scaled,
+    soften_lazily,
     sync,
     token_of,
     wait_empty,
     wait_full,
+    words,
 )
 from farfield.kernels.replay import start
 from farfield.ops.attend import Call
@@ -156,6 +159,7 @@ def _compute(
 ):  # fmt: skip
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    asking: gl.constexpr = gl.DotOperandLayout(0, score, 2)
     left: gl.constexpr = gl.DotOperandLayout(0, value, 2)
     per_row: gl.constexpr = gl.SliceLayout(1, score)
     of_value: gl.constexpr = gl.SliceLayout(1, value)
@@ -168,12 +172,13 @@ def _compute(
         b, h, n = _tile(item, blocks, heads, TOKENS)
         first = n * TOKENS
         peak = gl.full([64], float("-inf"), gl.float32, per_row)
-        mass = gl.zeros([64], gl.float32, per_row)
         acc = gl.zeros([64, E], gl.float32, value)
         scores = gl.zeros([64, BK], gl.float32, score)
+        mass = by_lane(scores)
         p = turn % Q_STAGES
         queries = q_ring.index(p).reshape([64, D])
         mbarrier.wait(q_full.index(p), turn // Q_STAGES & 1)
+        asked = queries.load(asking)
         which = gl.arange(0, 2, PAIR)
         pair = counts.index(p).load(PAIR)
         listed = gl.sum(gl.where(which == 0, pair, 0), 0)
@@ -181,11 +186,11 @@ def _compute(
         s = wait_full(k_full, step)
         row = gl.max(block_rows.index(s).load(ONE), 0)
         keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
-        scores = warpgroup_mma(queries, keys, scores, use_acc=False)
+        scores = warpgroup_mma(asked, keys, scores, use_acc=False)
         report(k_empty, s)
         scores = _hide(scores, row, first, rows, score, BK, CAUSAL, TOKENS)
-        weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
-        operand = gl.convert_layout(weights.to(dtype), left)
+        weights, peak, mass, fade = soften_lazily(scores, peak, mass, factor)
+        carried = words(weights, dtype)
         for _ in range(1, listed):
             last = step % STAGES
             last_phase = step // STAGES & 1
@@ -194,17 +199,18 @@ def _compute(
             row = gl.max(block_rows.index(s).load(ONE), 0)
             keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
             none = gl.zeros([64, BK], gl.float32, score)
-            product = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
+            product = warpgroup_mma(asked, keys, none, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(last), last_phase)
+            operand = from_words(carried, dtype, left)
             summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[product])
             report(k_empty, s)
             scores = _hide(scores, row, first, rows, score, BK, CAUSAL, TOKENS)
-            weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
+            weights, peak, mass, fade = soften_lazily(scores, peak, mass, factor)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             report(v_empty, last)
-            acc = acc * gl.convert_layout(fade, of_value)[:, None]
-            operand = gl.convert_layout(weights.to(dtype), left)
+            acc = faded(acc, fade)
+            carried = words(weights, dtype)
         for filled in range(0, far_listed, BK):
             last = step % STAGES
             last_phase = step // STAGES & 1
@@ -215,21 +221,23 @@ def _compute(
             fence_async_shared()
             keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
             none = gl.zeros([64, BK], gl.float32, score)
-            product = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
+            product = warpgroup_mma(asked, keys, none, use_acc=False, is_async=True)
+            operand = from_words(carried, dtype, left)
             summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[product])
             scores = _weigh(scores, bias_ring.index(s), filled, far_listed, factor, score, BK, BIAS)
             report(k_empty, s)
-            weights, peak, mass, fade = soften(scores, peak, mass)
+            weights, peak, mass, fade = soften_lazily(scores, peak, mass, 1.0)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             report(v_empty, last)
-            acc = acc * gl.convert_layout(fade, of_value)[:, None]
-            operand = gl.convert_layout(weights.to(dtype), left)
+            acc = faded(acc, fade)
+            carried = words(weights, dtype)
         last = wait_full(v_full, step)
         fence_async_shared()
-        acc = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc)
+        acc = warpgroup_mma(from_words(carried, dtype, left), v_ring.index(last).reshape([BK, E]), acc)
         report(v_empty, last)
         step += 1
+        mass = gl.convert_layout(gl.sum(mass, 1), per_row)
         # one division a query, not one a value
         share = 1.0 / gl.where(mass > 0, mass, 1.0)
         acc = acc * gl.convert_layout(share, of_value)[:, None]
@@ -325,7 +333,7 @@ class Tiles(NamedTuple):
 
 
 # width -> tiles
-TILES = {64: Tiles(2, 3, 3, 80, 32), 128: Tiles(2, 2, 2, 128, 64)}
+TILES = {64: Tiles(2, 3, 3, 80, 32), 128: Tiles(2, 2, 2, 128, 56)}
 ROWS = 64  # of a tile, and of a block
 SEGMENT = 256  # gathered rows whose numbers are looked up at a time
 LEAST = 6  # blocks of a list

@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+LAZY = gl.constexpr(8.0)  # by how much, in units of log 2, the peak of a running softmax may lag behind
 EVERY = gl.constexpr(1 << 30)  # the position of a query that is not there
 ALIGNED = 8  # elements of 16 bits in the 16 bytes that tensor memory accelerators and vector copies ask for
 LEAST = 8  # tokens of a head in a tile of several heads; rows of shared memory lie in groups of eight
@@ -107,6 +108,91 @@ def soften_scaled(scores, peak, mass, factor):
     weights = gl.exp2(scores * factor - base[:, None])
     fade = gl.exp2(peak - base)
     return weights, higher, mass * fade + gl.sum(weights, 1), fade
+
+
+@gluon.jit
+def by_lane(x):
+    """A tile of scores [M, N] summed up as far as a thread has it: [M, 4], a sum for each of a row's four threads."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1]
+    return gl.sum(gl.sum(x.reshape([M, N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def soften_lazily(scores, peak, mass, factor):
+    """`soften_scaled` with fewer instructions: `mass` is kept as `by_lane` has it, and the peak may lag behind.
+
+    Up to 2^LAZY a weight does no harm: only if a row's highest logit goes beyond that does the peak move, and `fade`
+    differ from 1.
+    """
+    higher = gl.maximum(peak, gl.max(scores, 1) * factor)
+    # -inf - -inf is nan, of which every comparison fails: the peak of a query that has read nothing stays
+    higher = gl.where(higher - peak > LAZY, higher, peak)
+    base = gl.where(higher == float("-inf"), 0.0, higher)
+    weights = gl.exp2(scores * factor - base[:, None])
+    fade = gl.exp2(peak - base)
+    lanes: gl.constexpr = mass.type.layout
+    found = gl.convert_layout(by_lane(weights), lanes)
+    return weights, higher, mass * gl.convert_layout(fade, gl.SliceLayout(1, lanes))[:, None] + found, fade
+
+
+def _fading(n: int) -> str:
+    """PTX: n numbers of two rows, in pairs, times what these rows fade by, unless that is 1 for all of the warp."""
+    first, second = f"${2 * n}", f"${2 * n + 2}"
+    lines = [
+        ".reg .pred p;",
+        f"setp.neu.f32 p, {first}, 0f3F800000;",
+        f"setp.neu.or.f32 p, {second}, 0f3F800000, p;",
+        "vote.sync.any.pred p, p, 0xffffffff;",
+        "@!p bra.uni SAME;",
+        *(f"mul.f32 ${i}, ${i}, {second if i & 2 else first};" for i in range(n)),
+    ]
+    return f"{{ {' '.join(lines)} SAME: }}"
+
+
+def _in_place(n: int) -> str:
+    """The registers of `_fading`: what comes out is where it was, beside n factors."""
+    return ",".join(["=r"] * n + [str(i) for i in range(n)] + ["r"] * n)
+
+
+# of a warp's 16 rows a thread has two, and so half as many numbers as there are columns
+FADE_64, REGISTERS_64 = gl.constexpr(_fading(32)), gl.constexpr(_in_place(32))
+FADE_128, REGISTERS_128 = gl.constexpr(_fading(64)), gl.constexpr(_in_place(64))
+
+
+@gluon.jit
+def faded(acc, fade):
+    """Sums [64, 64 or 128] times what their rows fade by [64], without a product where nothing does."""
+    D: gl.constexpr = acc.shape[1]
+    factor = gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
+    _, factor = gl.broadcast(acc, factor)
+    if D == 64:
+        acc = gl.inline_asm_elementwise(FADE_64, REGISTERS_64, [acc, factor], gl.float32, True, 32)
+    else:
+        acc = gl.inline_asm_elementwise(FADE_128, REGISTERS_128, [acc, factor], gl.float32, True, 64)
+    return acc
+
+
+@gluon.jit
+def words(weights, dtype: gl.constexpr):
+    """Weights [M, N] as numbers of 16 bits, two to a word: [M, N / 2].
+
+    What a loop carries as numbers of 16 bits is taken apart and put together again in every turn.
+    """
+    M: gl.constexpr = weights.shape[0]
+    N: gl.constexpr = weights.shape[1]
+    asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    low, high = gl.split(weights.reshape([M, N // 2, 2]))
+    return gl.inline_asm_elementwise(asm, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def from_words(x, dtype: gl.constexpr, layout: gl.constexpr):
+    """The numbers of `words`, [M, N], as a product's left operand."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = 2 * x.shape[1]
+    low, high = x.to(gl.int16).to(dtype, bitcast=True), (x >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.convert_layout(gl.join(low, high).reshape([M, N]), layout)
 
 
 def in_tiles(tokens: int, heads: int, size: int = 64) -> bool:

@@ -134,6 +134,21 @@ def test_tiles_of_several_heads(seed):
         assert_within(got, exact, terms=terms, name=f"result {n}, seed {seed}, {dtype}")
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["rise", "fall"])
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES // 8))
+def test_logits_that_rise_and_fall(seed, sign):
+    """Peaks of the running softmax move from tile to tile, some by less than they may lag behind, some by more."""
+    q, sources, dtype = problem(seed, together=seed % 2 == 1)
+    q[..., 0] = 8
+    for rows, _ in sources:
+        # exact in every dtype
+        rows.k[..., 0] = sign * (torch.arange(len(rows), device="cuda") // 16 * 0.25 % 32)
+    exact, got = ff.attend(q, sources), ff.attend(*small(q, sources, dtype))
+    terms = sum(len(r) for r, _ in sources)
+    assert_within(got.out, exact.out, terms=terms, name=f"out, seed {seed}, {dtype}")
+    assert_within(got.lse, exact.lse, terms=terms, name=f"lse, seed {seed}, {dtype}")
+
+
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("width", [64, 128])
 def test_more_tiles_than_programs(width, block):
