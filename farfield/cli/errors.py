@@ -56,7 +56,7 @@ def explain(error: Exception) -> str | None:
     if name == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text:
         return f"out of memory; use fewer tokens, a smaller batch or a smaller model ({text.splitlines()[0]})"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "tokenizers":
-        return "a tokenizer file needs the tokenizers library: pip install 'farfield[text]'"
+        return "a tokenizer file needs the tokenizers library: pip install tokenizers"
     if isinstance(error, (ValueError, NotImplementedError)):
         return text or name
     return None

@@ -131,7 +131,7 @@ def load(
     """
     for library in ("transformers", *(("gguf", "accelerate") if gguf else ())):
         if importlib.util.find_spec(library) is None:
-            raise ValueError(f"perplexity needs {library}: pip install 'farfield[hf]'")
+            raise ValueError(f"perplexity needs {library}: pip install {library}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -3,7 +3,7 @@
     model = AutoModelForCausalLM.from_pretrained(...)
     farfield.hf.use(model, "fma", {"sinks": 4, "open": 8}, layers={0: "full", -1: "full"})
 
-Needs Transformers 5: pip install 'farfield[hf]'.
+Needs Transformers 5: pip install 'transformers>=5'.
 """
 
 from farfield.hf.attention import NAME, in_use, use

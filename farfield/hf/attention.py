@@ -87,7 +87,7 @@ def _register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError(
-            "farfield.hf needs Transformers 5 or newer: pip install 'farfield[hf]'", name="transformers"
+            "farfield.hf needs Transformers 5 or newer: pip install 'transformers>=5'", name="transformers"
         ) from error
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)
