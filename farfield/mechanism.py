@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -93,6 +94,8 @@ class Mechanism(nn.Module):
         allowed = self.supports.causal if causal else self.supports.noncausal
         if not allowed:
             raise NotImplementedError(f"{self.name}: causal={causal} is not supported by this mechanism")
+        if scale is not None and not isinstance(scale, Real):
+            raise TypeError(f"{self.name}: scale must be a number or None, got {scale!r}")
         self.causal, self.scale = causal, scale
 
     @property
@@ -221,12 +224,21 @@ class Mechanism(nn.Module):
         if rotary is not None and not callable(rotary):
             raise TypeError(f"{self.name}: rotary must be a function of x and position, got {type(rotary).__name__}")
 
-    def check_state(self, state: State, k: Tensor) -> None:
-        """Refuse a state of another mechanism, of other options, or of another batch."""
-        who, own = self.name, self.remembers
+    def check_ring(self, state: State, rotary: Rotary | None) -> None:
+        """Refuse what no ring goes on from: a rotation that the mechanism does not place, a state of another one."""
+        self.check_rotary(rotary)
+        self._check_kind(state)
+
+    def _check_kind(self, state: State) -> None:
+        own = self.remembers
         if not isinstance(state, own):
             names = " or ".join(x.__name__ for x in (own if isinstance(own, tuple) else (own,)))
-            raise TypeError(f"{who}: goes on from a state of its own, {names}, got {type(state).__name__}")
+            raise TypeError(f"{self.name}: goes on from a state of its own, {names}, got {type(state).__name__}")
+
+    def check_state(self, state: State, k: Tensor) -> None:
+        """Refuse a state of another mechanism, of other options, or of another batch."""
+        self._check_kind(state)
+        who = self.name
         for name in SIZES:
             there = getattr(state, name, None)
             if there is not None and there != getattr(self, name, there):

@@ -335,6 +335,11 @@ MECHANISMS = {
         "leak the future",
     ),
     "a window of nothing": (lambda: mechanism("window", width=0), ValueError, "width=0"),
+    "a scale that is no number": (
+        lambda: ff.FMA(scale="1"),
+        TypeError,
+        "fma: scale must be a number or None, got '1'",
+    ),
     "extending what is not causal": (
         lambda: mechanism("fma", causal=False).extend(q(), q(B, G, T, D), q(B, G, T, E)),
         NotImplementedError,

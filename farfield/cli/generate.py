@@ -51,15 +51,17 @@ def generate(
     if not isinstance(model, Decoder):
         raise ValueError(f"generate: {checkpoint} is an encoder; only a decoder generates text")
     ids = codec.encode(text)
+    # refuses what is out of range before anything is printed
+    drawn = sample(
+        model, ids.tolist(), new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        chunk=chunk, dtype=dtype,
+    )  # fmt: skip
     made = 0
     started = begun = last = time.perf_counter()
 
     def counted():
         nonlocal made, begun, last
-        for token in sample(
-            model, ids.tolist(), new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            chunk=chunk, dtype=dtype,
-        ):  # fmt: skip
+        for token in drawn:
             last = time.perf_counter()
             begun = begun if made else last
             made += 1

@@ -55,7 +55,7 @@ class Full(Mechanism):
         return _sdpa(q, k, v, attn_mask=mask, scale=self.scale), Cache(k.shape[2], k, v)
 
     def ring(self, state: Cache, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
-        self.check_rotary(rotary)
+        self.check_ring(state, rotary)
         return TokenRing.all_of(state, capacity)
 
     def reference(self, q, k, v):

@@ -127,7 +127,7 @@ class LightningAttention(Mechanism):
 
     def ring(self, state: LightningState, *, capacity: int | None = None, rotary: Rotary | None = None) -> StateRing:
         """As Mechanism.ring; of the same size for any capacity, so that it needs none."""
-        self.check_rotary(rotary)
+        self.check_ring(state, rotary)
         return StateRing.of(state)
 
     def step(self, q, k, v, ring: StateRing):

@@ -58,7 +58,7 @@ class MoBA(Mechanism):
         return self._attend(q, state.k, state.v, state.means, seen), state
 
     def ring(self, state: BlockCache, *, capacity: int, rotary: Rotary | None = None) -> ScoredRing:
-        self.check_rotary(rotary)
+        self.check_ring(state, rotary)
         return ScoredRing.after(state, capacity)
 
     def step(self, q, k, v, ring: ScoredRing):

@@ -118,7 +118,7 @@ class NearField(Mechanism):
 
     def ring(self, state: NearState, *, capacity: int | None = None, rotary: Rotary | None = None) -> TokenRing:
         """As Mechanism.ring; of the same size for any capacity, so that it needs none."""
-        self.check_rotary(rotary)
+        self.check_ring(state, rotary)
         k, v = torch.cat([state.sink_k, state.k], 2), torch.cat([state.sink_v, state.v], 2)
         sinks = torch.arange(state.sink_k.shape[2], device=k.device)
         at = torch.cat([sinks, torch.arange(state.first, state.tokens, device=k.device)])

@@ -91,7 +91,7 @@ class PowerAttention(Mechanism):
         return out[:, :, lead:], after
 
     def ring(self, state: Cache, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
-        self.check_rotary(rotary)
+        self.check_ring(state, rotary)
         return TokenRing.all_of(state, capacity)
 
     def step(self, q, k, v, ring: TokenRing):

@@ -127,7 +127,7 @@ class S2Attention(Mechanism):
 
     def ring(self, state: S2State, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
         """As Mechanism.ring, with a row for every token: what a head will never read is not left out."""
-        self.check_rotary(rotary)
+        self.check_ring(state, rotary)
         first = self._first(state.tokens)
         owned = self._shards(state.k.shape[1]).owned(0, first, state.k.device)
 

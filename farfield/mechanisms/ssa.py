@@ -115,7 +115,7 @@ class SSA(Mechanism):
         return self._sparse(q, state.k, state.v, state.means, seen), state
 
     def ring(self, state: BlockCache, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
-        self.check_rotary(rotary)
+        self.check_ring(state, rotary)
         return TokenRing.all_of(state, capacity) if self.stream == "full" else ScoredRing.after(state, capacity)
 
     def step(self, q, k, v, ring: TokenRing):

@@ -114,7 +114,7 @@ class SlidingWindow(Mechanism):
 
     def ring(self, state: WindowState, *, capacity: int | None = None, rotary: Rotary | None = None) -> TokenRing:
         """As Mechanism.ring; of the same size for any capacity, so that it needs none."""
-        self.check_rotary(rotary)
+        self.check_ring(state, rotary)
         at = _positions(state.k.shape[2], state.tokens, state.sinks, state.k.device)
         return TokenRing.of(state.k, state.v, at, tokens=state.tokens, span=state.width, sinks=state.sinks)
 
