@@ -109,18 +109,24 @@ class Room:
         at, d = self.start(height) * self.shape.detail, self.shape.detail
         return slice(at + first * d, at + stop * d)
 
-    def level(self, height: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-        """k, v and bias of all groups of a level that so many blocks have."""
-        here = self.far(height, 0, blocks >> height)
-        bias = self.bias[:, :, here].expand(self.far_k.shape[0], -1, -1)
-        return self.far_k[:, :, here], self.far_v[:, :, here], bias
+    def levels(self, blocks: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """k, v and bias of each level, of all groups that so many blocks have."""
+        p, lead = self.shape.rank, [self.shape.lead]
+        rows = lead + [n * p for n in self._parts(blocks)]
+        bias = self.bias.expand(self.far_k.shape[0], -1, -1)
+        parts = [x.split_with_sizes(rows, 2)[1::2] for x in (self.far_k, self.far_v, bias)]
+        return list(zip(*parts, strict=True))[: blocks.bit_length()]
 
-    def sketch(self, height: int, blocks: int) -> Sketch:
+    def all_sketches(self, blocks: int) -> list[Sketch]:
         """The sketches of the same groups."""
-        at, groups = self.start(height), blocks >> height
-        rows = self.sketches[:, :, self.sketched(height, 0, groups)]
-        rows = rows.view(*rows.shape[:2], groups, self.shape.detail, rows.shape[3])
-        return Sketch(rows, self.count[:, :, at : at + groups].expand(rows.shape[0], -1, -1, -1))
+        parts, (batch, heads, _, size) = self._parts(blocks), self.sketches.shape
+        rows = self.sketches.view(batch, heads, sum(self.groups), self.shape.detail, size).split_with_sizes(parts, 2)
+        count = self.count.expand(batch, -1, -1, -1).split_with_sizes(parts, 2)
+        return [Sketch(*x) for x in zip(rows[::2], count[::2], strict=True)][: blocks.bit_length()]
+
+    def _parts(self, blocks: int) -> list[int]:
+        """Of each level, how many groups there are, and for how many more there is room."""
+        return [n for height, room in enumerate(self.groups) for n in (blocks >> height, room - (blocks >> height))]
 
     def tokens(self, height: int, group: int) -> Tensor:
         """How many tokens each row of a group stands for, where rows are means: [B, 1, 1, p]."""

@@ -847,15 +847,14 @@ class FMA(Mechanism):
             for height, level in enumerate(self._further_sketches(state, every_k, k.device, stop)):
                 room.put_sketch(height, (done - begin) >> height, level)
         blocks = stop - begin
-        heights = min(blocks.bit_length(), self.most)
-        levels = []
-        for height in range(self._at_most(heights)):
-            level_k, level_v, bias = room.level(height, blocks)
-            levels.append(Level(begin >> height, level_k, level_v, bias if self.sinks else None))
-        sketches = tuple(room.sketch(height, blocks) for height in range(heights))
+        levels = tuple(
+            Level(begin >> height, level_k, level_v, bias if self.sinks else None)
+            for height, (level_k, level_v, bias) in enumerate(room.levels(blocks))
+        )
+        levels, sketches = levels[: self._at_most(len(levels))], tuple(room.all_sketches(blocks))
         where = opened_room.Held(room, blocks, waiting)
         opened_room.keep(sketches, where)
-        return tuple(levels), tuple(grown), sketches, where
+        return levels, tuple(grown), sketches, where
 
     def _moved(
         self, state: OpenedState, shape: opened_room.Shape, stop: int, sinks: Sequence[Tensor]
@@ -881,13 +880,13 @@ class FMA(Mechanism):
     def _waiting(self, room: opened_room.Room, waiting: Tensor, blocks: int) -> tuple[Groups | None, ...]:
         """What waits for its other half after so many blocks, of means."""
         found = []
-        for height in range(waiting.shape[3]):
+        both = (x.split(1, 2) for x in waiting.unbind(2))
+        for height, (k, v) in enumerate(zip(*both, strict=True)):
             group = blocks >> height
             if group % 2 == 0 or height + 1 >= self.most:
                 found.append(None)
-                continue
-            count = room.tokens(height, group - 1) if self.sinks else None
-            found.append(Groups(waiting[:, :, 0, height, None], waiting[:, :, 1, height, None], count))
+            else:
+                found.append(Groups(k, v, room.tokens(height, group - 1) if self.sinks else None))
         return tuple(found)
 
     def _far_in(self, room: opened_room.Room, levels: int, rotary: Rotary | None) -> tuple[Rows, list[int]]:

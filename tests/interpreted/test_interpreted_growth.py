@@ -9,6 +9,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1, see tests/test_kernels.py", allow_module_level=True)
 
 from farfield.kernels.growth import Trees, grow
+from farfield.mechanisms.fma import FMA
+from farfield.ops import growth
 from farfield.ops.pool import Tree
 from farfield.testing.units import assert_within
 
@@ -68,3 +70,40 @@ def test_blocks_in_parts_are_all_blocks_at_once(rank, detail, sinks, most, stops
                     assert_within(waiting[:, :, n - 1, height], want[:, :, -rank:], terms=block << height)
                 at += room
             assert found[:, :, :begin].isnan().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": 3, "hold": 4}, {"horizon": 160, "sinks": 5}], ids=str)
+def test_chunks_by_the_kernel_are_forward(options, monkeypatch):
+    """States that go on by the kernel, without it, cropped, and with their tokens in host memory."""
+    refusal = growth.refusal
+    mech = FMA(block=16, near=16, rank=4, open=2, rewind=20, **options)
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 620, 16, generator=gen) for _ in range(3))
+    whole, state, at, grown = mech.double()(*(x.double() for x in (q, k, v))), None, 0, []
+    original = growth.grow
+    monkeypatch.setattr(growth, "grow", lambda *args, **more: grown.append(1) or original(*args, **more))
+    with torch.no_grad():
+        for n, (many, by_kernel) in enumerate(
+            (
+                (100, True),
+                (17, True),
+                (1, True),
+                (150, True),
+                (40, False),
+                (60, True),
+                (180, True),
+                (30, False),
+                (9, True),
+            )
+        ):
+            monkeypatch.setattr(growth, "refusal", (lambda *_: None) if by_kernel else refusal)
+            before = len(grown)
+            out, state = mech.extend(*(x[:, :, at : at + many] for x in (q, k, v)), state)
+            assert_within(out, whole[:, :, at : at + many], terms=620)
+            assert by_kernel or len(grown) == before
+            at += many
+            if n == 3:
+                state, at = state.crop(13), at - 13
+            if n == 5:
+                state = state.to_host()
+    assert len(grown) > 6
