@@ -154,7 +154,7 @@ def test_refusals():
         with pytest.raises(NotImplementedError, match="does not place rotations itself"):
             MECHANISMS[name]().ring(None, capacity=9, rotary=lambda x, position: x)
     for name in ("full", "moba", "shards"):
-        with pytest.raises(TypeError, match="goes on from a state of its own, .*, got WindowState"):
+        with pytest.raises(TypeError, match=r"goes on from a state of its own, .*, got WindowState"):
             MECHANISMS[name]().ring(SlidingWindow().extend(*x)[1], capacity=99)
     with pytest.raises(ValueError, match="the state has no tokens"):
         StateRing.of(LightningAttention().extend(*(y[:, :, :0] for y in draw(value_width=8)))[1])
