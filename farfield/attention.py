@@ -32,9 +32,12 @@ def attention(
         enable_gqa: must be set where key and value have fewer heads, as in PyTorch.
 
     Raises:
+        TypeError: no name and no built Mechanism.
         ValueError: shapes do not fit, the name is unknown, or a Mechanism was built for other `is_causal` or `scale`.
         NotImplementedError: the mechanism cannot honour an argument.
     """
+    if not isinstance(mechanism, str | Mechanism):
+        raise TypeError(f"attention: mechanism must be a name or a built Mechanism, such as FMA(), got {mechanism!r}")
     name = mechanism if isinstance(mechanism, str) else mechanism.name
     if query.dim() == 4 and key.dim() == 4 and query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"attention: {query.shape[1]} query heads and {key.shape[1]} key heads need enable_gqa=True")

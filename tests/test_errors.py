@@ -350,6 +350,11 @@ MECHANISMS = {
         NotImplementedError,
         "fma cannot honour attn_mask.*group=",
     ),
+    "attention with a class": (
+        lambda: sdpa(ff.FMA, is_causal=True, enable_gqa=True),
+        TypeError,
+        r"mechanism must be a name or a built Mechanism, such as FMA\(\), got <class",
+    ),
     "attention with dropout": (
         lambda: sdpa("window", dropout_p=0.1, enable_gqa=True),
         NotImplementedError,

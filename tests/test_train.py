@@ -756,3 +756,11 @@ def test_everything_is_exported():
     assert all(hasattr(package, name) for name in package.__all__)
     assert open_data is package.open_data
     assert loop.train is package.train
+
+
+def test_things_in_each_others_place_are_refused_in_words(tmp_path):
+    model, recipe = ModelConfig(width=16, layers=1, heads=2), TrainConfig(text="x", out=tmp_path, device="cpu")
+    with pytest.raises(TypeError, match="train: model_config must be a ModelConfig, got TrainConfig"):
+        train(recipe, model)
+    with pytest.raises(TypeError, match=r"evaluate: split must be a Split, such as open_data\(...\).valid, got str"):
+        evaluate(Decoder(model), "text.txt")

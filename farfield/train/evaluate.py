@@ -83,6 +83,8 @@ def evaluate(
         batch: windows a forward; default about 16k tokens.
         dtype: "float32" or "bfloat16" (autocast).
     """
+    if not isinstance(split, Split):
+        raise TypeError(f"evaluate: split must be a Split, such as open_data(...).valid, got {type(split).__name__}")
     numbers = spread(split, windows)
     batch = batch or max(1, 16_384 // split.tokens)
     bits, sizes, repeats = [], [], []

@@ -73,6 +73,7 @@ def train(
             the checkpoint, or a loss that is no longer finite.
         OSError: a checkpoint cannot be written; earlier ones are intact.
     """
+    _check_configs(model_config, config)
     data = open_data(
         config.text,
         tokens=config.tokens,
@@ -105,6 +106,7 @@ def fit(
     Args:
         measure: held-out prediction every `config.eval_every` steps and at the end; None: not measured.
     """
+    _check_configs(model_config, config)
     run, device = Path(config.out), pick_device(config.device)
     _check_vocab(model_config, data)
     torch.manual_seed(config.seed)
@@ -235,6 +237,12 @@ def _resume(run: Path, model: Decoder | Encoder, optimizers: Optimizers, config:
         raise ValueError(f"cannot resume {found.path}: it has taken {found.step} steps, steps={config.steps}")
     checkpoint.restore(found, model, optimizers)
     return found.step
+
+
+def _check_configs(model_config: ModelConfig, config: TrainConfig) -> None:
+    for name, x, kind in (("model_config", model_config, ModelConfig), ("config", config, TrainConfig)):
+        if not isinstance(x, kind):
+            raise TypeError(f"train: {name} must be a {kind.__name__}, got {type(x).__name__}")
 
 
 def _check_vocab(config: ModelConfig, data: Source) -> None:
