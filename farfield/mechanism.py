@@ -245,6 +245,10 @@ class Mechanism(nn.Module):
                 raise ValueError(
                     f"{who}: the state was made with {name}={there}, not {name}={getattr(self, name)}; begin a new one"
                 )
+        # the batch comes first in every tensor
+        sequences = next((len(x) for x in vars(state).values() if isinstance(x, Tensor)), len(k))
+        if sequences != len(k):
+            raise ValueError(f"{who}: the state holds {sequences} sequences, got {len(k)} (state.reorder picks some)")
         held = getattr(state, "k", None)
         if held is None:
             return

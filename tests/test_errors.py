@@ -267,7 +267,7 @@ MECHANISMS = {
     "a state of another batch": (
         lambda: extended((2, 1)),
         ValueError,
-        r"full: the state holds keys \[2, 2, 3, 6\], k is \[1, 2, 3, 6\]; batch, heads and width must agree",
+        "full: the state holds 2 sequences, got 1",
     ),
     "a state of another mechanism": (
         lambda: mechanism("full").extend(q(), q(), q(), mechanism("window").extend(q(), q(), q())[1]),
@@ -395,6 +395,15 @@ BOUNDED = {
 
 
 @pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("name", [n for n in ff.mechanisms.names() if ff.mechanisms.get(n).supports.decode])
+def test_a_state_of_another_batch_is_refused_before_anything_reads_it(name):
+    """By the mechanism itself: kernels take shapes on trust."""
+    mech = mechanism(name)
+    _, state = mech.extend(*(q(2, 2, 9, D) for _ in range(3)))
+    with pytest.raises(ValueError, match=f"{name}: the state holds (2 sequences|keys)"):
+        mech.extend(*(q(1, 2, 9, D) for _ in range(3)), state)
+
+
 def test_going_back_twice_beyond_rewind_says_what_rewind_counts(name):
     mech = mechanism(name, **BOUNDED[name], rewind=6)
     _, state = mech.extend(*(q(1, 2, 50, D) for _ in range(3)))

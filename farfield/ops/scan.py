@@ -483,9 +483,14 @@ def prefix_scores(query: Float[Tensor, "B H D"], k: Float[Tensor, "B G T D"]) ->
 
     Raises:
         TypeError: the query is narrower than float32.
+        ValueError: shapes do not fit together.
     """
     if query.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"prefix_scores: query must be float32 or float64, got {query.dtype}")
+    if len(query) != len(k) or query.shape[2] != k.shape[3] or query.shape[1] % max(k.shape[1], 1):
+        raise ValueError(
+            f"prefix_scores: query {list(query.shape)} does not fit k {list(k.shape)}: [B, H, D], H % G = 0"
+        )
     if k.is_cuda and k.numel() and query.numel():
         from farfield.kernels.prefix import refusal
 
