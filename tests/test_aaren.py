@@ -192,6 +192,8 @@ def test_memory_grows_with_the_length_not_its_square():
         ({"scores": torch.zeros(2, T)}, ValueError, "scores must have 3 dimensions"),
         ({"chunk": 1}, ValueError, "chunk must be at least 2, got 1"),
         ({"state": Prefix(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2, 2, 5))}, ValueError, "state must hold"),
+        # one of them alone
+        ({"state": Prefix(torch.zeros(2, 1), torch.zeros(2, 2), torch.zeros(2, 2, 6))}, ValueError, "state must hold"),
     ],
 )
 def test_refuses(change, error, words):

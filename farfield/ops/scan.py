@@ -446,7 +446,7 @@ def prefix_softmax(
         raise ValueError(f"{who}: chunk must be at least 2, got {chunk}")
     if v.device != scores.device or (state is not None and state.total.device != v.device):
         raise ValueError(f"{who}: scores, v and state must share a device, got scores on {scores.device}")
-    if state is not None and (state.total.shape != (B, H, E) or state.peak.shape != (B, H) != state.mass.shape):
+    if state is not None and not (state.total.shape == (B, H, E) and state.peak.shape == state.mass.shape == (B, H)):
         raise ValueError(f"{who}: state must hold [B, H] and [B, H, E] = {[B, H, E]}, got {list(state.total.shape)}")
 
     dtype, out_dtype = torch.promote_types(torch.promote_types(scores.dtype, v.dtype), torch.float32), v.dtype
