@@ -49,7 +49,7 @@ def generate(
         stop: a token that ends the text and is not given out.
         dtype: "float32" or "bfloat16" (autocast).
         way: "ring" decodes from buffers of fixed size for the prompt and all new tokens, "extend" from states that
-            grow; "auto" takes rings on a GPU, where every layer has one.
+            grow; "auto" takes rings on a GPU, where every layer has one that a CUDA graph can hold.
 
     Raises:
         ValueError: an argument out of range.
@@ -112,7 +112,8 @@ def _ring(model: Decoder, state: DecoderState, capacity: int, way: str, dtype: s
     if way == "auto" and model.embed.weight.device.type != "cuda":
         return None  # without a graph a step from a ring is no faster
     try:
-        return model.ring(state, capacity=capacity, dtype=None if dtype == "float32" else DTYPES[dtype])
+        ring = model.ring(state, capacity=capacity, dtype=None if dtype == "float32" else DTYPES[dtype])
+        return ring if way == "ring" or ring.capturable else None
     except (NotImplementedError, ValueError):
         # a pool or a rotation that rings do not take, or more levels than a block has tokens
         if way == "ring":
