@@ -1,8 +1,8 @@
 """Decode states in buffers of fixed size, for mechanisms that read tokens and for those that keep a state alone.
 
 A `TokenRing` holds the keys and values of the first tokens and of the last ones, or of all; a `ScoredRing` of all, and
-the means that blocks are chosen by. A `StateRing` holds a state whose tensors keep their shapes. `farfield.ring` has that
-of FMA.
+the means that blocks are chosen by. A `StateRing` holds a state whose tensors keep their shapes. `farfield.ring` has
+that of FMA.
 """
 
 from __future__ import annotations
