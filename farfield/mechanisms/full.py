@@ -12,7 +12,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports
 from farfield.ops.attend import attend
-from farfield.ops.eager import eager
 from farfield.packing import blank, documents
 from farfield.select import static
 from farfield.state import Cache
@@ -72,10 +71,4 @@ class Full(Mechanism):
 
 
 def _sdpa(q, k, v, **options):
-    shared = q.shape[1] // k.shape[1]
-    if shared > 1 and q.is_cuda and q.dtype == torch.float32 and q.numel():
-        # no fused kernel of PyTorch takes shared key heads in float32: all T x S scores would be held
-        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        # that kernel loads 16 bytes at a time by strides alone, wherever a view begins
-        q = q.clone() if eager(q) and q.storage_offset() % 4 else q
     return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
