@@ -1,14 +1,14 @@
 """Decode states in buffers of fixed size, for mechanisms that read tokens and for those that keep a state alone.
 
-A `TokenRing` holds the keys and values of the first tokens and of the last ones, or of all; a `ScoredRing` of all, and
-the means that blocks are chosen by. A `StateRing` holds a state whose tensors keep their shapes. `farfield.ring` has
-that of FMA.
+A `TokenRing` holds the keys and values of the first tokens and of the last ones, or of all. A `StateRing` holds a state
+whose tensors keep their shapes. `farfield.scored_ring` has that of mechanisms which choose blocks by score,
+`farfield.ring` that of FMA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +18,7 @@ from torch import Tensor
 from farfield.ops.append import HIDDEN
 from farfield.ops.append_token import append_token
 from farfield.ops.attend import attend
-from farfield.ops.choose import Scoring, choose_token
 from farfield.ops.token_step import DTYPES, WIDEST
-from farfield.select.scored import BlockCache
 from farfield.state import Cache, Memory, State
 from farfield.types import Layout, Rows
 
@@ -181,62 +179,23 @@ class TokenRing(Ring):
         last = (self.capacity - 1) // tile
         index, count = lists((self.position.flatten() // tile).clamp(max=last))
         index, count = (x[0].transpose(0, 1).unsqueeze(2).contiguous() for x in (index, count))
-        return self._listed(q, index, count, tile, scale)
+        return self.listed(q, index, count, tile, scale)
 
-    def _listed(self, q: Tensor, index: Tensor, count: Tensor, tile: int, scale: float | None) -> Tensor:
-        """NaN past the capacity, whatever the lists name."""
+    def listed(
+        self,
+        q: Float[Tensor, "B H 1 D"],
+        index: Int[Tensor, "B L 1 P"],
+        count: Int[Tensor, "B L 1"],
+        tile: int,
+        scale: float | None,
+    ) -> Float[Tensor, "B H 1 E"]:
+        """Attention of the tokens taken last over these tiles of rows; NaN past the capacity, whatever they are."""
         full = self.position[..., None] >= self.capacity
         return self._attend(q, index, count, tile, scale).masked_fill(full, float("nan"))
 
     def _attend(self, q: Tensor, index: Tensor, count: Tensor, tile: int, scale: float | None) -> Tensor:
         layout = Layout(index, count, 1, tile, 1, self.k.shape[2], causal=True)
         return attend(q, Rows(self.k, self.v, end=self.end), layout, scale=scale, position=self.position).out
-
-
-@dataclass(frozen=True)
-class ScoredRing(TokenRing):
-    """A ring that forgets no token, and the mean key of each block of tokens, by which blocks are chosen."""
-
-    means: Float[Tensor, "B G M D"]  # float32 or wider
-
-    @staticmethod
-    def after(state: BlockCache, capacity: int) -> ScoredRing:
-        """The ring that goes on where a state stands."""
-        ring, means = TokenRing.all_of(state, capacity), state.means
-        held = means.new_zeros(*means.shape[:2], -(-capacity // state.block), means.shape[3])
-        held[:, :, : means.shape[2]] = means
-        return ScoredRing(**{f.name: getattr(ring, f.name) for f in fields(ring)}, means=held)
-
-    @property
-    def capturable(self) -> bool:
-        """Whether a CUDA graph can hold a step: no graph has held a choice in PyTorch yet."""
-        return False
-
-    @torch.no_grad()
-    def read_best(
-        self,
-        q: Float[Tensor, "B H 1 D"],
-        k: Float[Tensor, "B G 1 D"],
-        v: Float[Tensor, "B G 1 E"],
-        scoring: Scoring,
-        *,
-        scale: float | None = None,
-    ) -> Float[Tensor, "B H 1 E"]:
-        """Take one token a sequence and return its attention over the blocks that score best. Raises as `step`."""
-        self.append(q, k, v)
-        t, block, heads = self.position[:, 0].clamp(max=self.capacity - 1), scoring.block, q.shape[1]
-
-        def places(x: Tensor) -> Tensor:
-            return x[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-
-        # as long as a block is open its mean is not read
-        rows = (t // block * block + torch.arange(block, device=t.device)).clamp(max=self.capacity - 1)
-        mean = self.k.gather(2, places(rows)).to(self.means.dtype).mean(2, keepdim=True)
-        self.means.scatter_(2, places(t // block), mean)
-        index, count = choose_token(q, self.means, scoring, t, scale=scale)
-        repeat = heads // index.shape[1]
-        index, count = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (index, count))
-        return self._listed(q, index, count, block, scale)
 
 
 @dataclass(frozen=True)

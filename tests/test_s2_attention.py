@@ -177,5 +177,5 @@ def test_blocks_suit_the_fast_kernels(block):
     attend_hopper.on_hopper.cache_clear()
     with compiled.recording():
         assert attend_hopper.wants(call)
-        assert attend_backward_hopper.wants_rows(q, q, k, k, layout.k_block, layout.q_block)
+        assert attend_backward_hopper.wants_rows(q, q, k, k, layout.k_block, layout.q_block, 2)
     attend_hopper.on_hopper.cache_clear()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports, no_tokens
+from farfield.scored_ring import ScoredRing
 from farfield.select.scored import BlockCache, Scoring, attend_best, block_means, check, choose, remember, tokens_read
-from farfield.token_ring import ScoredRing
 from farfield.types import Layout
 
 

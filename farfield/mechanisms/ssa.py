@@ -23,8 +23,9 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention, smooth_l1_loss
 
 from farfield.mechanism import Case, Mechanism, Paper, Rotary, Supports, no_tokens
+from farfield.scored_ring import ScoredRing
 from farfield.select.scored import BlockCache, Scoring, attend_best, block_means, check, choose, remember, tokens_read
-from farfield.token_ring import ScoredRing, TokenRing
+from farfield.token_ring import TokenRing
 from farfield.types import Layout
 
 STREAMS = ("sparse", "full")
