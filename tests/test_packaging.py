@@ -78,7 +78,9 @@ def test_packages_have_an_init():
 
 def test_import_takes_less_than_300_ms_beyond_torch():
     # processor time: other processes on the machine do not count
-    code = "import time, torch; t = time.process_time(); import farfield; print(time.process_time() - t)"
+    # what torch has made is not walked again: a collection may fall into any import that comes after torch's
+    code = "import gc, time, torch; gc.freeze(); t = time.process_time()"
+    code += "; import farfield; print(time.process_time() - t)"
     taken = [float(python(code, OMP_NUM_THREADS="1")) for _ in range(3)]
     if statistics.median(taken) >= 0.3:
         taken += [float(python(code, OMP_NUM_THREADS="1")) for _ in range(4)]
