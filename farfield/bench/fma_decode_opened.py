@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from farfield.bench.fma_decode import CACHES, LAYERS, SPARE, check, decoding, prefill
+from farfield.bench.fma_decode import LAYERS, SPARE, check, decoding, prefill
 from farfield.bench.runner import STEP, Work, bench
 from farfield.mechanisms.fma import FMA
 from farfield.opened_ring import OpenedRing
 
+RINGS = 30e9  # bytes of the device for all layers; the baseline and the float64 state of the check lie beside them
 PINNED = 16e9  # bytes of host memory for all layers
 # what a step writes where it has not been written before
 BEHIND = ("all_k", "all_v", "kept_k", "kept_v", "sketches")
@@ -44,7 +45,7 @@ def fma_decode_opened(
     following, state = prefill(mechanism, tokens, device, dtype, kv_heads, width)
     first = mechanism.ring(state, capacity=tokens + SPARE, store=store)
     assert isinstance(first, OpenedRing)
-    layers = min(layers, int(CACHES / (batch * (first.nbytes - first.host_nbytes))))
+    layers = min(layers, int(RINGS / (batch * (first.nbytes - first.host_nbytes))))
     layers = min(layers, int(PINNED / (batch * first.host_nbytes))) if first.host_nbytes else layers
     if not layers:
         raise NotImplementedError(f"the buffers of one layer take {batch * first.nbytes / 1e9:.0f} GB")
