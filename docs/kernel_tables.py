@@ -5,7 +5,8 @@ Each stands between two comment lines that name it; a test compares. The last re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def choosing() -> str:
 
 
 def opened() -> str:
-    """Ratios of fma-opened by who chooses and by rank and detail, and what part of the forward is the choice."""
+    """Ratios of fma-opened by who chooses and by rank and detail, the part of the choice in the forward, and growth."""
     own = [r for r in load("fma-opened") if r.contender == "fma-opened"]
     lengths = sorted({r.tokens for r in own})
     body = []
@@ -120,8 +121,18 @@ def opened() -> str:
                 ends = (min(shares), max(shares)) if shares and passes == "forward" else ()
                 share = " to ".join(dict.fromkeys(f"{x:.0%}" for x in ends))
                 cells = [_times(here[n].ratio) if n in here else "" for n in lengths]
-                body.append([f"{kv_heads}, {hold}", f"{rank}, {detail}", said, str(width), *cells, share])
-    return table(["key heads, hold", "rank, detail", "passes", "d", *map(short, lengths), "share of choosing"], body)
+                cells += [share, _growth(here)]
+                body.append([f"{kv_heads}, {hold}", f"{rank}, {detail}", said, str(width), *cells])
+    headings = ["key heads, hold", "rank, detail", "passes", "d", *map(short, lengths), "share of choosing", "growth"]
+    return table(headings, body)
+
+
+def _growth(at: Mapping[int, Record]) -> str:
+    """Exponent of the time from 32k to 1M tokens, where both were measured at one commit."""
+    low, high = at.get(1 << 15), at.get(1 << 20)
+    if low is None or high is None or low.env["commit"] != high.env["commit"]:
+        return ""
+    return f"n^{math.log(high.seconds / low.seconds, high.tokens / low.tokens):.2f}"
 
 
 def _parts(r: Record) -> tuple[int, int, int, int]:
