@@ -195,6 +195,21 @@ OPERATIONS = {
         ValueError,
         "state is on meta, q on cpu",
     ),
+    "attend in forward mode": (
+        lambda: torch.func.jvp(lambda b: attend(rows=rows(bias=b)).out, (q(S),), (q(S),)),
+        NotImplementedError,
+        "no derivatives in forward mode .*; use autograd's backward",
+    ),
+    "scan in forward mode, from a state": (
+        lambda: torch.func.jvp(lambda s: scan(state=s), (q(B, H, D, E),), (q(B, H, D, E),)),
+        NotImplementedError,
+        "no derivatives in forward mode",
+    ),
+    "attend under torch.func.grad": (
+        lambda: torch.func.grad(lambda x: attend(q=x).out.sum())(q()),
+        NotImplementedError,
+        r"no derivatives by torch.func \(grad, .*; use backward",
+    ),
     "summarize with a rank that does not divide": (
         lambda: ff.summarize(rows(), block=8, rank=3),
         ValueError,

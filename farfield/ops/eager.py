@@ -7,6 +7,8 @@ import threading
 import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -20,11 +22,25 @@ thread = _Thread()
 
 
 def eager(*tensors: Tensor) -> bool:
-    """Whether nobody would see the registered operation: no compiler, dispatch mode, transform, subclass or fake."""
+    """Whether nobody would see the registered operation: no compiler, dispatch mode, transform, subclass or fake.
+
+    Raises:
+        NotImplementedError: derivatives are asked for that no operation here has, and that PyTorch would leave out of
+            the result without a word, or refuse without naming what to do.
+    """
     # first: what follows is nothing that a compiler could trace
     if torch.compiler.is_compiling():
         return False
-    if (_len_torch_dispatch_stack() and not thread.recording) or _are_functorch_transforms_active():
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "farfield: no derivatives in forward mode (torch.func.jvp, linearize, forward_ad); use autograd's backward"
+        )
+    transforms = (get_interpreter_stack() or ()) if _are_functorch_transforms_active() else ()
+    if transforms and recorded(*tensors) and any(x.key() == TransformType.Grad for x in transforms):
+        raise NotImplementedError(
+            "farfield: no derivatives by torch.func (grad, vjp, jacrev); use backward or torch.autograd.grad"
+        )
+    if (_len_torch_dispatch_stack() and not thread.recording) or transforms:
         return False
     for x in tensors:  # noqa: SIM110 (a generator would cost as much as all the rest)
         if type(x) not in PLAIN or x.is_meta:

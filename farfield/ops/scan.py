@@ -12,7 +12,7 @@ from torch.library import custom_op
 from torch.nn.functional import pad
 
 from farfield.mechanism import check_qkv, no_tokens
-from farfield.ops.eager import PLAIN, eager, recorded
+from farfield.ops.eager import eager, recorded
 from farfield.ops.known import Known, Memory
 
 CHUNK = 64  # tokens
@@ -138,13 +138,14 @@ def _key(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | Decays | None, state: Tensor | None, chunk: int, keep: bool
 ) -> tuple[Any, ...] | None:  # fmt: skip
     """All that the checks look at and that launches follow from, None for what a compiler or a mode sees."""
-    if not eager(q, k, v):
+    given = q, k, v, decay, state
+    if not eager(*(x for x in given if isinstance(x, Tensor))):
         return None
     key: list[Any] = [chunk, keep, isinstance(decay, Tensor) and decay.requires_grad]
-    for x in (q, k, v, decay, state):
+    for x in given:
         if x is None or isinstance(x, Decays):
             key.append(x)
-        elif type(x) in PLAIN:
+        elif isinstance(x, Tensor):
             key += x.shape, x.stride(), x.dtype, x.device
         else:
             return None

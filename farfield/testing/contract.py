@@ -18,12 +18,13 @@ import inspect
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from farfield import mechanisms
 from farfield.mechanism import Case, Mechanism, State
@@ -311,6 +312,29 @@ def check_strided_views(kind: Kind, case: Case) -> None:
     wants = torch.autograd.grad(want.sum(), full)
     for name, got, right in zip(("out", "dq", "dk", "dv"), (out, *grads), (want, *wants), strict=True):
         assert_within(got, right, terms=2 * case.tokens, name=f"expanded batch: {name}")
+
+
+@_contract("training")
+def check_other_derivatives(kind: Kind, case: Case) -> None:
+    """Derivatives in forward mode and by torch.func are right, or refused: PyTorch may leave them out silently."""
+    mech, x = _float64(build(kind, case)), [t.detach() for t in draw(case)]
+    # made now: no module is copied inside a transform
+    reference = _reference(mech)
+    for at, name in enumerate("qkv"):
+        along = normal(*x[at].shape, seed=at, dtype=x[at].dtype)
+        with_mech, with_reference = (lambda t, f=f, at=at: f(*x[:at], t, *x[at + 1 :]) for f in (mech, reference))
+        exact = torch.func.jvp(with_reference, (x[at],), (along,))[1]
+        with suppress(NotImplementedError), forward_ad.dual_level():
+            got = forward_ad.unpack_dual(with_mech(forward_ad.make_dual(x[at], along))).tangent
+            assert got is not None, f"{name}: the tangent was left out"
+            assert_within(got, exact, terms=case.tokens, name=f"{name}, forward mode")
+        with suppress(NotImplementedError):
+            got = torch.func.jvp(with_mech, (x[at],), (along,))[1]
+            assert_within(got, exact, terms=case.tokens, name=f"{name}, torch.func.jvp")
+        with suppress(NotImplementedError):
+            got = torch.func.grad(lambda t, f=with_mech: f(t).sum())(x[at])
+            exact = torch.func.grad(lambda t, f=with_reference: f(t).sum())(x[at])
+            assert_within(got, exact, terms=case.tokens, name=f"{name}, torch.func.grad")
 
 
 @_contract()
