@@ -25,7 +25,7 @@ def attention(
     refused.
 
     Args:
-        mechanism: a registry name, built with its defaults, or a Mechanism of your own making.
+        mechanism: a registry name, built once with its defaults, or a Mechanism of your own making.
         attn_mask: only "full" takes one, as PyTorch does. Padding and documents are `group` of a mechanism's forward.
         dropout_p: only "full" takes one.
         is_causal: aligned upper-left, as in PyTorch.
@@ -56,8 +56,25 @@ def attention(
     if dropout_p:
         raise NotImplementedError(f"attention: {name} has no dropout, got dropout_p={dropout_p}")
     if isinstance(mechanism, str):
-        mechanism = mechanisms.make(mechanism, causal=is_causal, scale=scale)
+        _build(name, is_causal, scale)
+        mechanism = _built[name, is_causal, scale]
     return mechanism(query, key, value)
+
+
+# mechanisms with their defaults, by name, causal and scale; the oldest goes first
+_built: dict[tuple[str, bool, float | None], Mechanism] = {}
+
+
+def _build(name: str, causal: bool, scale: float | None) -> None:
+    if (name, causal, scale) not in _built:
+        made = mechanisms.make(name, causal=causal, scale=scale)
+        while len(_built) >= 256:
+            del _built[next(iter(_built))]
+        _built[name, causal, scale] = made
+
+
+# a constant of what is traced, made then: no compiler follows how a mechanism is found
+_build._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_agrees(mechanism: Mechanism, is_causal: bool, scale: float | None) -> None:
