@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from functools import wraps
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -76,11 +78,49 @@ class Supports:
     dims: tuple[int, ...] = (1,)
 
 
+PLAIN = {
+    "int": ("a whole number", Integral),
+    "float": ("a number", Real),
+    "bool": ("true or false", bool),
+    "str": ("text", str),
+    "None": ("None", type(None)),
+}
+"""What annotations of plain values ask for."""
+
+
+def check_plain(who: str, name: str, annotation: Any, value: Any) -> None:
+    """Raise ValueError where a plain value is not of the annotated kind; others are not looked at."""
+    kinds = (annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))).split(
+        " | "
+    )
+    if not PLAIN.keys() >= set(kinds):
+        return
+    # True is no number here, and nothing is compared with NaN
+    wrong = not isinstance(value, tuple(PLAIN[kind][1] for kind in kinds)) or value != value
+    if wrong or (isinstance(value, bool) and "bool" not in kinds):
+        raise ValueError(f"{who}: {name} must be {' or '.join(PLAIN[kind][0] for kind in kinds)}, got {value!r}")
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that looks at the kinds of its options first."""
+    known = inspect.signature(init).parameters
+
+    @wraps(init)
+    def checked(self, *args, **options):
+        for option, value in options.items():
+            if option in known:
+                check_plain(self.name, option, known[option].annotation, value)
+        init(self, *args, **options)
+
+    return checked
+
+
 class Mechanism(nn.Module):
     """An attention operator on q [B, H, T, D], k [B, G, T, D], v [B, G, T, E].
 
     Subclasses set `paper`, `cases` and `supports`, take keyword-only options with the paper's defaults, and implement
-    `forward`, `reference` and, where `supports.decode`, `extend`, whose states are of the class `remembers`.
+    `forward`, `reference` and, where `supports.decode`, `extend`, whose states are of the class `remembers`. An option
+    that is not of the kind its annotation says is refused before a constructor sees it, where that is a plain one.
     """
 
     paper: ClassVar[Paper]
@@ -89,13 +129,17 @@ class Mechanism(nn.Module):
     grouped: ClassVar[bool] = False  # the paper shares key heads among query heads; benchmarks then do as well
     supports: Supports = Supports()  # an instance whose options forbid something narrows it
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _checked(cls.__init__)
+
+    @_checked
     def __init__(self, *, causal: bool = True, scale: float | None = None):
         super().__init__()
         allowed = self.supports.causal if causal else self.supports.noncausal
         if not allowed:
             raise NotImplementedError(f"{self.name}: causal={causal} is not supported by this mechanism")
-        if scale is not None and not isinstance(scale, Real):
-            raise TypeError(f"{self.name}: scale must be a number or None, got {scale!r}")
         self.causal, self.scale = causal, scale
 
     @property

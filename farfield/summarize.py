@@ -456,7 +456,7 @@ def make_pool(name: str, block: int, rank: int, sizes: Mapping[str, int | None])
         ValueError: no such pool, or a size that its parameters need is missing.
     """
     given = {size: n for size, n in sizes.items() if n is not None}
-    if name not in POOLS:
+    if not isinstance(name, str) or name not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)} or a Pool, got {name!r}")
     if missing := [size for size in POOLS[name] if size not in given]:
         raise ValueError(f"pool={name!r} has parameters and needs {' and '.join(missing)}")

@@ -1,5 +1,8 @@
 """Every refusal: the kind of error, and a message that says who, what was expected, what was given."""
 
+import inspect
+import re
+
 import pytest
 import torch
 
@@ -352,8 +355,24 @@ MECHANISMS = {
     "a window of nothing": (lambda: mechanism("window", width=0), ValueError, "width=0"),
     "a scale that is no number": (
         lambda: ff.FMA(scale="1"),
-        TypeError,
+        ValueError,
         "fma: scale must be a number or None, got '1'",
+    ),
+    "fma with a pool that is no name": (
+        lambda: ff.FMA(pool=["mean"]),
+        ValueError,
+        r"pool must be one of mean, .* or a Pool, got \['mean'\]",
+    ),
+    "fma for no key heads": (lambda: ff.FMA(kv_heads=0), ValueError, "must be at least 1, got .*'kv_heads': 0"),
+    "a ring of what is no state": (
+        lambda: ff.FMA().ring(None),
+        TypeError,
+        "fma: goes on from a state of its own, FMAState, got NoneType",
+    ),
+    "a ring with a rotation that is none": (
+        lambda: ff.FMA().ring(ff.FMA().extend(*(q(1, 1, 3, D),) * 3)[1], rotary=10_000),
+        TypeError,
+        "fma: rotary must be a function of x and position, got int",
     ),
     "extending what is not causal": (
         lambda: mechanism("fma", causal=False).extend(q(), q(B, G, T, D), q(B, G, T, E)),
@@ -409,6 +428,22 @@ BOUNDED = {
 }
 
 
+KINDS = {"int": ("4", 1.5, True, None), "float": ("4", float("nan"), True), "bool": ("4", 1, None), "str": (4, True)}
+
+
+@pytest.mark.parametrize("name", ff.mechanisms.names())
+def test_an_option_of_another_kind_is_refused_by_its_name(name):
+    kind = ff.mechanisms.get(name)
+    for option, told in inspect.signature(kind).parameters.items():
+        if option == "pool":  # a Pool too, and checked where it is made
+            continue
+        allowed = getattr(told.annotation, "__name__", str(told.annotation)).split(" | ")
+        wrong = [x for x in KINDS[allowed[0]] if set(allowed) == {allowed[0]} or type(x) is str]
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"{name}: {option} must be .*, got {re.escape(repr(value))}"):
+                kind(**{option: value})
+
+
 @pytest.mark.parametrize("name", [n for n in ff.mechanisms.names() if ff.mechanisms.get(n).supports.decode])
 def test_a_state_of_another_batch_is_refused_before_anything_reads_it(name):
     """By the mechanism itself: kernels take shapes on trust."""
@@ -439,3 +474,13 @@ def test_what_is_right_goes_through():
     assert call().shape == (B, H, T, E)
     assert call("fma", block=4, near=4, rank=2).shape == (B, H, T, E)
     assert sdpa("fma", enable_gqa=True).shape == (B, H, T, E)
+
+
+@pytest.mark.parametrize("name", ["fma", "full"])
+def test_a_compiler_follows_attention_by_name(name):
+    torch._dynamo.reset()
+    x = q(1, 2, 150, 8)
+    compiled = torch.compile(
+        lambda x: ff.attention(x, x, x, name, is_causal=True, scale=0.3), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(x), ff.mechanisms.make(name, scale=0.3)(x, x, x))

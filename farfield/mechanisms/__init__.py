@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import numbers
 import os
 import pkgutil
 from collections.abc import Iterable, Mapping
@@ -69,25 +68,6 @@ def resolve(short: str) -> str:
     return found[0]
 
 
-PLAIN = {
-    "int": ("a whole number", numbers.Integral),
-    "float": ("a number", numbers.Real),
-    "bool": ("true or false", bool),
-    "str": ("text", str),
-    "None": ("None", type(None)),
-}
-"""What annotations of plain values ask for."""
-
-
-def check_plain(who: str, name: str, annotation: Any, value: Any) -> None:
-    """Raise ValueError where a plain value is not of the annotated kind; others are not looked at."""
-    kinds = (annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))).split(
-        " | "
-    )
-    if PLAIN.keys() >= set(kinds) and not isinstance(value, tuple(PLAIN[kind][1] for kind in kinds)):
-        raise ValueError(f"{who}: {name} must be {' or '.join(PLAIN[kind][0] for kind in kinds)}, got {value!r}")
-
-
 def make(name: str, **options) -> Mechanism:
     """The mechanism of this name, built with these options.
 
@@ -96,11 +76,7 @@ def make(name: str, **options) -> Mechanism:
             the message lists its options, or says which kind.
     """
     check_options(name, options)
-    kind = get(name)
-    known = inspect.signature(kind).parameters
-    for option, value in options.items():
-        check_plain(name, option, known[option].annotation, value)
-    return kind(**options)
+    return get(name)(**options)
 
 
 def check_options(name: str, options: Iterable[str]) -> None:

@@ -367,6 +367,8 @@ class FMA(Mechanism):
             relative = score not in ("box", "learned")
             self.supports = replace(self.supports, heads_apart=not shared, relative=relative)
         sizes = {"kv_heads": kv_heads, "width": width, "value_width": value_width, "levels": levels}
+        if any(n is not None and n < 1 for n in sizes.values()):
+            raise ValueError(f"fma: kv_heads, width, value_width and levels must be at least 1, got {sizes}")
         self.pool = pool if isinstance(pool, Pool) else make_pool(pool, block, rank, sizes)
         self.biased, self.tolerance = level_bias is not False, tolerance
         if tolerance is not None:
@@ -1417,6 +1419,7 @@ class FMA(Mechanism):
             heads: H of an opened ring. Default that of the queries that the state was made with.
             store: "host" keeps the tokens of an opened ring in pinned host memory.
         """
+        self.check_ring(state, rotary)
         self._check_state(state)
         if not isinstance(state, OpenedState) or not self.open:
             if self.biased or store != "device":

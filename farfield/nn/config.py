@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from farfield import mechanisms
+from farfield.mechanism import check_plain
 
 KINDS = ("decoder", "encoder")
 
@@ -68,7 +69,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            mechanisms.check_plain("ModelConfig", f.name, f.type, getattr(self, f.name))
+            check_plain("ModelConfig", f.name, f.type, getattr(self, f.name))
         least = {"vocab": 2, "width": 1, "layers": 1, "heads": 1, "conv": 0, "every": 1, "log_scale": 0}
         for name, low in least.items():
             if (value := getattr(self, name)) < low:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from farfield import mechanisms
+from farfield.mechanism import check_plain
 from farfield.nn.config import known
 
 OPTIMIZERS = ("muon", "adamw")
@@ -93,7 +93,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            mechanisms.check_plain("TrainConfig", f.name, f.type, getattr(self, f.name))
+            check_plain("TrainConfig", f.name, f.type, getattr(self, f.name))
         for name in ("text", "valid"):
             value = getattr(self, name)
             if isinstance(value, str | Path):
