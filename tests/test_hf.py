@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -148,8 +149,23 @@ def test_layers_may_differ(model, ids):
         assert_within(changed[:, 4:], wanted[:, 4:], terms=TOKENS, units=allowed)
     with pytest.raises(ValueError, match="no layer 3"):
         hf.use(model, layers={3: "full"})
+    with pytest.raises(ValueError, match="no layer '0'"):
+        hf.use(model, layers={"0": "full"})
     with pytest.raises(ValueError, match="3 layers, and layers names 1"):
         hf.use(model, layers=["full"])
+    for layers in ("full", 3):
+        with pytest.raises(TypeError, match=f"one mechanism for each layer, got {layers!r}"):
+            hf.use(model, layers=layers)
+    for choice in (None, 3, mechanisms.get("fma"), ("fma",), ({}, "fma"), ("fma", ["open"])):
+        with pytest.raises(TypeError, match=r"a mechanism is a name, \(name, .* such as FMA\(\), got "):
+            hf.use(model, layers={0: choice})
+    with pytest.raises(TypeError, match="a loaded PreTrainedModel, got 'llama'"):
+        hf.use("llama")
+    # 1 / sqrt(D) is not the same number however it is computed
+    nearly = mechanisms.make("window", scale=math.nextafter(8**-0.5, 1.0))
+    hidden(hf.use(model, nearly), ids)
+    with pytest.raises(ValueError, match="but this window was built with causal=True, scale=0.3"):
+        hf.use(model, mechanisms.make("window", scale=0.3))
     with pytest.raises(ValueError, match="built with causal=False"):
         hf.use(model, mechanisms.make("window", causal=False))
     with pytest.raises(ValueError, match="come from the model"):
@@ -164,6 +180,8 @@ def test_own_attention_comes_back(model, ids):
     assert not torch.equal(hidden(model, ids), wanted)
     model.set_attn_implementation("sdpa")
     assert torch.equal(hidden(model, ids), wanted)
+    with pytest.raises(ValueError, match=r"call farfield\.hf\.use first"):
+        hf.in_use(model)
 
 
 def test_mechanisms_with_parameters_are_the_models(model, ids):
@@ -186,6 +204,14 @@ def test_perplexity_is_that_of_the_models_loss(model, ids):
     assert found.over(5) == pytest.approx(found.losses[-5:].double().mean().exp().item())
     with pytest.raises(ValueError, match="n >= 2"):
         hf.perplexity(model, ids[0, :1])
+    for wrong in (ids[0].tolist(), ids[0].float(), ids[0] > 3):
+        with pytest.raises(TypeError, match="ids must be a tensor of integers, got"):
+            hf.perplexity(model, wrong)
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        hf.perplexity(model, ids[0], chunk=0)
+    for last in (0, -3):
+        with pytest.raises(ValueError, match=f"last must be at least 1, .*got {last}"):
+            found.over(last)
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(NotImplementedError, match="final_logit_softcapping"):
         hf.perplexity(model, ids[0])
@@ -260,8 +286,8 @@ def test_losses_are_those_of_one_changed_layer(model, ids):
     assert one.divergence == pytest.approx(found[7].divergence)
     # what was skipped is computed again
     assert torch.equal(hidden(model, ids), hidden(hf.use(copy.deepcopy(model), "full"), ids))
-    with pytest.raises(ValueError, match="no layer 3"):
-        list(hf.losses(model, ids[0], candidates, layers=[3]))
+    with pytest.raises(ValueError, match=r"no layers \[3, -1\]; the model has 0 \.\.\. 2"):
+        list(hf.losses(model, ids[0], candidates, layers=[0, 3, -1]))
 
 
 def test_plan_is_the_best_there_is():
@@ -286,6 +312,8 @@ def test_plan_is_the_best_there_is():
     assert hf.plan([*found, *other], 27.5) == hf.plan(found, 27.5)
     with pytest.raises(ValueError, match=r"the cheapest candidates read 10\.0 rows, more than 9\.9"):
         hf.plan(found, 9.9)
+    with pytest.raises(ValueError, match="more than nan"):
+        hf.plan(found, float("nan"))
     with pytest.raises(ValueError, match=r"must all be measured, got \[0, 1, 3\]"):
         hf.plan([x for x in found if x.layer != 2], 20.0)
 

@@ -11,6 +11,7 @@ average first and rotate the mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ def use(
     Raises:
         ImportError: Transformers is missing or older than 5.
         ValueError: no attention that could be replaced, no such layer, no such mechanism or option.
+        TypeError: no model, or no choice of a mechanism.
     """
     _register()
     found = attentions(model)
@@ -76,10 +78,16 @@ def in_use(model: nn.Module) -> list[Mechanism]:
     Raises:
         ValueError: `use` was not called on this model.
     """
-    found = [module.get_submodule(NAME) for _, module in attentions(model) if NAME in dict(module.named_children())]
+    modules = [module for _, module in attentions(model)]
+    found = [x.get_submodule(NAME) for x in modules if NAME in dict(x.named_children()) and _asked_for(x) == NAME]
     if not found:
         raise ValueError(f"in_use: {type(model).__name__} has no mechanism of farfield; call farfield.hf.use first")
     return [x for x in found if isinstance(x, Mechanism)]
+
+
+def _asked_for(module: nn.Module) -> str | None:
+    """The attention implementation of this module's model."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def _register() -> None:
@@ -95,6 +103,8 @@ def _register() -> None:
 
 def attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The self-attentions, in order: modules that tell whether they are causal, as the interface asks them to."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"use: model must be a loaded PreTrainedModel, got {model!r}")
     found = [(name, x) for name, x in model.named_modules() if hasattr(x, "is_causal") and hasattr(x, "scaling")]
     if not found or not hasattr(model, "set_attn_implementation"):
         raise ValueError(
@@ -107,13 +117,17 @@ def _choices(default: Choice, layers: Mapping[int, Choice] | Sequence[Choice] | 
     if layers is None:
         layers = {}
     if not isinstance(layers, Mapping):
+        if isinstance(layers, str) or not isinstance(layers, Sequence):
+            raise TypeError(
+                f"use: layers must be {{number: mechanism}} or one mechanism for each layer, got {layers!r}"
+            )
         if len(layers) != count:
             raise ValueError(f"use: the model has {count} layers, and layers names {len(layers)} mechanisms")
         return list(layers)
     chosen = [default] * count
     for at, choice in layers.items():
-        if not -count <= at < count:
-            raise ValueError(f"use: no layer {at}; the model has {count}, numbered from 0 or from -1 backwards")
+        if not isinstance(at, int) or not -count <= at < count:
+            raise ValueError(f"use: no layer {at!r}; the model has {count}, numbered from 0 or from -1 backwards")
         chosen[at] = choice
     return chosen
 
@@ -124,13 +138,13 @@ def _make(choice: Choice, name: str, module: nn.Module) -> Mechanism:
     if isinstance(choice, Mechanism):
         width = getattr(module, "head_dim", None)
         own = choice.scale if choice.scale is not None or width is None else width**-0.5
-        if choice.causal != causal or (own is not None and own != scale):
+        if choice.causal != causal or (own is not None and not math.isclose(own, scale)):
             raise ValueError(
                 f"use: {name} computes causal={causal}, scale={scale}, but this {choice.name} was built with "
                 f"causal={choice.causal}, scale={choice.scale}"
             )
         return choice
-    kind, options = (choice, {}) if isinstance(choice, str) else choice
+    kind, options = (choice, {}) if isinstance(choice, str) else _pair(choice)
     if clash := {"causal", "scale"} & options.keys():
         raise ValueError(f"use: {' and '.join(sorted(clash))} come from the model; leave them out of the options")
     config: Any = module.config
@@ -141,6 +155,15 @@ def _make(choice: Choice, name: str, module: nn.Module) -> Mechanism:
     made = mechanisms.make_for(kind, options, heads=heads, kv_heads=kv_heads, width=width)
     weight = next(module.parameters(), None)
     return made if weight is None else made.to(weight.device)
+
+
+def _pair(choice: Any) -> tuple[str, Mapping[str, Any]]:
+    match choice:
+        case (str(name), Mapping() as options):
+            return name, options
+    raise TypeError(
+        f"use: a mechanism is a name, (name, {{option: value}}) or a built Mechanism such as FMA(), got {choice!r}"
+    )
 
 
 def _attend(
@@ -164,7 +187,9 @@ def _attend(
     if asked:
         raise NotImplementedError(f"farfield: {mechanism.name} cannot honour the model's {', '.join(asked)}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if causal != mechanism.causal or (scaling is not None and mechanism.scale not in (None, scaling)):
+    scale = mechanism.scale
+    other = scaling is not None and scale is not None and not math.isclose(scaling, scale)
+    if causal != mechanism.causal or other:
         raise ValueError(
             f"farfield: the model asks for causal={causal}, scale={scaling}, but its {mechanism.name} was built with "
             f"causal={mechanism.causal}, scale={mechanism.scale}"

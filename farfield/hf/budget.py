@@ -92,6 +92,9 @@ def losses(
     """
     use(model, "full")
     found = attentions(model)
+    numbers = range(len(found)) if layers is None else list(layers)
+    if wrong := [layer for layer in numbers if layer not in range(len(found))]:
+        raise ValueError(f"losses: no layers {wrong}; the model has 0 ... {len(found) - 1}")
     blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in found]
     kept: dict[int, Any] = {}
     hooks = [
@@ -103,7 +106,7 @@ def losses(
     finally:
         for hook in hooks:
             hook.remove()
-    for layer in range(len(found)) if layers is None else layers:
+    for layer in numbers:
         for number, candidate in enumerate(candidates):
             use(model, "full", layers={layer: candidate})
             with _given(blocks[:layer], kept):
@@ -161,7 +164,7 @@ def plan(losses: Iterable[Loss], rows: float) -> list[int]:
     hulls = [_hull(points[layer]) for layer in range(len(points))]
     at = [0] * len(hulls)
     left = rows * len(hulls) - sum(hull[0][0] for hull in hulls)
-    if left < 0:
+    if not left >= 0:
         raise ValueError(
             f"plan: the cheapest candidates read {rows - left / len(hulls):.1f} rows, more than {rows:.1f}"
         )

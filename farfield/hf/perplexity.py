@@ -26,7 +26,13 @@ class Perplexity:
     losses: Float[Tensor, " S"]
 
     def over(self, last: int | None = None) -> float:
-        """The perplexity of all tokens, or of the last ones."""
+        """The perplexity of all tokens, or of the last ones.
+
+        Raises:
+            ValueError: of none of them.
+        """
+        if last is not None and last < 1:
+            raise ValueError(f"perplexity: last must be at least 1, or None for all tokens, got {last}")
         losses = self.losses if last is None else self.losses[-last:]
         return math.exp(float(losses.double().mean()))
 
@@ -41,19 +47,23 @@ def perplexity(model: nn.Module, ids: Int[Tensor, " n"], *, chunk: int = 1024) -
         chunk: tokens whose logits are held at a time.
 
     Raises:
-        ValueError: fewer than two tokens.
+        ValueError: fewer than two tokens, or chunks of none.
+        TypeError: ids are no integer tensor.
         NotImplementedError: the model treats its logits in a way that is not known here.
     """
-    ids = ids.to(next(model.parameters()).device)
+    hidden = hidden_states(model, ids)
+    ids = ids.to(hidden.device)
     parts = [
         nn.functional.cross_entropy(x, y, reduction="none")
-        for x, y in zip(logits(model, hidden_states(model, ids)[:-1], chunk), ids[1:].split(chunk), strict=True)
+        for x, y in zip(logits(model, hidden[:-1], chunk), ids[1:].split(chunk), strict=True)
     ]
     return Perplexity(torch.cat(parts).cpu())
 
 
 def hidden_states(model: nn.Module, ids: Int[Tensor, " n"]) -> Float[Tensor, "n C"]:
     """What the output embedding reads; errors as `perplexity`."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"perplexity: ids must be a tensor of integers, got {getattr(ids, 'dtype', type(ids))}")
     if ids.dim() != 1 or len(ids) < 2:
         raise ValueError(f"perplexity: ids must be [n] with n >= 2, got {list(ids.shape)}")
     whole: Any = model
@@ -65,5 +75,7 @@ def hidden_states(model: nn.Module, ids: Int[Tensor, " n"]) -> Float[Tensor, "n 
 
 def logits(model: nn.Module, hidden: Float[Tensor, "n C"], chunk: int) -> Iterator[Float[Tensor, "c V"]]:
     """In float32, of so many tokens at a time."""
+    if chunk < 1:
+        raise ValueError(f"perplexity: chunk must be at least 1, got {chunk}")
     head = cast(Any, model).get_output_embeddings()
     return (head(x).float() for x in hidden.split(chunk))
