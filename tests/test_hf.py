@@ -164,7 +164,7 @@ def test_layers_may_differ(model, ids):
     # 1 / sqrt(D) is not the same number however it is computed
     nearly = mechanisms.make("window", scale=math.nextafter(8**-0.5, 1.0))
     hidden(hf.use(model, nearly), ids)
-    with pytest.raises(ValueError, match="but this window was built with causal=True, scale=0.3"):
+    with pytest.raises(ValueError, match=r"but this window was built with causal=True, scale=0\.3"):
         hf.use(model, mechanisms.make("window", scale=0.3))
     with pytest.raises(ValueError, match="built with causal=False"):
         hf.use(model, mechanisms.make("window", causal=False))
