@@ -4,9 +4,10 @@ keep: a program for each sequence and key head copies the token that append has 
 group that append has moved up to where all summaries are, and sketches that group.
 
 open_step: a program for each sequence and list goes down the tree alone. On a level it scores the children of what it
-has kept, and of the first group behind that is no far one; each candidate counts those that are better, so that there
-is no sort and ties go to the lower group. At the end it writes the near and the far list. Where lists are few and a
-level has many candidates, several programs share them, in a launch a level (open_level).
+has kept, and of the first group behind that is no far one, and sorts them by score, ties by the lower group. At the end
+it writes the near and the far list. Where lists are few, many programs score all groups of the upper levels at once,
+before it is known which of them are asked for (score_all), and the way down reads those scores; the levels below, which
+have too many groups, take a launch each, whose programs share the candidates (open_level).
 
 fetch: a program for each entry of a near list copies a block of keys and values, far ones from wherever all tokens
 are, which may be pinned host memory, read through its device address.
@@ -27,6 +28,8 @@ from farfield.ops.opened_step import Plan, Step
 ROWS = 256  # of sketches that a program scores at a time
 WARPS = 8
 SHARED_ROWS, SHARED_WARPS = 128, 4  # where programs share a level
+ALONE_WARPS = 4  # where one program a list goes down by scores that are there
+AT_ONCE = 20e6  # bytes of sketches, of all lists, that are scored before it is known which are asked for
 # programs that all lists together are shared out over where there are few, and from how many a list on
 PROGRAMS, FEWEST = 264, 3
 
@@ -119,34 +122,50 @@ def _score(
         kept: the groups that were kept and, as number `many`, the first behind them that is no far one.
         before, here, size: rows before the level's, its far groups, and the tokens of a row.
     """
-    dims, child, column = tl.arange(0, D_TILE), tl.arange(0, 2 * PAIRS), tl.arange(0, PAIRS * 2 * DETAIL)
+    child, column = tl.arange(0, 2 * PAIRS), tl.arange(0, PAIRS * 2 * DETAIL)
     pair = begin + column // (2 * DETAIL)
     parent = tl.load(kept + pair, mask=pair <= many, other=0)
     row = 2 * parent * DETAIL + column % (2 * DETAIL)
     there = (pair <= many) & (row // DETAIL < here)
-    at = (before + row).to(tl.int64)[:, None] * D + dims
+    _score_rows(
+        q, sketches, scores, 2 * SLOTS, before + row, row * size, size, there, 2 * begin + child,
+        2 * begin + child < 2 * SLOTS, q_h, scale, D, D_TILE, DETAIL, SINKS, STACK, 2 * PAIRS, SUM,
+    )  # fmt: skip
+
+
+@triton.jit
+def _score_rows(
+    q, sketches, scores, apart, row, token, size, there, to, inside, q_h, scale,
+    D: tl.constexpr, D_TILE: tl.constexpr, DETAIL: tl.constexpr, SINKS: tl.constexpr, STACK: tl.constexpr,
+    MANY: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """The scores [STACK, apart] of MANY groups, each by DETAIL rows of sketches, at `to` where it is `inside`.
+
+    Args:
+        row, token, size, there: of each of the MANY * DETAIL rows its number, its first token, how many it has, and
+            whether it is that of a group to be scored.
+    """
+    dims = tl.arange(0, D_TILE)
+    at = row.to(tl.int64)[:, None] * D + dims
     tile = tl.load(sketches + at, mask=there[:, None] & (dims < D)[None, :], other=0.0)
-    count = tl.where(there, _counted(row * size, size, SINKS), 0).to(tl.float32)
+    count = tl.where(there, _counted(token, size, SINKS), 0).to(tl.float32)
     more = tl.where(count > 0, tl.log(tl.maximum(count, 1.0)), float("-inf"))
     for r in tl.static_range(STACK):
         asked = tl.load(q + r * q_h + dims, mask=dims < D, other=0.0).to(tl.float32) * scale
-        logits = tl.reshape(tl.sum(tile * asked[None, :], 1) + more, [2 * PAIRS, DETAIL])
+        logits = tl.reshape(tl.sum(tile * asked[None, :], 1) + more, [MANY, DETAIL])
         best = tl.max(logits, 1)
         if SUM:
             base = tl.where(best == float("-inf"), 0.0, best)
             best = base + tl.log(tl.sum(tl.exp(logits - base[:, None]), 1))
-        tl.store(scores + r * (2 * SLOTS) + 2 * begin + child, best, mask=2 * begin + child < 2 * SLOTS)
+        tl.store(scores + r * apart + to, best, mask=inside)
 
 
 @triton.jit
-def _keep_best(scores, kept, into, many, here, most, STACK: tl.constexpr, SLOTS: tl.constexpr):
-    """The best children by their scores, ascending, and the first group that is no far one: to `into`. How many."""
-    c = tl.arange(0, 2 * SLOTS)
-    group = 2 * tl.load(kept + c // 2, mask=c // 2 <= many, other=0) + c % 2
-    valid = (c // 2 <= many) & (group < here)
-    score = tl.full([2 * SLOTS], float("-inf"), tl.float32)
+def _joint(scores, apart, at, valid, N: tl.constexpr, STACK: tl.constexpr):
+    """The scores [N] at `at` of [STACK, apart], -inf where not valid; of several heads what they ask for together."""
+    score = tl.full([N], float("-inf"), tl.float32)
     for r in tl.static_range(STACK):
-        mine = tl.load(scores + r * (2 * SLOTS) + c, mask=valid, other=float("-inf"))
+        mine = tl.load(scores + r * apart + at, mask=valid, other=float("-inf"))
         if STACK > 1:
             # shares of a softmax for each head, added up over the heads; as logarithms
             peak = tl.max(mine, 0)
@@ -155,17 +174,66 @@ def _keep_best(scores, kept, into, many, here, most, STACK: tl.constexpr, SLOTS:
             score = _plus(score, mine - peak - tl.log(tl.where(mass > 0, mass, 1.0)))
         else:
             score = mine
+    return score
+
+
+@triton.jit
+def _best(score, group, valid, here, most, SLOTS: tl.constexpr):
+    """The `most` best of 2 SLOTS groups, in any order, behind them `here`, then -1: [SLOTS]; and how many."""
+    NONE: tl.constexpr = -0x8000000000000000
     valid = valid & (score > float("-inf"))
-    score = tl.where(valid, score, float("-inf"))
-    # of equal scores the lower groups
-    ahead = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (c[None, :] < c[:, None]))
-    chosen = valid & (tl.sum(ahead.to(tl.int32), 1) < most)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    # one number: the score, whose bits are ordered as those of an integer, and of equal ones the lower group first
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32 | (0x7FFFFFFF - group).to(tl.int64)
+    order = tl.reshape(tl.sort(tl.where(valid, order, NONE), descending=True), [2, SLOTS])
+    order = tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, order, 0), 0)
+    slot = tl.arange(0, SLOTS)
+    chosen = (order > NONE) & (slot < most)
     many = tl.sum(chosen.to(tl.int32), 0)
+    held = 0x7FFFFFFF - (order & 0x7FFFFFFF).to(tl.int32)
+    return tl.where(chosen, held, tl.where(slot == many, here, -1)), many
+
+
+@triton.jit
+def _keep_best(scores, kept, into, many, here, most, STACK: tl.constexpr, SLOTS: tl.constexpr):
+    """The best children by their scores and the first group that is no far one: to `into`. How many."""
+    c = tl.arange(0, 2 * SLOTS)
+    group = 2 * tl.load(kept + c // 2, mask=c // 2 <= many, other=0) + c % 2
+    valid = (c // 2 <= many) & (group < here)
+    held, many = _best(_joint(scores, 2 * SLOTS, c, valid, 2 * SLOTS, STACK), group, valid, here, most, SLOTS)
     # what is read above may lie where this is written
     tl.debug_barrier()
-    tl.store(into + place, group, mask=chosen)
-    tl.store(into + many, here)
+    tl.store(into + tl.arange(0, SLOTS), held)
+    tl.debug_barrier()
+    return many
+
+
+@triton.jit
+def _go_down(
+    scores, apart, kept, n, low, top, end, blocks, picks, beam,
+    RADIUS: tl.constexpr, STACK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The same from level `top` down to level `end`, by the scores of all groups; between levels in registers.
+
+    Args:
+        scores: [STACK, apart], of all groups of level `end`, then of those of the level above it, and so on.
+        low: the first far group of level `top`, of which all are kept.
+    """
+    slot = tl.arange(0, SLOTS)
+    many = _far(n, top, RADIUS) - low
+    held = tl.where(slot <= many, low + slot, -1)
+    before = 0
+    for below in range(end, top):
+        before += blocks >> below
+    for turn in range(top - end):
+        level = top - 1 - turn
+        before -= blocks >> level
+        here, most = _far(n, level, RADIUS), tl.where(level == 0, picks, beam)
+        group = tl.reshape(tl.join(2 * held, 2 * held + 1), [2 * SLOTS])
+        valid = (group >= 0) & (group < here)
+        score = _joint(scores, apart, before + group, valid, 2 * SLOTS, STACK)
+        held, many = _best(score, group, valid, here, most, SLOTS)
+    tl.store(kept + slot, held)
     tl.debug_barrier()
     return many
 
@@ -176,10 +244,14 @@ def _list(
     RADIUS: tl.constexpr, GROUPS: tl.constexpr, LEVELS: tl.constexpr, LEVEL_TILE: tl.constexpr,
     PICKS: tl.constexpr, LOCAL: tl.constexpr, SINK_TILE: tl.constexpr,
 ):  # fmt: skip
-    """The near and the far list of a query in block n that opens the `many` groups in `kept`, ascending."""
+    """The near and the far list of a query in block n that opens the `many` groups in `kept`, put in order here."""
     slot, level = tl.arange(0, PICKS), tl.arange(0, LEVEL_TILE)
     there = slot < many
-    leaf = tl.load(kept + slot, mask=there, other=0)
+    leaf = tl.sort(tl.load(kept + slot, mask=there, other=0x7FFFFFFF))
+    tl.debug_barrier()
+    tl.store(kept + slot, leaf, mask=there)
+    tl.debug_barrier()
+    leaf = tl.where(there, leaf, 0)
     before = tl.load(kept + slot - 1, mask=there & (slot > 0), other=-1)
     after = tl.load(kept + slot + 1, mask=slot + 1 < many, other=-1)
     # what is opened lies before what is near
@@ -234,6 +306,10 @@ def _rows_before(blocks, height, DETAIL: tl.constexpr):
     return before
 
 
+ALL_TAKES = (
+    "HEADS", "PARTS", "LISTS", "STACK", "REPEAT", "BLOCK", "RADIUS", "SINKS", "LEVELS", "DETAIL", "D", "D_TILE", "SUM",
+    "HOLD",
+)  # fmt: skip
 SIZES = ["capacity", "blocks", "all_rows", "q_b", "q_h", "picks", "beam", "width", "far_width"]
 
 
@@ -289,10 +365,43 @@ def open_step(
     tl.store(clock, t + 1)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "height", "parts", "room"])
+@triton.jit(do_not_specialize=["capacity", "blocks", "all_rows", "q_b", "q_h", "lowest", "groups", "parts"])
+def score_all(
+    q, sketches, clock, scores, capacity, blocks, all_rows, q_b, q_h, lowest, groups, parts, scale,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, STACK: tl.constexpr, REPEAT: tl.constexpr,
+    BLOCK: tl.constexpr, RADIUS: tl.constexpr, SINKS: tl.constexpr, LEVELS: tl.constexpr, DETAIL: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, MANY: tl.constexpr, SUM: tl.constexpr, HOLD: tl.constexpr,
+):  # fmt: skip
+    """Scores [STACK, groups] of all far groups of the levels from `lowest` on, MANY groups a program."""
+    unit, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
+    b, u = unit // LISTS, unit % LISTS
+    g = u if STACK > 1 else u // REPEAT
+    t = tl.load(clock + b * PARTS + HEADS + u)
+    if t % HOLD == 0:
+        n = (tl.minimum(t, capacity - 1) // BLOCK).to(tl.int32)
+        place, column = part * MANY + tl.arange(0, MANY), tl.arange(0, MANY * DETAIL)
+        at = part * MANY + column // DETAIL
+        # the level of each, which has so many groups before it
+        group, height, before = at, tl.full([MANY * DETAIL], 0, tl.int32) + lowest, 0
+        there = at < _far(n, lowest, RADIUS)
+        for level in range(lowest + 1, LEVELS):
+            before += blocks >> (level - 1)
+            above = at >= before
+            group, height = tl.where(above, at - before, group), tl.where(above, level, height)
+            there = tl.where(above, at - before < _far(n, level, RADIUS), there)
+        size = (BLOCK // DETAIL) << height
+        row = _rows_before(blocks, lowest, DETAIL) + part * (MANY * DETAIL) + column
+        _score_rows(
+            q + b * q_b + u * STACK * q_h, sketches + (b * HEADS + g) * all_rows * D, scores + unit * STACK * groups,
+            groups, row, (group * DETAIL + column % DETAIL) * size, size, there & (at < groups), place,
+            place < groups, q_h, scale, D, D_TILE, DETAIL, SINKS, STACK, MANY, SUM,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*SIZES, "height", "parts", "room", "groups"])
 def open_level(
-    q, sketches, clock, kept, before_kept, scores, before_scores, alone, near, near_count, far, far_count, position,
-    capacity, blocks, all_rows, picks, beam, width, far_width, q_b, q_h, height, parts, room, scale,
+    q, sketches, clock, kept, before_kept, scores, before_scores, all_scores, near, near_count, far, far_count,
+    position, capacity, blocks, all_rows, picks, beam, width, far_width, q_b, q_h, height, parts, room, groups, scale,
     HEADS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, STACK: tl.constexpr, REPEAT: tl.constexpr,
     BLOCK: tl.constexpr, RADIUS: tl.constexpr, RANK: tl.constexpr, SINKS: tl.constexpr, LEVELS: tl.constexpr,
     LEVEL_TILE: tl.constexpr, DETAIL: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, SLOTS: tl.constexpr,
@@ -300,7 +409,8 @@ def open_level(
     SINK_TILE: tl.constexpr, SUM: tl.constexpr, HOLD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One level of the same, shared out over `parts` programs a list: each repeats the choice from the scores of the
-    level above, and scores its part of level `height`. FIRST goes down alone to there; LAST writes the lists."""
+    level above, and scores its part of level `height`. FIRST goes down to there by the scores of score_all, which
+    begin with the level above; LAST writes the lists."""
     GROUPS: tl.constexpr = (SINKS + RANK - 1) // RANK
     unit, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
     b, u = unit // LISTS, unit % LISTS
@@ -317,33 +427,23 @@ def open_level(
         before_kept += (unit * room + part) * (SLOTS + 1)
         scores += unit * STACK * (2 * SLOTS)
         before_scores += unit * STACK * (2 * SLOTS)
-        alone += (unit * parts + part) * STACK * (2 * SLOTS)
+        all_scores += unit * STACK * groups
         top = _top(n, beam, RADIUS, LEVELS)
-        level = top if FIRST else tl.maximum(top, height + 1)
-        low = _low(n, level, LEVELS, RADIUS)
-        many = _far(n, level, RADIUS) - low
-        if (height + 1 >= top) | FIRST:
-            tl.store(kept + slot, low + slot)
-            tl.debug_barrier()
         if FIRST:
-            before = _rows_before(blocks, top, DETAIL)
-            for turn in range(top - 1 - height):
-                above = top - 1 - turn
-                before -= (blocks >> above) * DETAIL
-                here = _far(n, above, RADIUS)
-                for begin in range(0, many + 1, PAIRS):
-                    # with scores of its own: the others are as far
-                    _score(
-                        q, sketches, kept, alone, many, begin, before, here, (BLOCK // DETAIL) << above, q_h, scale,
-                        D, D_TILE, DETAIL, SINKS, STACK, SLOTS, PAIRS, SUM,
-                    )  # fmt: skip
-                tl.debug_barrier()
-                many = _keep_best(alone, kept, kept, many, here, beam, STACK, SLOTS)
+            low, end = _low(n, top, LEVELS, RADIUS), tl.minimum(top, height + 1)
+            many = _go_down(
+                all_scores, groups, kept, n, low, top, end, blocks, picks, beam, RADIUS, STACK, SLOTS
+            )  # fmt: skip
         elif height + 1 < top:
             # the level above was scored
             many = tl.load(before_kept + SLOTS)
             here, most = _far(n, height + 1, RADIUS), tl.where(height < 0, picks, beam)
             many = _keep_best(before_scores, before_kept, kept, many, here, most, STACK, SLOTS)
+        else:
+            low = _low(n, height + 1, LEVELS, RADIUS)
+            many = _far(n, height + 1, RADIUS) - low
+            tl.store(kept + slot, low + slot)
+            tl.debug_barrier()
         tl.store(kept + SLOTS, many)
         if LAST:
             _list(
@@ -423,7 +523,7 @@ def launch_open(q: Tensor, step: Step, scale: float) -> None:
     # what a program scores for several heads stays in registers too
     less = 1 if stack == 1 else 2
     pairs, warps = scored(ROWS // less), WARPS
-    shared = min(-(-(plan.beam + 1) // pairs), PROGRAMS // units) >= FEWEST
+    shared = PROGRAMS // units >= FEWEST
     if shared:
         pairs, warps = scored(SHARED_ROWS // less), SHARED_WARPS
     numbers = (
@@ -446,17 +546,27 @@ def launch_open(q: Tensor, step: Step, scale: float) -> None:
             *lists_at, *numbers, scale, **constants, num_warps=warps,
         )  # fmt: skip
         return
-    # the levels whose groups are more than one program scores at once
-    split = min(max(plan.blocks // (2 * plan.beam), 1).bit_length(), plan.levels)
+    # the levels whose groups one program scores at once, and those below that all programs together do
+    lowest = min(max(plan.blocks // (2 * plan.beam), 1).bit_length(), plan.levels)
+    each, groups = units * plan.detail * width * step.sketches.element_size(), sum(plan.groups[lowest:])
+    while lowest and (groups + plan.groups[lowest - 1]) * each <= AT_ONCE:
+        lowest -= 1
+        groups += plan.groups[lowest]
+    all_scores = new((units, stack, groups), dtype=torch.float32)
+    shares = -(-groups // (2 * pairs))
+    score_all[(units * shares,)](
+        q, step.sketches, step.clock, all_scores, plan.capacity, plan.blocks, step.sketches.shape[2], q.stride(0),
+        q.stride(1), lowest, groups, shares, scale,
+        **{name: constants[name] for name in ALL_TAKES}, MANY=2 * pairs, num_warps=warps,
+    )  # fmt: skip
     kept = [new(units, parts, slots + 1) for _ in range(2)]
     scores = [new((units, stack, 2 * slots), dtype=torch.float32) for _ in range(2)]
-    alone = new((units * parts, stack, 2 * slots), dtype=torch.float32)
-    for turn in range(split + 1):
-        now, last = turn % 2, turn == split
+    for turn in range(lowest + 1):
+        now, last = turn % 2, turn == lowest
         open_level[(units if last else units * parts,)](
-            q, step.sketches, step.clock, kept[now], kept[1 - now], scores[now], scores[1 - now], alone, *lists_at,
-            *numbers, split - 1 - turn, 1 if last else parts, parts, scale, **constants, FIRST=turn == 0, LAST=last,
-            num_warps=warps,
+            q, step.sketches, step.clock, kept[now], kept[1 - now], scores[now], scores[1 - now], all_scores,
+            *lists_at, *numbers, lowest - 1 - turn, 1 if last else parts, parts, groups, scale, **constants,
+            FIRST=turn == 0, LAST=last, num_warps=ALONE_WARPS if last else warps,
         )  # fmt: skip
 
 

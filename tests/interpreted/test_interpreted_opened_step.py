@@ -24,13 +24,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("fewest", [1, 99])
+# programs a list from how many on, and bytes of sketches that are scored at once
+FORMS = {"one program": (99, 0), "a launch a level": (1, 0), "all at once": (1, 1e9)}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_that_of_pytorch(name, fewest, monkeypatch):
-    # several rounds on a level, of one program or of several
+def test_a_step_is_that_of_pytorch(name, form, monkeypatch):
+    # several rounds on a level
     monkeypatch.setattr(kernels, "ROWS", 16)
     monkeypatch.setattr(kernels, "SHARED_ROWS", 16)
-    monkeypatch.setattr(kernels, "FEWEST", fewest)
+    for constant, value in zip(("FEWEST", "AT_ONCE"), FORMS[form], strict=True):
+        monkeypatch.setattr(kernels, constant, value)
     options = CASES[name]
     mech = FMA(block=16, near=16, rank=4, **options)
     gen = torch.Generator().manual_seed(0)
