@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from farfield.ops import pool as op
+from farfield.ops import precision
 from farfield.ops.pool import Pooled, Tree
 from farfield.select.static import depth
 from farfield.types import Rows
@@ -105,7 +106,7 @@ class Pool(nn.Module):
         """
         self.check(_sizes(k, v, k.shape[3], rank))
         # sums of many tokens stay in float32, whatever autocast would make of them
-        with torch.autocast(k.device.type, enabled=False):
+        with precision.kept(k):
             return self._grow(k, v, count, rank, first, pending, levels)
 
     def _grow(self, k, v, count, rank, first, pending, most) -> tuple[list[Groups], list[Groups | None]]:

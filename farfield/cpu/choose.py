@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farfield.ops import precision
 from farfield.ops.choose import Scoring
 
 STEP = 1 << 21  # scores at once
@@ -44,7 +45,7 @@ def _scores(q: Tensor, keys: Tensor, at: Tensor, blocks: int, scoring: Scoring, 
     batch, heads, tokens, width = q.shape
     kv_heads, rows = keys.shape[1:3]
     # under autocast these products would be rounded
-    with torch.autocast(q.device.type, enabled=False):
+    with precision.kept(q):
         logits = q.to(dtype).reshape(batch, kv_heads, heads // kv_heads * tokens, width) @ keys.to(dtype).mT
     logits = logits.view(batch, kv_heads, heads // kv_heads, tokens, rows)
     if not scoring.shared:

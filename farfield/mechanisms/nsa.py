@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from farfield.mechanism import Case, Mechanism, Paper, State, Supports, check_qkv, no_tokens
+from farfield.ops import precision
 from farfield.ops.attend import attend
 from farfield.ops.branches import branches
 from farfield.ops.branches import takes as together
@@ -302,7 +303,7 @@ class NSA(Mechanism):
         stride, span = self.scoring.stride, self.scoring.span
         if takes(k, v, self._mlp(), span):
             return compress(k, v, self._mlp(), stride=stride, span=span, rows=_complete(k.shape[2], stride, span))
-        with torch.autocast(k.device.type, enabled=False):
+        with precision.kept(k):
             means = _means(k, stride, span), _means(v, stride, span)
             if not self.learned or not means[0].shape[2]:
                 return means

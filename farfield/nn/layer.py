@@ -17,6 +17,7 @@ from farfield import mechanisms
 from farfield.mechanism import Mechanism, Rotary, State
 from farfield.nn.conv import ShortConv
 from farfield.nn.rope import Rope
+from farfield.ops import precision
 from farfield.ops.token_step import placed
 from farfield.ring import turns_of
 from farfield.token_ring import Ring
@@ -152,7 +153,7 @@ class Attention(nn.Module):
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, group: Tensor | None, rotary: Rotary | None) -> Tensor:
         """The mechanism's own part of `forward`."""
-        with _plain(q):
+        with precision.kept(q):
             if self.teaching and torch.is_grad_enabled():
                 if group is not None:
                     raise NotImplementedError("Attention: what a mechanism minimizes itself is not of packed documents")
@@ -172,7 +173,7 @@ class Attention(nn.Module):
             # cloned, or the state would hold on to the whole chunk
             recent = torch.cat([recent, x], 1)[:, -(reach + self.spare) :].clone()
         q, k, v, rotary = self._placed(*self._heads(mixed), *self._positions(tokens, x))
-        with _plain(x):
+        with precision.kept(x):
             out, inner = self.mechanism.extend(q, k, v, state.inner if state else None, rotary=rotary)
         return self._join(out), LayerState(tokens + x.shape[1], inner, recent, reach)
 
@@ -198,7 +199,7 @@ class Attention(nn.Module):
             q, k, v, _ = self._placed(q, k, v, position, self.log_scale > 0)
         else:
             q, k = found
-        with _plain(x):
+        with precision.kept(x):
             out = self.mechanism.step(q, k, v, ring.inner)
         return F.linear(rearrange(out, "b h t d -> b t (h d)"), ring.out)
 
@@ -232,11 +233,6 @@ class Attention(nn.Module):
 
     def _join(self, out: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T W"]:
         return self.out(rearrange(out, "b h t d -> b t (h d)"))
-
-
-def _plain(x: Tensor):
-    """No autocast: a mechanism chooses its own precision, and scores that select must not be rounded under it."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _unit(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:

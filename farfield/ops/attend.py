@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
+from farfield.ops import precision
 from farfield.ops.eager import PLAIN, eager, recorded
 from farfield.ops.known import Known, Memory
 from farfield.types import Layout, Partial, Rows
@@ -269,11 +270,7 @@ _backward.register_autograd(_refuse)
 
 
 def _plainly(implementation, call: Call, *more):
-    """What is computed in float32 stays so, whatever autocast would make of it."""
-    device = call.q.device.type
-    if not torch.is_autocast_enabled(device):
-        return implementation(call, *more)
-    with torch.autocast(device, enabled=False):
+    with precision.kept(call.q):
         return implementation(call, *more)
 
 

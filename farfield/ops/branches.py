@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from farfield.ops import compress
+from farfield.ops import compress, precision
 from farfield.ops.attend import Call, _gradients
 from farfield.ops.choose import Scoring
 from farfield.ops.eager import eager, recorded
@@ -93,7 +93,7 @@ class _Branches(torch.autograd.Function):
             return None, d_q, d_k, d_v
         d_q, d_k2, d_v2, d_keys, d_values = plans.plainly(backward, tensors, about, len(given), 1.0)
         grads, learned = [], []
-        with torch.autocast(k.device.type, enabled=False):
+        with precision.kept(k):
             for side, (x, d, *tokens) in enumerate(((k, d_keys, d_k2, found[1]), (v, d_values, d_v2, found[2]))):
                 mlp = [*weights[side:6:2], kept[0][side]]
                 d_x, *rest = compress.gradients(x, d, mlp, about.scoring.stride, about.scoring.span)

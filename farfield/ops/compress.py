@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
+from farfield.ops import precision
 from farfield.ops.eager import eager, recorded
 
 FEW = 64  # rows: what makes fewer is decoding, of which no two calls are alike
@@ -82,7 +83,7 @@ class _Compress(torch.autograd.Function):
         stride, span, learned = ctx.plan
         k, v, *rest = ctx.saved_tensors
         grads: list[list[Tensor]] = []
-        with torch.autocast(k.device.type, enabled=False):
+        with precision.kept(k):
             for n, (x, d) in enumerate(((k, d_k), (v, d_v))):
                 mlp = [*rest[n:6:2], rest[6][n]] if learned else None
                 grads.append(gradients(x, d, mlp, stride, span))

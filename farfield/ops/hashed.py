@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from farfield.ops import precision
 from farfield.ops.attend import attend
 from farfield.ops.eager import eager, recorded
 from farfield.types import Layout, Rows
@@ -80,7 +81,7 @@ def _buckets(x: Tensor, many: int, seed: int) -> Tensor:
     found = torch.empty(batch, heads, tokens, dtype=torch.int32, device=x.device)
     which = torch.arange(many, dtype=torch.int32, device=x.device)
     step = max(1, STEP // max(1, batch * heads * width))
-    with torch.autocast(x.device.type, enabled=False):
+    with precision.kept(x):
         for start in range(0, tokens, step):
             there = slice(start, start + step)
             shares = x[:, :, there].to(wide) @ directions

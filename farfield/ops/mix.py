@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from farfield.ops import precision
 from farfield.ops.eager import eager, recorded
 
 BRANCHES = 3
@@ -39,7 +40,7 @@ def mix(
     if shares is not None:
         weights = shares.to(wide)
     elif gate is not None and bias is not None:
-        with torch.autocast(q.device.type, enabled=False):
+        with precision.kept(q):
             logits = q.to(wide).unflatten(1, (gate.shape[0], -1)) @ gate.to(wide)[:, None]
             logits = (logits + bias.to(wide)[:, None, None]).flatten(1, 2)
             # the sigmoid, in an operation whose rounding does not depend on where in memory a number lies

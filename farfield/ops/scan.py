@@ -12,6 +12,7 @@ from torch.library import custom_op
 from torch.nn.functional import pad
 
 from farfield.mechanism import check_qkv, no_tokens
+from farfield.ops import precision
 from farfield.ops.eager import eager, recorded
 from farfield.ops.known import Known, Memory
 
@@ -186,7 +187,7 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | Non
     q, k, v = (pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C)) for x in (q, k, v))
     decay = pad(decay.to(dtype), (0, -T % C)).unflatten(2, (-1, C))
     # autocast would take the products in bfloat16
-    with torch.autocast(q.device.type, enabled=False):
+    with precision.kept(q):
         fade = _spans(decay).exp()  # [B, H, N, C, C]
         within = (q @ k.mT * fade) @ v
         added = (k * fade[..., -1, :, None]).mT @ v  # [B, H, N, D, E]
@@ -471,7 +472,7 @@ def prefix_softmax(
     # a token of score s is the sums (s, 1, v): mass and total side by side
     leaves = torch.cat([torch.ones_like(v[..., :1]), v], -1).repeat_interleave(H // G, 1)
     before = torch.cat([state.mass[..., None], state.total], -1)
-    with torch.autocast(v.device.type, enabled=False):
+    with precision.kept(v):
         sums, peak = _merged(scores, leaves, state.peak, before, chunk)
     mass, total = sums[..., :1], sums[..., 1:]
     out = total / mass.masked_fill(mass == 0, 1.0)
@@ -497,7 +498,7 @@ def prefix_scores(query: Float[Tensor, "B H D"], k: Float[Tensor, "B G T D"]) ->
 
         if not refusal(query, k):
             return _score(query, k)
-    with torch.autocast(k.device.type, enabled=False):
+    with precision.kept(k):
         return (query.unflatten(1, (k.shape[1], -1)) @ k.to(query.dtype).mT).flatten(1, 2)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
+from farfield.ops import precision
 from farfield.ops.eager import eager
 
 PLACES = ("centre", "first", "last")
@@ -77,11 +78,7 @@ def _search(q: Tensor, k: Tensor, plan: Search) -> tuple[Tensor, Tensor]:
 
         # no kernel for this dtype or width: the same choice in PyTorch
         search = search if tree.refusal(q, plan) else tree.search
-    device = q.device.type
-    if not torch.is_autocast_enabled(device):
-        return search(q, k, plan)
-    # scores are float32 or wider, whatever autocast would make of them
-    with torch.autocast(device, enabled=False):
+    with precision.kept(q):
         return search(q, k, plan)
 
 

@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.library import custom_op
 
+from farfield.ops import precision
 from farfield.ops.attend import attend
 from farfield.ops.eager import eager
 from farfield.ops.merge import merge
@@ -337,7 +338,7 @@ def _lists(
     most = max(batch * heads * (2 * plan.beam + 8) * plan.detail * x.shape[3], 1)
     step = max(1, _STEP // most)
     # under autocast the products would be rounded
-    with torch.autocast(x.device.type, enabled=False):
+    with precision.kept(x):
         for first in range(0, tokens, step):
             cut = slice(first, min(first + step, tokens))
             where = Where(*(y[:, cut] for y in (n, blocks, start, document)))

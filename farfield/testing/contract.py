@@ -314,6 +314,15 @@ def check_strided_views(kind: Kind, case: Case) -> None:
         assert_within(got, right, terms=2 * case.tokens, name=f"expanded batch: {name}")
 
 
+@_contract()
+def check_shapes_alone(kind: Kind, case: Case) -> None:
+    """On the meta device, which has no numbers, out has its shape and dtype, as who builds a model there asks."""
+    mech = build(kind, case).bfloat16().to("meta")
+    out = mech(*(t.detach().to("meta") for t in draw(case, torch.bfloat16)))
+    assert out.is_meta
+    assert (tuple(out.shape), out.dtype) == ((2, case.heads, case.tokens, case.value_width), torch.bfloat16)
+
+
 @_contract("training")
 def check_other_derivatives(kind: Kind, case: Case) -> None:
     """Derivatives in forward mode and by torch.func are right, or refused: PyTorch may leave them out silently."""
