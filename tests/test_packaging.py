@@ -76,15 +76,14 @@ def test_packages_have_an_init():
     assert [str(f.relative_to(ROOT)) for f in sorted(folders) if not (f / "__init__.py").exists()] == []
 
 
-def test_import_takes_less_than_300_ms_beyond_torch():
+def test_import_takes_less_than_200_ms_beyond_torch():
     # processor time: other processes on the machine do not count
     # what torch has made is not walked again: a collection may fall into any import that comes after torch's
     code = "import gc, time, torch; gc.freeze(); t = time.process_time()"
     code += "; import farfield; print(time.process_time() - t)"
-    taken = [float(python(code, OMP_NUM_THREADS="1")) for _ in range(3)]
-    if statistics.median(taken) >= 0.3:
-        taken += [float(python(code, OMP_NUM_THREADS="1")) for _ in range(4)]
-    assert statistics.median(taken) < 0.3, f"seconds: {[round(t, 3) for t in taken]}"
+    # the first import compiles the modules, as that of a user does; without bytecode each would
+    taken = [float(python(code, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="")) for _ in range(4)][1:]
+    assert statistics.median(taken) < 0.2, f"seconds: {[round(t, 3) for t in taken]}"
 
 
 def test_import_loads_nothing_heavy():
