@@ -24,13 +24,26 @@ thread = _Thread()
 def eager(*tensors: Tensor) -> bool:
     """Whether nobody would see the registered operation: no compiler, dispatch mode, transform, subclass or fake.
 
-    Raises:
-        NotImplementedError: derivatives are asked for that no operation here has, and that PyTorch would leave out of
-            the result without a word, or refuse without naming what to do.
+    Raises as `check_derivatives`.
     """
     # first: what follows is nothing that a compiler could trace
     if torch.compiler.is_compiling():
         return False
+    check_derivatives(*tensors)
+    if (_len_torch_dispatch_stack() and not thread.recording) or _are_functorch_transforms_active():
+        return False
+    for x in tensors:  # noqa: SIM110 (a generator would cost as much as all the rest)
+        if type(x) not in PLAIN or x.is_meta:
+            return False
+    return True
+
+
+def check_derivatives(*tensors: Tensor) -> None:
+    """Refuse derivatives that no operation here has: PyTorch would leave out those in forward mode without a word.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent, or torch.func wants its gradient.
+    """
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "farfield: no derivatives in forward mode (torch.func.jvp, linearize, forward_ad); use autograd's backward"
@@ -40,12 +53,6 @@ def eager(*tensors: Tensor) -> bool:
         raise NotImplementedError(
             "farfield: no derivatives by torch.func (grad, vjp, jacrev); use backward or torch.autograd.grad"
         )
-    if (_len_torch_dispatch_stack() and not thread.recording) or transforms:
-        return False
-    for x in tensors:  # noqa: SIM110 (a generator would cost as much as all the rest)
-        if type(x) not in PLAIN or x.is_meta:
-            return False
-    return True
 
 
 def recorded(*tensors: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from farfield.mechanism import check_qkv, no_tokens
 from farfield.ops import precision
-from farfield.ops.eager import eager, recorded
+from farfield.ops.eager import check_derivatives, eager, recorded
 from farfield.ops.known import Known, Memory
 
 CHUNK = 64  # tokens
@@ -459,6 +459,8 @@ def prefix_softmax(
         from farfield.kernels.prefix import refusal
 
         if not refusal(scores, v):
+            if not torch.compiler.is_compiling():
+                check_derivatives(scores, v, *(state or ()))
             none = scores.new_empty(0)
             before = (none, none, none) if state is None else state
             out, _, _, *sums = _launch(scores, v, *before, recorded(scores, v, *before))
@@ -497,6 +499,8 @@ def prefix_scores(query: Float[Tensor, "B H D"], k: Float[Tensor, "B G T D"]) ->
         from farfield.kernels.prefix import refusal
 
         if not refusal(query, k):
+            if not torch.compiler.is_compiling():
+                check_derivatives(query, k)
             return _score(query, k)
     with precision.kept(k):
         return (query.unflatten(1, (k.shape[1], -1)) @ k.to(query.dtype).mT).flatten(1, 2)

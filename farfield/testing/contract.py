@@ -326,23 +326,25 @@ def check_shapes_alone(kind: Kind, case: Case) -> None:
 @_contract("training")
 def check_other_derivatives(kind: Kind, case: Case) -> None:
     """Derivatives in forward mode and by torch.func are right, or refused: PyTorch may leave them out silently."""
-    mech, x = _float64(build(kind, case)), [t.detach() for t in draw(case)]
-    # made now: no module is copied inside a transform
+    # the reference is made now: no module is copied inside a transform
+    mech = build(kind, case)
     reference = _reference(mech)
+    x, exactly = ([t.detach() for t in draw(case, dtype)] for dtype in (torch.float32, torch.float64))
     for at, name in enumerate("qkv"):
-        along = normal(*x[at].shape, seed=at, dtype=x[at].dtype)
-        with_mech, with_reference = (lambda t, f=f, at=at: f(*x[:at], t, *x[at + 1 :]) for f in (mech, reference))
-        exact = torch.func.jvp(with_reference, (x[at],), (along,))[1]
+        along = normal(*x[at].shape, seed=at, dtype=torch.float32)
+        calls = (mech, x), (reference, exactly)
+        got_of, exact_of = (lambda t, f=f, x=x, at=at: f(*x[:at], t, *x[at + 1 :]) for f, x in calls)
+        exact = torch.func.jvp(exact_of, (exactly[at],), (along.double(),))[1]
         with suppress(NotImplementedError), forward_ad.dual_level():
-            got = forward_ad.unpack_dual(with_mech(forward_ad.make_dual(x[at], along))).tangent
+            got = forward_ad.unpack_dual(got_of(forward_ad.make_dual(x[at], along))).tangent
             assert got is not None, f"{name}: the tangent was left out"
             assert_within(got, exact, terms=case.tokens, name=f"{name}, forward mode")
         with suppress(NotImplementedError):
-            got = torch.func.jvp(with_mech, (x[at],), (along,))[1]
+            got = torch.func.jvp(got_of, (x[at],), (along,))[1]
             assert_within(got, exact, terms=case.tokens, name=f"{name}, torch.func.jvp")
         with suppress(NotImplementedError):
-            got = torch.func.grad(lambda t, f=with_mech: f(t).sum())(x[at])
-            exact = torch.func.grad(lambda t, f=with_reference: f(t).sum())(x[at])
+            got = torch.func.grad(lambda t, f=got_of: f(t).sum())(x[at])
+            exact = torch.func.grad(lambda t, f=exact_of: f(t).sum())(exactly[at])
             assert_within(got, exact, terms=case.tokens, name=f"{name}, torch.func.grad")
 
 
