@@ -69,7 +69,6 @@ _ONCE = 24  # numbers of the whole kernel that are kept once and read once a til
 SPILLS: dict[str, int] = {
     **dict.fromkeys(("forward-fma-64", "forward-fma-128", "forward-fma-fp16-64", "forward-fma-fp16-128"), _ONCE),
     **dict.fromkeys(("forward-fma-m128-64", "forward-fma-m128-128"), _ONCE),
-    "tree-m128-64": 8,  # Triton 3.6
     # two programs a multiprocessor instead of one
     "backward-fma-128": 16,
     "backward-fma-m128-128": 16,
@@ -77,6 +76,7 @@ SPILLS: dict[str, int] = {
     "backward-runs-64": 8,
     **dict.fromkeys(("backward-runs-128", "backward-runs-heads-128"), 24),  # Triton 3.6
     **dict.fromkeys(("backward-runs-heads-64", "backward-runs-heads-8-64"), 8),
+    "forward-runs-heads-128": 8,  # of the warps that load
     "backward-fma-64": 8,  # sums of the bias's gradient, of Triton 3.7
     # positions of the queries, and numbers of the whole kernel
     "backward-sorted-128": _ONCE,

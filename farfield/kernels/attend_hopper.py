@@ -29,16 +29,21 @@ from farfield.kernels.hopper import (
     LN2,
     LOG2E,
     aligned,
+    by_lane,
     descriptor,
+    faded,
     fetch,
+    from_words,
     on_hopper,
     processors,
     report,
     soften,
+    soften_lazily,
     soften_scaled,
     sync,
     wait_empty,
     wait_full,
+    words,
 )
 from farfield.kernels.replay import start
 from farfield.ops.attend import Call
@@ -215,6 +220,24 @@ def _weigh(scores, bias_at, start, listed, factor, layout: gl.constexpr, BF: gl.
 
 
 @gluon.jit
+def _soften(scores, peak, mass, factor, LAZILY: gl.constexpr):
+    """One step of the running softmax; LAZILY: `mass` is kept as `by_lane` has it."""
+    if LAZILY:
+        found = soften_lazily(scores, peak, mass, factor)
+    else:
+        found = soften_scaled(scores, peak, mass, factor)
+    return found
+
+
+@gluon.jit
+def _operand(carried, dtype: gl.constexpr, left: gl.constexpr, LAZILY: gl.constexpr):
+    """The weights that a loop has carried, as a product's left operand."""
+    if LAZILY:
+        carried = from_words(carried, dtype, left)
+    return carried
+
+
+@gluon.jit
 def _compute(
     given, rings, far_rings,
     GROUP: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, Q_BLOCK: gl.constexpr,
@@ -233,6 +256,8 @@ def _compute(
     per_row: gl.constexpr = gl.SliceLayout(1, score)
     of_value: gl.constexpr = gl.SliceLayout(1, value)
     dtype: gl.constexpr = q_ring.dtype
+    # in tiles of 128 rows weights are carried whole as they are, and the rest was slower; others were not timed
+    LAZILY: gl.constexpr = BK == 64 and GROUPS == 1 and not FAR
     PAIR: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     factor = scale * LOG2E
@@ -251,9 +276,12 @@ def _compute(
             least = gl.min(gl.load(position_at + line, mask=line < tokens, other=EVERY), 0)
 
         peak = gl.full([64], float("-inf"), gl.float32, per_row)
-        mass = gl.zeros([64], gl.float32, per_row)
         acc = gl.zeros([64, E], gl.float32, value)
         scores = gl.zeros([64, BK], gl.float32, score)
+        if LAZILY:
+            mass = by_lane(scores)
+        else:
+            mass = gl.zeros([64], gl.float32, per_row)
         slot = turn % Q_STAGES * GROUPS + GROUP
         queries = q_ring.index(slot).reshape([64, D])
         mbarrier.wait(q_full.index(slot), turn // Q_STAGES & 1)
@@ -267,8 +295,11 @@ def _compute(
         scores = warpgroup_mma(queries, keys, scores, use_acc=False)
         report(k_empty, s)
         scores = _hide(scores, row, first, at, least, rows, reach, sinks, score, BK, CAUSAL, REACH, POSITION)
-        weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
-        operand = gl.convert_layout(weights.to(dtype), left)
+        weights, peak, mass, fade = _soften(scores, peak, mass, factor, LAZILY)
+        if LAZILY:
+            carried = words(weights, dtype)
+        else:
+            carried = gl.convert_layout(weights.to(dtype), left)
         for _ in range(1, listed):
             last = step % STAGES
             last_phase = step // STAGES & 1
@@ -278,19 +309,26 @@ def _compute(
             keys = k_ring.index(s).reshape([BK, D]).permute((1, 0))
             product = warpgroup_mma(queries, keys, scores, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(last), last_phase)
+            operand = _operand(carried, dtype, left, LAZILY)
             summed = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[product])
             report(k_empty, s)
             scores = _hide(scores, row, first, at, least, rows, reach, sinks, score, BK, CAUSAL, REACH, POSITION)
-            weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
+            weights, peak, mass, fade = _soften(scores, peak, mass, factor, LAZILY)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             report(v_empty, last)
-            acc = acc * gl.convert_layout(fade, of_value)[:, None]
-            operand = gl.convert_layout(weights.to(dtype), left)
+            if LAZILY:
+                carried = words(weights, dtype)
+                acc = faded(acc, fade)
+            else:
+                acc = acc * gl.convert_layout(fade, of_value)[:, None]
+                carried = gl.convert_layout(weights.to(dtype), left)
         last = wait_full(v_full, step)
-        acc = warpgroup_mma(operand, v_ring.index(last).reshape([BK, E]), acc)
+        acc = warpgroup_mma(_operand(carried, dtype, left, LAZILY), v_ring.index(last).reshape([BK, E]), acc)
         report(v_empty, last)
         step += 1
+        if LAZILY:
+            mass = gl.convert_layout(gl.sum(mass, 1), per_row)
         if FAR:
             far_score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
             of_far: gl.constexpr = gl.SliceLayout(1, far_score)

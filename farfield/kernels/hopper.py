@@ -162,7 +162,10 @@ FADE_128, REGISTERS_128 = gl.constexpr(_fading(64)), gl.constexpr(_in_place(64))
 
 @gluon.jit
 def faded(acc, fade):
-    """Sums [64, 64 or 128] times what their rows fade by [64], without a product where nothing does."""
+    """Sums [64, 64 or 128] times what their rows fade by [64], without a product where nothing does.
+
+    It is a branch, which the assembler moves nothing across: `words` made before it are among the exponentials.
+    """
     D: gl.constexpr = acc.shape[1]
     factor = gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
     _, factor = gl.broadcast(acc, factor)

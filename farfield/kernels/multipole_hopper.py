@@ -25,7 +25,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from farfield.kernels.hopper import LN2, LOG2E, barriers, descriptor, processors, report, soften_scaled, sync, wait_full
+from farfield.kernels.hopper import (
+    LN2,
+    LOG2E,
+    barriers,
+    by_lane,
+    descriptor,
+    faded,
+    from_words,
+    processors,
+    report,
+    soften_lazily,
+    sync,
+    wait_full,
+    words,
+)
 from farfield.kernels.multipole_walk import _anew
 from farfield.kernels.replay import start
 from farfield.ops.multipole import reaches
@@ -189,8 +203,8 @@ def _load(
 
 @gluon.jit
 def _begin(
-    queries, operand, acc, tiles, k_full, v_full, step, last,
-    score: gl.constexpr, K0: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
+    queries, carried, acc, tiles, k_full, v_full, step, last,
+    score: gl.constexpr, left: gl.constexpr, K0: gl.constexpr, KS: gl.constexpr, VS: gl.constexpr,
 ):  # fmt: skip
     """Under way: the product with the keys of `step`, and the sums of weights times the values of `last`."""
     D: gl.constexpr = tiles.shape[4]
@@ -200,8 +214,9 @@ def _begin(
     product = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
     wait_full(v_full, last)
     values = tiles.index(K0 + KS + last % VS).reshape([64, D])
+    operand = from_words(carried, tiles.dtype, left)
     summed = warpgroup_mma(operand, values, acc, is_async=True)
-    return product, summed
+    return product, summed, operand
 
 
 @gluon.jit
@@ -249,8 +264,8 @@ def _compute(
             scores = gl.where(column <= line, scores, float("-inf"))
         peak = gl.max(scores, 1) * factor
         weights = gl.exp2(scores * factor - peak[:, None])
-        mass = gl.sum(weights, 1)
-        operand = gl.convert_layout(weights.to(tiles.dtype), left)
+        mass = by_lane(weights)
+        carried = words(weights, tiles.dtype)
         acc = gl.zeros([64, D], gl.float32, value)
         # the result of the tile before has left
         tma.store_wait(0)
@@ -264,38 +279,38 @@ def _compute(
             _skip(k_full, k_empty, v_full, v_empty, step, KS, VS)
         for t in range(1, part + 1 + gl.minimum(n, RADIUS) * (BLOCK // 64)):
             step += 1
-            product, summed = _begin(queries, operand, acc, tiles, k_full, v_full, step, last, score, K0, KS, VS)
+            product, summed, operand = _begin(
+                queries, carried, acc, tiles, k_full, v_full, step, last, score, left, K0, KS, VS
+            )
             scores = warpgroup_mma_wait(1, deps=[product])
             sync()
             mbarrier.arrive(k_empty.index(step % KS), count=1)
             if BLOCK == 128 and not (GROUPS == 2 and GROUP == 0):  # noqa: SIM102 (known to the compiler)
                 if (part == 1) & (t == 1):
                     scores = gl.where(column <= line, scores, float("-inf"))
-            weights, peak, mass, fade = soften_scaled(scores, peak, mass, factor)
+            weights, peak, mass, fade = soften_lazily(scores, peak, mass, factor)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             sync()
             mbarrier.arrive(v_empty.index(last % VS), count=1)
-            acc = acc * gl.convert_layout(fade, of_value)[:, None]
-            operand = gl.convert_layout(weights.to(tiles.dtype), left)
+            carried = words(weights, tiles.dtype)
+            acc = faded(acc, fade)
             last = step
         for _ in range(_far_tiles(n, most, RANK, RADIUS, CUT)):
             step += 1
-            product, summed = _begin(queries, operand, acc, tiles, k_full, v_full, step, last, score, K0, KS, VS)
+            product, summed, operand = _begin(
+                queries, carried, acc, tiles, k_full, v_full, step, last, score, left, K0, KS, VS
+            )
             scores = warpgroup_mma_wait(1, deps=[product])
             told = counts.index(step % KS).load(of_row)
             scores = scores * factor + told.to(gl.float32)[None, :]
             sync()
             mbarrier.arrive(k_empty.index(step % KS), count=1)
-            higher = gl.maximum(peak, gl.max(scores, 1))
-            weights = gl.exp2(scores - higher[:, None])
-            fade = gl.exp2(peak - higher)
-            mass = mass * fade + gl.sum(weights, 1)
-            peak = higher
+            weights, peak, mass, fade = soften_lazily(scores, peak, mass, 1.0)
             acc, operand = warpgroup_mma_wait(0, deps=[summed, operand])
             sync()
             mbarrier.arrive(v_empty.index(last % VS), count=1)
-            acc = acc * gl.convert_layout(fade, of_value)[:, None]
-            operand = gl.convert_layout(weights.to(tiles.dtype), left)
+            carried = words(weights, tiles.dtype)
+            acc = faded(acc, fade)
             last = step
         # the first rows of the next item go along with the last of this one
         step += 1
@@ -303,11 +318,12 @@ def _compute(
         following = turn % QS * GROUPS + GROUP
         mbarrier.wait(q_full.index(following), turn // QS & 1)
         queries = tiles.index(following).reshape([64, D])
-        product, summed = _begin(queries, operand, acc, tiles, k_full, v_full, step, last, score, K0, KS, VS)
+        product, summed, _ = _begin(queries, carried, acc, tiles, k_full, v_full, step, last, score, left, K0, KS, VS)
         scores, acc = warpgroup_mma_wait(0, deps=[product, summed])
         sync()
         mbarrier.arrive(k_empty.index(step % KS), count=1)
         mbarrier.arrive(v_empty.index(last % VS), count=1)
+        mass = gl.convert_layout(gl.sum(mass, 1), of_query)
         # one division a query, not one a value
         acc = acc * gl.convert_layout(1.0 / mass, of_value)[:, None]
         # the queries are done with: their place in shared memory is where the result leaves from

@@ -98,6 +98,19 @@ def test_a_forward_that_follows_from_the_tree(block, near, rank, width, tokens, 
         assert torch.equal(mech(*x), got)
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["rise", "fall"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("block", "near", "rank"), [(64, 64, 4), (128, 128, 16), (64, 128, 16)])
+def test_logits_that_rise_and_fall(block, near, rank, width, sign):
+    """Peaks of the running softmax move from tile to tile, some by less than they may lag behind, some by more."""
+    x = [torch.randn(2, 2, 3001, width, device="cuda").bfloat16() for _ in range(3)]
+    x[0][..., 0] = 16
+    # exact in 16 bits, and so are the means of its groups
+    x[1][..., 0] = sign * (torch.arange(3001, device="cuda") // 128)
+    mech = ff.FMA(block=block, near=near, rank=rank)
+    assert_within(mech(*x), mech(*(t.double() for t in x)), terms=3001, name="out")
+
+
 def test_any_lengths_in_any_order(general):
     """Plans come and go; none is mistaken for another."""
     pick, mech = random.Random(0), ff.FMA(**OPTIONS)
