@@ -119,12 +119,14 @@ class Mechanism(nn.Module):
     """An attention operator on q [B, H, T, D], k [B, G, T, D], v [B, G, T, E].
 
     Subclasses set `paper`, `cases` and `supports`, take keyword-only options with the paper's defaults, and implement
-    `forward`, `reference` and, where `supports.decode`, `extend`, whose states are of the class `remembers`. An option
-    that is not of the kind its annotation says is refused before a constructor sees it, where that is a plain one.
+    `forward`, `reference` and, where `supports.decode`, `extend`, whose states are of the class `remembers`. Some have
+    a `ring`, of a class that `decodes` names. An option that is not of the kind its annotation says is refused before
+    a constructor sees it, where that is a plain one.
     """
 
     paper: ClassVar[Paper]
     remembers: ClassVar[type[State] | tuple[type[State], ...]] = State
+    decodes: ClassVar[tuple[type, ...]] = ()  # its rings
     cases: ClassVar[tuple[Case, ...]]
     grouped: ClassVar[bool] = False  # the paper shares key heads among query heads; benchmarks then do as well
     supports: Supports = Supports()  # an instance whose options forbid something narrows it
@@ -195,7 +197,13 @@ class Mechanism(nn.Module):
     def step(
         self, q: Float[Tensor, "B H 1 D"], k: Float[Tensor, "B G 1 D"], v: Float[Tensor, "B G 1 E"], ring: Any
     ) -> Float[Tensor, "B H 1 E"]:
-        """`extend` by one token a sequence, in place and without gradients: what a CUDA graph captures."""
+        """`extend` by one token a sequence, in place and without gradients: what a CUDA graph captures.
+
+        Raises:
+            TypeError: a ring of another mechanism.
+            ValueError: a ring that was made with other options.
+        """
+        self.check_step(ring)
         return ring.step(q, k, v, scale=self.scale)
 
     def auxiliary(self, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None) -> Float[Tensor, ""] | None:
@@ -278,6 +286,19 @@ class Mechanism(nn.Module):
         if not isinstance(state, own):
             names = " or ".join(x.__name__ for x in (own if isinstance(own, tuple) else (own,)))
             raise TypeError(f"{self.name}: goes on from a state of its own, {names}, got {type(state).__name__}")
+
+    def check_step(self, ring: Any) -> None:
+        """Refuse a ring of another mechanism, or of other options."""
+        if not isinstance(ring, self.decodes):
+            raise TypeError(f"{self.name}: steps a ring of its own, made by ring(), got {type(ring).__name__}")
+        mine = self.ring_sizes()
+        theirs = {size: getattr(ring, size, None) for size in mine}
+        if theirs != mine:
+            raise ValueError(f"{self.name}: the ring was made for {theirs}, not for {mine}; make it by ring()")
+
+    def ring_sizes(self) -> dict[str, Any]:
+        """What a ring of this mechanism has for certain, by the names of its attributes."""
+        return {}
 
     def check_state(self, state: State, k: Tensor) -> None:
         """Refuse a state of another mechanism, of other options, or of another batch."""

@@ -74,7 +74,7 @@ class OpenedRing(Ring):
         heads: int,
         capacity: int,
         sinks: int,
-        opening: Mapping[str, int | str | bool],
+        opening: Mapping[str, int],
         scale: float,
         store: str = "device",
         level_bias: Tensor | None = None,
@@ -88,7 +88,7 @@ class OpenedRing(Ring):
         Args:
             heads: H.
             scale: factor on q . k.
-            opening: picks, beam, shared, detail, summed, hold and score, as for FMA.
+            opening: picks, beam, shared, detail, summed, hold and score, as Plan has them.
             store: "device", or "host" for the tokens in pinned host memory.
             level_bias: [G, levels], added to the logits of the summaries.
             weight: [G, D], of the learned score.
@@ -108,8 +108,7 @@ class OpenedRing(Ring):
             )
         inner = FMARing.from_state(state, capacity=capacity, sinks=sinks, pool=pool, rotary=rotary, levels=levels)
         blocks, device = -(-capacity // state.block), state.k.device
-        numbers = {name: int(opening[name]) for name in ("detail", "picks", "beam", "shared", "summed", "hold")}
-        plan = Plan(*inner.plan[:5], blocks * state.block, **numbers, score=SCORES.index(str(opening["score"])))
+        plan = Plan(*inner.plan[:5], blocks * state.block, **opening)
         if level_bias is not None and level_bias.shape[1] < sum(n > 0 for n in plan.groups):
             raise ValueError(
                 f"OpenedRing: level_bias has {level_bias.shape[1]} levels, but capacity={capacity} needs "

@@ -18,6 +18,7 @@ class ScoredRing(TokenRing):
     """A ring that forgets no token, and the mean key of each block of tokens, by which blocks are chosen."""
 
     means: Float[Tensor, "B G M D"]  # float32 or wider
+    scored: int  # tokens of such a block
 
     @staticmethod
     def after(state: BlockCache, capacity: int) -> ScoredRing:
@@ -25,7 +26,7 @@ class ScoredRing(TokenRing):
         ring, means = TokenRing.all_of(state, capacity), state.means
         held = means.new_zeros(*means.shape[:2], -(-capacity // state.block), means.shape[3])
         held[:, :, : means.shape[2]] = means
-        return ScoredRing(**{f.name: getattr(ring, f.name) for f in fields(ring)}, means=held)
+        return ScoredRing(**{f.name: getattr(ring, f.name) for f in fields(ring)}, means=held, scored=state.block)
 
     @property
     def capturable(self) -> bool:

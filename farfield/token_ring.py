@@ -131,6 +131,16 @@ class TokenRing(Ring):
         return TokenRing.of(state.k, state.v, at, tokens=state.tokens, span=capacity, capacity=capacity)
 
     @property
+    def span(self) -> int:
+        """Rows beside the sinks."""
+        return self.k.shape[2] - self.sinks
+
+    @property
+    def whole(self) -> bool:
+        """Whether it forgets no token."""
+        return (self.block, self.sinks, self.span) == (1, 0, self.capacity)
+
+    @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step."""
         return taken_by_kernels(self.k, self.v)

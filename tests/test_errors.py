@@ -453,6 +453,45 @@ def test_a_state_of_another_batch_is_refused_before_anything_reads_it(name):
         mech.extend(*(q(1, 2, 9, D) for _ in range(3)), state)
 
 
+SCORED = {"moba": {"block": 4}, "ssa": {"block": 4}}
+DECODED = [n for n in ff.mechanisms.names() if ff.mechanisms.get(n).decodes]
+
+
+def ring_of(mech):
+    return mech.ring(mech.extend(*(q(1, 2, 9, D) for _ in range(3)))[1], capacity=20)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_a_ring_of_another_mechanism_is_refused(name):
+    mech, token = mechanism(name, **SCORED.get(name, {})), [q(1, 2, 1, D)] * 3
+    mech.step(*token, ring_of(mech))
+    # what holds all tokens and nothing else is the same for whoever reads them
+    whole = {"full", "power-attention", "s2-attention"}
+    for other in DECODED:
+        if other == name or {name, other} <= whole or (name in whole and other in SCORED) or {name, other} == {*SCORED}:
+            continue
+        theirs = ring_of(mechanism(other, **SCORED.get(other, {})))
+        with pytest.raises((TypeError, ValueError), match=f"{name}: (steps a ring of its|the ring was made for|goes)"):
+            mech.step(*token, theirs)
+    with pytest.raises(TypeError, match=f"{name}: steps a ring of its own, made by ring\\(\\), got NoneType"):
+        mech.step(*token, None)
+
+
+RESIZED = {
+    "window": ({"width": 5}, {"width": 6}),
+    "near-field": ({"block": 4, "near": 4}, {"block": 4, "near": 8}),
+    "moba": ({"block": 4}, {"block": 8}),
+    "fma": ({"block": 4, "near": 4, "rank": 2, "open": 2}, {"block": 4, "near": 4, "rank": 2, "open": 3}),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_a_ring_of_other_options_is_refused(name):
+    one, other = (mechanism(name, **options) for options in RESIZED[name])
+    with pytest.raises(ValueError, match=f"{name}: the ring was made for .*, not for .*; make it by ring"):
+        other.step(*([q(1, 2, 1, D)] * 3), ring_of(one))
+
+
 @pytest.mark.parametrize("name", BOUNDED)
 def test_going_back_twice_beyond_rewind_says_what_rewind_counts(name):
     mech = mechanism(name, **BOUNDED[name], rewind=6)

@@ -54,6 +54,7 @@ class Aaren(Mechanism):
         year=2024,
         arxiv="2405.13956",
     )
+    decodes = (StateRing,)
     remembers = AarenState
     cases = (Case(), Case(options={"width": 16}, tokens=70, value_width=24))
     supports = Supports(noncausal=False)
@@ -95,6 +96,7 @@ class Aaren(Mechanism):
         return StateRing.of(state)
 
     def step(self, q, k, v, ring: StateRing):
+        self.check_step(ring)
         return ring.step(lambda state: self.extend(q, k, v, state))
 
     def reference(self, q, k, v):

@@ -269,6 +269,7 @@ class FMA(Mechanism):
         arxiv="2310.11960",
         code="github.com/yanmingk/FMA",
     )
+    decodes = (FMARing, OpenedRing)
     remembers = FMAState
     cases = (
         Case(options={"block": 8, "near": 16, "rank": 4}, tokens=197, block=8),
@@ -1430,29 +1431,31 @@ class FMA(Mechanism):
                 state, capacity=capacity, sinks=self.sinks, pool=self.pool, rotary=rotary, levels=self.most
             )
         self._check_opening()
-        opening = {
-            "picks": self.open,
-            "beam": 2 * self.open if self.beam is None else self.beam,
-            "shared": self.shared,
-            "detail": self.detail,
-            "summed": self.segments == "sum",
-            "hold": self.hold,
-            "score": self.score,
-        }
         return OpenedRing.from_state(
-            state, heads=heads or state.askers.shape[1], capacity=capacity, sinks=self.sinks, opening=opening,
+            state, heads=heads or state.askers.shape[1], capacity=capacity, sinks=self.sinks, opening=self._opening(),
             scale=self._scale(state.k), store=store,
             level_bias=self.level_bias if self.biased else None, weight=self._weight(), pool=self.pool, rotary=rotary,
             levels=self.most,
         )  # fmt: skip
 
+    def _opening(self) -> dict[str, int]:
+        """How a ring opens groups."""
+        plan = self.plan()
+        return {
+            "detail": plan.detail, "picks": plan.picks, "beam": plan.beam, "shared": plan.shared,
+            "summed": plan.summed, "hold": plan.hold, "score": opened.SCORES.index(self.score),
+        }  # fmt: skip
+
     def step(self, q: Tensor, k: Tensor, v: Tensor, ring: FMARing | OpenedRing) -> Tensor:
         """`extend` by one token a sequence, in place and without gradients: what a CUDA graph captures."""
-        mine = self.block, self.near, self.rank, self.sinks
-        if ring.plan[:4] != mine:
-            raise ValueError(
-                f"fma: the ring has block, near, rank, sinks = {ring.plan[:4]}, the mechanism {mine}; make it by ring()"
-            )
+        self.check_step(ring)
+        mine = {"block": self.block, "near": self.near, "rank": self.rank, "sinks": self.sinks, "picks": self.open}
+        mine |= self._opening() if self.open else {}
+        theirs = {name: getattr(ring.plan, name, None) for name in mine}
+        if isinstance(ring, FMARing):
+            theirs["picks"] = 0
+        if theirs != mine:
+            raise ValueError(f"fma: the ring was made for {theirs}, not for {mine}; make it by ring()")
         held = ring.plan if isinstance(ring, FMARing) else ring.ring.plan
         if held.levels > self.most or (held.endless and held.levels < self.most):
             raise ValueError(

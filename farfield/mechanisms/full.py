@@ -27,6 +27,7 @@ class Full(Mechanism):
         arxiv="1706.03762",
         code="github.com/tensorflow/tensor2tensor",
     )
+    decodes = (TokenRing,)
     remembers = Cache
     cases = (Case(), Case(options={"causal": False}, value_width=24))
     supports = Supports(cross=True, packed=True)
@@ -57,6 +58,9 @@ class Full(Mechanism):
     def ring(self, state: Cache, *, capacity: int, rotary: Rotary | None = None) -> TokenRing:
         self.check_ring(state, rotary)
         return TokenRing.all_of(state, capacity)
+
+    def ring_sizes(self):
+        return {"whole": True}
 
     def reference(self, q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

@@ -54,6 +54,7 @@ class LightningAttention(Mechanism):
         arxiv="2405.17381",
         code="github.com/OpenNLPLab/lightning-attention",
     )
+    decodes = (StateRing,)
     remembers = LightningState
     cases = (
         Case(block=32),
@@ -131,6 +132,7 @@ class LightningAttention(Mechanism):
         return StateRing.of(state)
 
     def step(self, q, k, v, ring: StateRing):
+        self.check_step(ring)
         return ring.step(lambda state: self.extend(q, k, v, state))
 
     def reference(self, q, k, v):

@@ -35,6 +35,7 @@ class MoBA(Mechanism):
         code="github.com/MoonshotAI/MoBA",
     )
     grouped = True
+    decodes = (ScoredRing,)
     remembers = BlockCache
     cases = (
         Case(options={"block": 16, "picks": 3}, tokens=90),
@@ -61,7 +62,11 @@ class MoBA(Mechanism):
         self.check_ring(state, rotary)
         return ScoredRing.after(state, capacity)
 
+    def ring_sizes(self):
+        return {"scored": self.scoring.block}
+
     def step(self, q, k, v, ring: ScoredRing):
+        self.check_step(ring)
         return ring.read_best(q, k, v, self.scoring, scale=self.scale)
 
     def reference(self, q, k, v):

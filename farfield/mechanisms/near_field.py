@@ -59,6 +59,7 @@ class NearField(Mechanism):
         year=2023,
         arxiv="2310.11960",
     )
+    decodes = (TokenRing,)
     remembers = NearState
     cases = (Case(options={"block": 8, "near": 16, "sinks": 3}, tokens=101, block=8),)
     supports = Supports(noncausal=False)
@@ -124,6 +125,9 @@ class NearField(Mechanism):
         at = torch.cat([sinks, torch.arange(state.first, state.tokens, device=k.device)])
         span = self.near + self.block
         return TokenRing.of(k, v, at, tokens=state.tokens, span=span, block=self.block, sinks=self.sinks)
+
+    def ring_sizes(self):
+        return {"block": self.block, "sinks": self.sinks, "span": self.near + self.block}
 
     def reference(self, q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

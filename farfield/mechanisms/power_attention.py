@@ -41,6 +41,7 @@ class PowerAttention(Mechanism):
         year=2025,
         arxiv="2503.03588",
     )
+    decodes = (TokenRing,)
     remembers = Cache
     cases = (
         Case(options={"block": 4, "window": 1, "sinks": 0}, block=4),
@@ -94,7 +95,11 @@ class PowerAttention(Mechanism):
         self.check_ring(state, rotary)
         return TokenRing.all_of(state, capacity)
 
+    def ring_sizes(self):
+        return {"whole": True}
+
     def step(self, q, k, v, ring: TokenRing):
+        self.check_step(ring)
         tile, last = static.tile_of(self.block), (ring.capacity - 1) // self.block
         lists = partial(
             static.power_lists_of, last=last, window=self.window, sinks=self.sinks, split=self.block // tile

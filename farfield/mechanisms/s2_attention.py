@@ -62,6 +62,7 @@ class S2Attention(Mechanism):
         arxiv="2407.17678",
         code="github.com/linxihui/dkernel",
     )
+    decodes = (TokenRing,)
     remembers = S2State
     cases = (
         Case(options={"stride": 4, "local": 2, "block": 8}, block=8),
@@ -139,7 +140,11 @@ class S2Attention(Mechanism):
         k, v = whole(state.k, state.far_k), whole(state.v, state.far_v)
         return TokenRing.all_of(Cache(state.tokens, k, v), capacity)
 
+    def ring_sizes(self):
+        return {"whole": True}
+
     def step(self, q, k, v, ring: TokenRing):
+        self.check_step(ring)
         tile, last, heads = static.tile_of(self.block), (ring.capacity - 1) // self.block, k.shape[1]
         lists = partial(
             static.shard_lists_of, last=last, plan=self._shards(heads), split=self.block // tile,

@@ -49,6 +49,7 @@ class SSA(Mechanism):
         code="github.com/zhenyi4/ssa",
     )
     grouped = True
+    decodes = (TokenRing,)
     remembers = BlockCache
     cases = (
         Case(options={"block": 8, "picks": 4}, tokens=91, block=8),
@@ -119,7 +120,11 @@ class SSA(Mechanism):
         self.check_ring(state, rotary)
         return TokenRing.all_of(state, capacity) if self.stream == "full" else ScoredRing.after(state, capacity)
 
+    def ring_sizes(self):
+        return {"whole": True} if self.stream == "full" else {"scored": self.scoring.block}
+
     def step(self, q, k, v, ring: TokenRing):
+        self.check_step(ring)
         if isinstance(ring, ScoredRing):
             return ring.read_best(q, k, v, self.scoring, scale=self.scale)
         return ring.step(q, k, v, scale=self.scale)

@@ -60,6 +60,7 @@ class SlidingWindow(Mechanism):
         arxiv="2309.17453",
         code="github.com/mit-han-lab/streaming-llm",
     )
+    decodes = (TokenRing,)
     remembers = WindowState
     cases = (
         Case(options={"width": 21, "sinks": 3, "block": 16}),
@@ -117,6 +118,9 @@ class SlidingWindow(Mechanism):
         self.check_ring(state, rotary)
         at = _positions(state.k.shape[2], state.tokens, state.sinks, state.k.device)
         return TokenRing.of(state.k, state.v, at, tokens=state.tokens, span=state.width, sinks=state.sinks)
+
+    def ring_sizes(self):
+        return {"block": 1, "sinks": self.sinks, "span": self.width}
 
     def reference(self, q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
