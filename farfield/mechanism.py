@@ -126,7 +126,7 @@ class Mechanism(nn.Module):
 
     paper: ClassVar[Paper]
     remembers: ClassVar[type[State] | tuple[type[State], ...]] = State
-    decodes: ClassVar[tuple[type, ...]] = ()  # its rings
+    decodes: ClassVar[tuple[type, ...]] = (object,)  # what `step` takes: its rings
     cases: ClassVar[tuple[Case, ...]]
     grouped: ClassVar[bool] = False  # the paper shares key heads among query heads; benchmarks then do as well
     supports: Supports = Supports()  # an instance whose options forbid something narrows it
