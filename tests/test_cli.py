@@ -25,6 +25,7 @@ from farfield import mechanisms
 from farfield.cli import app, errors
 from farfield.cli import mechanisms as commands
 from farfield.cli import train as commands_train
+from farfield.cli.budget import _varied as varied
 from farfield.cli.options import numbers, parse
 from farfield.testing import contract
 
@@ -248,9 +249,16 @@ def test_options_given_twice_are_refused():
 
 def test_numbers():
     assert numbers("1024,4k, 1M", "--tokens") == [1024, 4096, 1024**2]
-    for wrong in ("", "4x", "-1", "0", "1,,2", "1.5k"):
+    for wrong in ("", "4x", "-1", "0", "1,,2", "1.5k", "1km", "1kk"):
         with pytest.raises(ValueError, match="--tokens"):
             numbers(wrong, "--tokens")
+
+
+def test_one_value_to_vary():
+    given = [("near-field", {}), ("fma", {"sinks": 4})]
+    assert varied(given, "open=8") == [given[0], ("fma", {"sinks": 4, "open": 8})]
+    with pytest.raises(ValueError, match="none of near-field has that option"):
+        varied(given[:1], "open=8")
 
 
 # errors

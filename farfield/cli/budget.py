@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farfield.cli.options import chosen, examples, number, unset
+from farfield.cli.options import chosen, examples, number
+from farfield.cli.perplexity import Dtype, Pretrained, Weights, load
+from farfield.cli.runs import Device
 
 if TYPE_CHECKING:
     from farfield.hf import Loss
@@ -28,7 +30,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
 
 def budget(
-    model: Annotated[str, typer.Option(metavar="PATH_OR_NAME", help="As AutoModelForCausalLM.from_pretrained has it.")],
+    model: Pretrained,
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to measure on, other than what is tested on.")],
     rows: Annotated[
         str, typer.Option(metavar="N|P%", help="Rows that a query may read, mean over layers; % of the tokens.")
@@ -44,9 +46,7 @@ def budget(
         str,
         typer.Option(metavar="OPTION=VALUE,VALUE,...", help="Each mechanism that has this option, with each value."),
     ] = "open=4,8,16,32,64",
-    gguf: Annotated[
-        str | None, unset("none", "File of the model's folder to read weights from.", metavar="FILE")
-    ] = None,
+    gguf: Weights = None,
     context: Annotated[str, typer.Option("--context", "-n", metavar="N", help="Tokens of a window.")] = "8192",
     start: Annotated[
         str,
@@ -54,8 +54,8 @@ def budget(
             metavar="N,N,...", help="Characters of the text that windows begin with; what they say is averaged."
         ),
     ] = "0",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and activations.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
 ) -> None:
     """Give each layer of a pretrained model its own mechanism, such that all read so many rows and lose the least.
 
@@ -67,7 +67,6 @@ def budget(
     from farfield import hf
     from farfield.bench import records
     from farfield.bench.compare import Entry
-    from farfield.cli.perplexity import load
     from farfield.train.config import pick_device
 
     if dtype not in ("float32", "bfloat16"):
@@ -141,10 +140,12 @@ def _varied(given: list[tuple[str, dict[str, Any]]], vary: str) -> list[tuple[st
     except json.JSONDecodeError:
         raise ValueError(f"--vary takes numbers, true or false as values, got {vary!r}") from None
     found: list[tuple[str, dict[str, Any]]] = []
+    some = False
     for name, options in given:
         has = option in inspect.signature(mechanisms.get(name)).parameters and option not in options
         found += [(name, options | {option: value}) for value in values] if has else [(name, options)]
-    if len(found) == len(given):
+        some |= has
+    if not some:
         raise ValueError(
             f"--vary {option}: none of {', '.join(name for name, _ in given)} has that option, not given yet"
         )

@@ -120,7 +120,7 @@ def numbers(text: str, flag: str) -> list[int]:
     for entry in text.split(","):
         digits = entry.strip().lower()
         factor = {"k": 1024, "m": 1024**2}.get(digits[-1:], 1)
-        digits = digits.rstrip("km") if factor > 1 else digits
+        digits = digits[:-1] if factor > 1 else digits
         if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
             raise ValueError(f"{flag} takes whole numbers with commas between, such as 1024,4k; got {entry.strip()!r}")
         found.append(int(digits) * factor)

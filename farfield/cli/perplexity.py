@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farfield.cli.options import chosen, examples, number, unset
+from farfield.cli.runs import Device
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,13 @@ EXAMPLES = examples(
     "--full-layers 0,1",
 )
 
+# of budget as well
+Pretrained = Annotated[
+    str, typer.Option(metavar="PATH_OR_NAME", help="As AutoModelForCausalLM.from_pretrained has it.")
+]
+Weights = Annotated[str | None, unset("none", "File of the model's folder to read weights from.", metavar="FILE")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16, of weights and activations.")]
+
 LETTERS = 16  # characters a token that are surely enough text
 
 
@@ -30,7 +38,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
 
 def perplexity(
-    model: Annotated[str, typer.Option(metavar="PATH_OR_NAME", help="As AutoModelForCausalLM.from_pretrained has it.")],
+    model: Pretrained,
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to predict; .gz, .bz2 and .xz are read through.")],
     attention: Annotated[
         str,
@@ -38,9 +46,7 @@ def perplexity(
             "--attention", "-a", metavar="NAME,NAME:OPTION=VALUE,...", help="Mechanisms, each in every layer."
         ),
     ] = "full,window,fma:sinks=4",
-    gguf: Annotated[
-        str | None, unset("none", "File of the model's folder to read weights from.", metavar="FILE")
-    ] = None,
+    gguf: Weights = None,
     context: Annotated[str, typer.Option("--context", "-n", metavar="N", help="Tokens of the window.")] = "8192",
     start: Annotated[int, typer.Option(min=0, help="Character of the text that the window begins with.")] = 0,
     last: Annotated[str, typer.Option(metavar="N", help="Also the perplexity of so many tokens at the end.")] = "2048",
@@ -57,8 +63,8 @@ def perplexity(
             metavar="FILE",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and activations.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the records.")] = Path("results"),
     record: Annotated[bool, typer.Option("--record/--no-record", help="Append to the records.")] = True,
 ) -> None:
