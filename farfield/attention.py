@@ -32,13 +32,16 @@ def attention(
         enable_gqa: must be set where key and value have fewer heads, as in PyTorch.
 
     Raises:
-        TypeError: no name and no built Mechanism.
+        TypeError: no tensors, or no name and no built Mechanism.
         ValueError: shapes do not fit, the name is unknown, or a Mechanism was built for other `is_causal` or `scale`.
         NotImplementedError: the mechanism cannot honour an argument.
     """
     if not isinstance(mechanism, str | Mechanism):
         raise TypeError(f"attention: mechanism must be a name or a built Mechanism, such as FMA(), got {mechanism!r}")
     name = mechanism if isinstance(mechanism, str) else mechanism.name
+    for given, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention: {given} must be a tensor, got {type(x).__name__}")
     if query.dim() == 4 and key.dim() == 4 and query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"attention: {query.shape[1]} query heads and {key.shape[1]} key heads need enable_gqa=True")
     if isinstance(mechanism, Mechanism):

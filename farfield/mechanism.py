@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from numbers import Integral, Real
@@ -261,6 +261,8 @@ class Mechanism(nn.Module):
         if group is not None:
             if not self.supports.packed:
                 raise NotImplementedError(f"{who}: cannot pack documents or mask padding; run sequences one by one")
+            if not isinstance(group, Tensor):
+                raise TypeError(f"{who}: group must be a tensor of document ids, got {type(group).__name__}")
             if group.shape[-1] != q.shape[2] or group.dim() != 2 or group.shape[0] not in (1, q.shape[0]):
                 raise ValueError(f"{who}: group must be [B, T] = [{q.shape[0]}, {q.shape[2]}], got {list(group.shape)}")
             if group.is_floating_point() or group.dtype == torch.bool:
@@ -335,22 +337,48 @@ def no_tokens(q: Float[Tensor, "B H 0 D"], v: Float[Tensor, "B G 0 E"]) -> Float
 
 def check_qkv(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError or TypeError unless q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] fit together."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    _check_alike(who, {"q": q, "k": k, "v": v})
+    _check_rows(who, k, v)
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"{who}: q has width {q.shape[3]}, k has {k.shape[3]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{who}: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+
+
+def check_kv(who: str, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError or TypeError unless k [B, G, S, D] and v [B, G, S, E] fit together."""
+    _check_alike(who, {"k": k, "v": v})
+    _check_rows(who, k, v)
+
+
+def _check_rows(who: str, k: Tensor, v: Tensor) -> None:
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(f"{who}: k and v must agree in heads and rows, got k {list(k.shape)} and v {list(v.shape)}")
+
+
+def _check_alike(who: str, given: dict[str, Tensor]) -> None:
+    """Four dimensions, floating point, and the first one's dtype, device and batch."""
+    (first, one), *_ = given.items()
+    for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{who}: {name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{who}: {name} must be [batch, heads, tokens, width], got shape {list(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{who}: {name} must be floating point, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{who}: q, k and v must share a dtype, got {q.dtype} for q and {x.dtype} for {name}")
-        if x.device != q.device:
-            raise ValueError(f"{who}: q, k and v must share a device, got {q.device} for q and {x.device} for {name}")
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{who}: q has batch {q.shape[0]}, {name} has {x.shape[0]}")
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ValueError(f"{who}: k and v must agree in heads and rows, got k {list(k.shape)} and v {list(v.shape)}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"{who}: q has width {q.shape[3]}, k has {k.shape[3]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{who}: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+        if x.dtype != one.dtype:
+            raise TypeError(
+                f"{who}: {_listed(given)} must share a dtype, got {one.dtype} for {first} and {x.dtype} for {name}"
+            )
+        if x.device != one.device:
+            raise ValueError(
+                f"{who}: {_listed(given)} must share a device, got {one.device} for {first} and {x.device} for {name}"
+            )
+        if x.shape[0] != one.shape[0]:
+            raise ValueError(f"{who}: {first} has batch {one.shape[0]}, {name} has {x.shape[0]}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """ "q, k and v"."""
+    *some, last = names
+    return f"{', '.join(some)} and {last}"

@@ -109,8 +109,8 @@ class State(Memory):
         Raises:
             ValueError: fewer than none, or more than there are.
         """
-        if not 0 <= drop <= self.tokens:
-            raise ValueError(f"{type(self).__name__}: cannot drop {drop} of {self.tokens} tokens")
+        if not isinstance(drop, int) or not 0 <= drop <= self.tokens:
+            raise ValueError(f"{type(self).__name__}: cannot drop {drop!r} of {self.tokens} tokens")
         return self.tokens - drop
 
     def forgotten(self, drop: int, most: int | None = None) -> ValueError:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from farfield.mechanism import check_kv
 from farfield.ops import pool as op
 from farfield.ops import precision
 from farfield.ops.pool import Pooled, Tree
@@ -494,8 +495,8 @@ def summarize(rows: Rows, *, block: int = 64, rank: int = 16, pool: Pool | None 
         Rows with `end` (last token of each row), `bias` and the levels' `offsets`; in the dtype of `rows`.
 
     Raises:
-        ValueError: `rank` does not divide `block`, or the pool was made for other sizes.
-        TypeError: no Rows, or no Pool.
+        ValueError: `rank` does not divide `block`, the pool was made for other sizes, or k and v do not fit together.
+        TypeError: no Rows, or no Pool, or k and v are not floating point of one dtype.
 
     Source: Fast Multipole Attention (arXiv:2310.11960); filters from child to parent, softmax pooling and the
     hierarchy of means are ours.
@@ -504,6 +505,7 @@ def summarize(rows: Rows, *, block: int = 64, rank: int = 16, pool: Pool | None 
         raise TypeError(f"summarize: rows must be Rows, as in Rows(k, v), got {type(rows).__name__}")
     if not isinstance(pool, Pool | None):
         raise TypeError(f"summarize: pool must be a Pool, such as MeanPool(), got {pool!r}")
+    check_kv("summarize", rows.k, rows.v)
     check_rank(block, rank)
     pool, tokens = pool or MeanPool(), len(rows)
     blocks = -(-tokens // block)

@@ -172,6 +172,31 @@ OPERATIONS = {
         TypeError,
         r"pool must be a Pool, such as MeanPool\(\), got 'mean'",
     ),
+    "summarize of keys and values of two lengths": (
+        lambda: ff.summarize(rows(v=q(B, G, S - 1, E)), block=4, rank=2),
+        ValueError,
+        r"summarize: k and v must agree in heads and rows, got k \[2, 2, 10, 6\] and v \[2, 2, 9, 5\]",
+    ),
+    "summarize of integers": (
+        lambda: ff.summarize(rows(k=q(B, G, S, D).long()), block=4, rank=2),
+        TypeError,
+        "summarize: k must be floating point, got torch.int64",
+    ),
+    "summarize of two dtypes": (
+        lambda: ff.summarize(rows(v=q(B, G, S, E).double()), block=4, rank=2),
+        TypeError,
+        "summarize: k and v must share a dtype, got torch.float32 for k and torch.float64 for v",
+    ),
+    "summarize of one head's rows": (
+        lambda: ff.summarize(rows(k=q(B, S, D), v=q(B, S, E)), block=4, rank=2),
+        ValueError,
+        r"summarize: k must be \[batch, heads, tokens, width\], got shape \[2, 10, 6\]",
+    ),
+    "a layout of a number in quotes": (
+        lambda: static.full(tokens="12"),
+        ValueError,
+        "tokens must be a whole number of at least 1, got '12'",
+    ),
     "scan in chunks of 0": (lambda: scan(chunk=0), ValueError, "chunk must be at least 1, got 0"),
     "scan with decays of another shape": (
         lambda: scan(decay=-torch.ones(T)),
@@ -223,7 +248,11 @@ OPERATIONS = {
         ValueError,
         "near must be a positive multiple of block=4, got 6",
     ),
-    "a window of nothing": (lambda: static.window(tokens=9, width=0), ValueError, "width must be at least 1, got 0"),
+    "a window of nothing": (
+        lambda: static.window(tokens=9, width=0),
+        ValueError,
+        "width must be a whole number .* 1, got 0",
+    ),
     "union of other blocks": (lambda: plan().union(plan(k_block=5)), ValueError, "differ in k_block, 4 and 5"),
 }
 
@@ -244,6 +273,14 @@ def extended(batches):
 
 def sdpa(*args, heads=G, **options):
     return ff.attention(q(), q(B, heads, T, D), q(B, heads, T, E), *args, **options)
+
+
+def later(**changed):
+    """A call of opened fma after options were changed."""
+    mech = ff.FMA(block=2, near=2, rank=1, open=1)
+    for name, value in changed.items():
+        setattr(mech, name, value)
+    return mech(q(), q(B, G, T, D), q(B, G, T, E))
 
 
 MECHANISMS = {
@@ -364,6 +401,41 @@ MECHANISMS = {
         r"pool must be one of mean, .* or a Pool, got \['mean'\]",
     ),
     "fma for no key heads": (lambda: ff.FMA(kv_heads=0), ValueError, "must be at least 1, got .*'kv_heads': 0"),
+    "a level bias of other heads": (
+        lambda: ff.FMA(level_bias=True, kv_heads=1, levels=4)(q(), q(B, G, T, D), q(B, G, T, E)),
+        ValueError,
+        "level_bias was made for kv_heads=1, but k has 2 heads",
+    ),
+    "a learned score of another width": (
+        lambda: ff.FMA(score="learned", kv_heads=2, width=5)(q(), q(B, G, T, D), q(B, G, T, E)),
+        ValueError,
+        r"score='learned' was made for kv_heads, width = \[2, 5\], but k has \[2, 6\]",
+    ),
+    "a learned score of no queries": (
+        lambda: ff.FMA(score="learned", kv_heads=2, width=D).score_loss(q(), q(B, G, T, D), queries=0),
+        ValueError,
+        "score_loss needs queries of at least 1, got 0",
+    ),
+    "groups opened by a number in quotes, later": (
+        lambda: later(open="4"),
+        ValueError,
+        "fma: open must be a whole number, got '4'",
+    ),
+    "a beam that is no whole number, later": (
+        lambda: later(beam=2.5),
+        ValueError,
+        "fma: beam must be a whole number or None, got 2.5",
+    ),
+    "documents in a list": (
+        lambda: ff.FMA()(q(), q(B, G, T, D), q(B, G, T, E), group=[0] * T),
+        TypeError,
+        "fma: group must be a tensor of document ids, got list",
+    ),
+    "half a token to go back by": (
+        lambda: ff.FMA().extend(*(q(1, 1, 3, D),) * 3)[1].crop(0.5),
+        ValueError,
+        "FMAState: cannot drop 0.5 of 3 tokens",
+    ),
     "a ring of what is no state": (
         lambda: ff.FMA().ring(None),
         TypeError,
@@ -383,6 +455,11 @@ MECHANISMS = {
         lambda: sdpa("fma", torch.ones(T, T).bool(), enable_gqa=True),
         NotImplementedError,
         "fma cannot honour attn_mask.*group=",
+    ),
+    "attention of nothing": (
+        lambda: ff.attention(None, q(), q()),
+        TypeError,
+        "attention: query must be a tensor, got NoneType",
     ),
     "attention with a class": (
         lambda: sdpa(ff.FMA, is_causal=True, enable_gqa=True),

@@ -464,6 +464,7 @@ def test_config_round_trip():
         ({"every": "often"}, "every must be a whole number, got 'often'"),
         ({"kv_heads": [2]}, r"kv_heads must be a whole number or None, got \[2\]"),
         ({"every": float("inf")}, "every must be a whole number, got inf"),
+        ({"attention_options": 3}, r"attention_options must be \{option: value\}, got 3"),
         ({"tie": "no"}, "tie must be true or false, got 'no'"),
     ],
 )

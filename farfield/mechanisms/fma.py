@@ -46,7 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from farfield import opened_room
-from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, no_tokens
+from farfield.mechanism import Case, Mechanism, Paper, Rotary, State, Supports, check_plain, no_tokens
 from farfield.opened_ring import OpenedRing
 from farfield.ops import growth
 from farfield.ops import multipole as whole
@@ -395,7 +395,22 @@ class FMA(Mechanism):
         """What the products of queries and keys are multiplied by."""
         return q.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
 
+    def check(self, q, k, v, **others):
+        super().check(q, k, v, **others)
+        heads, width = k.shape[1], k.shape[3]
+        if self.biased and len(self.level_bias) != heads:
+            raise ValueError(f"fma: level_bias was made for kv_heads={len(self.level_bias)}, but k has {heads} heads")
+        if self.score == "learned" and self.spread.shape != (heads, width):
+            raise ValueError(
+                f"fma: score='learned' was made for kv_heads, width = {list(self.spread.shape)}, but k has "
+                f"{[heads, width]}"
+            )
+
     def _check_opening(self) -> None:
+        for name in ("open", "beam"):
+            # may be changed at any time
+            if type(value := getattr(self, name)) is not int:
+                check_plain("fma", name, "int | None" if name == "beam" else "int", value)
         if self.open < 0 or (self.beam is not None and self.beam < self.open):
             raise ValueError(
                 f"fma: open must not be negative and beam at least open, got open={self.open}, beam={self.beam}"
@@ -554,11 +569,14 @@ class FMA(Mechanism):
             0 where no query has two far groups.
 
         Raises:
+            ValueError: q and k do not fit together or the mechanism, or no queries.
             NotImplementedError: the score is not learned, or attention is not causal.
         """
         if self.score != "learned" or not self.causal:
             raise NotImplementedError(f"fma: only a learned causal score is taught, not score={self.score!r}")
         self.check(q, k, k)
+        if queries < 1:
+            raise ValueError(f"fma: score_loss needs queries of at least 1, got {queries}")
         tokens, blocks = q.shape[2], -(-q.shape[2] // self.block)
         levels, radius = self._levels(blocks)
         if not levels:

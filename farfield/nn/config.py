@@ -96,6 +96,9 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: mlp_ratio must be positive, got {self.mlp_ratio}")
         if self.kind not in KINDS:
             raise ValueError(f"ModelConfig: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name in ("attention_options", "other_options"):
+            if not isinstance(options := getattr(self, name), Mapping):
+                raise ValueError(f"ModelConfig: {name} must be {{option: value}}, got {options!r}")
         for name in filter(None, (self.attention, self.other)):
             mechanisms.get(name)  # an unknown name is refused here, with suggestions
 

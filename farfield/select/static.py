@@ -486,5 +486,5 @@ def pack_lists(
 
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        if not isinstance(size, int | torch.SymInt) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
