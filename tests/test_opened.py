@@ -206,6 +206,10 @@ def test_the_loss_of_a_learned_score_is_the_definition(sinks, segments, horizon)
     assert_within(mine, torch.autograd.grad(exact, mech.spread)[0], terms=83)
     with pytest.raises(RuntimeError, match="appears to not have been used"):
         torch.autograd.grad(mech.score_loss(q, k), [q])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mech.float().score_loss(q.float(), k.float(), queries=9)
+    assert got.dtype == torch.float32
+    assert_within(got, exact.detach(), terms=83)
 
 
 def test_a_learned_score_learns_which_channels_matter():

@@ -250,6 +250,15 @@ def score_loss(
     `at`, heads, and those levels that have two such groups or more. The first `lead` tokens are in no group;
     `summed` as in Opening. Gradients go to the weight alone.
     """
+    # float32 or wider, under autocast too
+    with precision.kept(q):
+        return _score_loss(q, k, at, weight, sketches, block, radius, lead, scale, summed)
+
+
+def _score_loss(
+    q: Tensor, k: Tensor, at: Tensor, weight: Tensor, sketches: Sequence[Sketch], block: int, radius: Sequence[int],
+    lead: int, scale: float, summed: bool,
+) -> Tensor:  # fmt: skip
     x, exact = asked("learned", q, scale, weight), asked("mean", q, scale)
     repeat, tokens = q.shape[1] // k.shape[1], k.shape[2]
     exact = exact @ k.detach().to(exact.dtype).repeat_interleave(repeat, 1).mT
