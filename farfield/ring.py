@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from farfield.mechanism import Rotary
+from farfield.ops import precision
 from farfield.ops.append import HIDDEN, Plan, append
 from farfield.ops.attend import attend
 from farfield.select.static import radii
@@ -169,7 +170,8 @@ class FMARing(Ring):
         if state.tokens > ring.capacity:
             raise ValueError(f"FMARing: the state has {state.tokens} tokens, capacity={capacity} is too small")
         if state.tokens:
-            _fill(ring, state, pool or MeanPool(), rotary)
+            with precision.kept(state.k):
+                _fill(ring, state, pool or MeanPool(), rotary)
         return ring
 
     @property
@@ -254,11 +256,12 @@ class FMARing(Ring):
     ) -> Float[Tensor, "*turned"]:
         """Take one token a sequence without reading anything. Returns q rotated, empty if nothing is."""
         check_token("FMARing", q, k, v, self.near_k, self.near_v)
-        return append(
-            q, k, v, self.near_k, self.near_v, self.far_k, self.far_v, self.sum_k, self.sum_v, self.bias,
-            self.near_end, self.near_count, self.far_index, self.far_count, self.position, self.clock,
-            self.filters, self.turns, list(self.plan),
-        )  # fmt: skip
+        with precision.kept(q):
+            return append(
+                q, k, v, self.near_k, self.near_v, self.far_k, self.far_v, self.sum_k, self.sum_v, self.bias,
+                self.near_end, self.near_count, self.far_index, self.far_count, self.position, self.clock,
+                self.filters, self.turns, list(self.plan),
+            )  # fmt: skip
 
 
 def zero_(buffers: Sequence[Tensor], sequences: Tensor | None) -> None:
@@ -298,7 +301,7 @@ def _filters(
     pool.check({"kv_heads": kv_heads, "rank": rank})
     # the pool is linear: what it makes of unit rows are its filters
     unit = torch.eye(2 * rank, dtype=dtype, device=device).view(1, 1, 2, rank, -1).expand(-1, kv_heads, -1, -1, -1)
-    with torch.no_grad():
+    with torch.no_grad(), precision.kept(unit):
         found = pool.parent(Groups(unit, unit), 1)
     return torch.stack([found.k[0, :, 0], found.v[0, :, 0]]).contiguous()
 

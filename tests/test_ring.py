@@ -66,6 +66,16 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("options", [CASES[1], CASES[3]], ids=str)
+def test_autocast_rounds_nothing(options):
+    mech, _ = mechanism(**options)
+    x = draw(150)
+    wanted = stepped(prefilled(mech, x, 90), x, 90, 150)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = stepped(prefilled(mech, x, 90), x, 90, 150)
+    assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_steps_are_those_of_a_forward(options):
     mech, rotary = mechanism(**options)
