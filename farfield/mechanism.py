@@ -90,9 +90,7 @@ PLAIN = {
 
 def check_plain(who: str, name: str, annotation: Any, value: Any) -> None:
     """Raise ValueError where a plain value is not of the annotated kind; others are not looked at."""
-    kinds = (annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))).split(
-        " | "
-    )
+    kinds = (annotation.__name__ if isinstance(annotation, type) else str(annotation)).split(" | ")
     if not PLAIN.keys() >= set(kinds):
         return
     # True is no number here, and nothing is compared with NaN
