@@ -68,12 +68,14 @@ def attention(
 _built: dict[tuple[str, bool, float | None], Mechanism] = {}
 
 
-def _build(name: str, causal: bool, scale: float | None) -> None:
+def _build(name: str, causal: bool, scale: float | None) -> bool:
+    """Whether it is in `_built`, now at the latest."""
     if (name, causal, scale) not in _built:
         made = mechanisms.make(name, causal=causal, scale=scale)
         while len(_built) >= 256:
             del _built[next(iter(_built))]
         _built[name, causal, scale] = made
+    return True
 
 
 # a constant of what is traced, made then: no compiler follows how a mechanism is found
