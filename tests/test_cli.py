@@ -254,6 +254,13 @@ def test_numbers():
             numbers(wrong, "--tokens")
 
 
+@pytest.mark.parametrize(
+    "command", [["train", "book.txt"], ["evaluate", "run"], ["demo"], ["show", "fma", "--plot", "x.png"]]
+)
+def test_a_length_is_a_number(command):
+    assert "--tokens" in complaint(*command, "--tokens", "4x")
+
+
 def test_one_value_to_vary():
     given = [("near-field", {}), ("fma", {"sinks": 4})]
     assert varied(given, "open=8") == [given[0], ("fma", {"sinks": 4, "open": 8})]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farfield.cli.options import examples, parse, unset
+from farfield.cli.options import examples, number, parse, unset
 
 EXAMPLES = examples(
     "farfield demo",
@@ -27,7 +27,7 @@ def demo(
     ] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="For everything.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order of the text and sample.")] = 0,
-    tokens: Annotated[int | None, unset(2048, "Sequence length.", "--tokens", "-n")] = None,
+    tokens: Annotated[str | None, unset("2k", "Sequence length.", "--tokens", "-n", metavar="N")] = None,
     steps: Annotated[int | None, unset("as many as the time allows", "Training steps of each model.")] = None,
     setting: Annotated[
         list[str] | None,
@@ -43,7 +43,8 @@ def demo(
 
     settings = parse(setting, "--set", "--set width=192")
     known(Settings, settings)
-    settings |= {name: value for name, value in (("tokens", tokens), ("steps", steps)) if value is not None}
+    settings |= {} if tokens is None else {"tokens": number(tokens, "--tokens")}
+    settings |= {} if steps is None else {"steps": steps}
     named = {"minutes": minutes, "seed": seed}
     if twice := settings.keys() & named:
         raise ValueError(f"demo: give --{min(twice)}, not --set {min(twice)}=...")

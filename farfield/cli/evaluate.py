@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farfield.cli.options import examples, parse, unset
+from farfield.cli.options import examples, number, parse, unset
 
 if TYPE_CHECKING:
     from farfield.train import Codec, Split
@@ -33,7 +33,9 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="TEXT...", help="Files, folders or globs. Default: what the run held out."),
     ] = None,
-    tokens: Annotated[int | None, unset("as trained", "Sequence length.", "--tokens", "-n", min=1)] = None,
+    tokens: Annotated[
+        str | None, unset("as trained", "Sequence length; 4k is 4096.", "--tokens", "-n", metavar="N")
+    ] = None,
     windows: Annotated[int | None, unset("all", "Windows read, spread evenly over the text.", min=1)] = None,
     batch: Annotated[int | None, unset("about 16k tokens", "Windows a forward.", min=1)] = None,
     copy_probe: Annotated[
@@ -54,12 +56,13 @@ def evaluate(
     from farfield.train import copy_probe as probe
     from farfield.train import evaluate as measure
 
+    length = None if tokens is None else number(tokens, "--tokens")
     found = checkpoints.read(checkpoint)
     changes = parse(model, "--model", "--model log_scale=8192")
     trained, _ = checkpoints.load_model(found.path, device=device, changes=changes)
     if copy_probe and not isinstance(trained, Decoder):
         raise ValueError("evaluate: the copy probe needs a decoder, and this checkpoint is an encoder")
-    split = open_text(found, checkpoints.load_codec(found.path), text, tokens)
+    split = open_text(found, checkpoints.load_codec(found.path), text, length)
     console = Console(stderr=True)
     with console.status(f"{min(windows or split.windows, split.windows):,} windows of {split.tokens:,} tokens"):
         result = measure(trained, split, windows=windows, batch=batch, dtype=dtype, mask_share=found.train.mask_share)

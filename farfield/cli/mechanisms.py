@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farfield.cli.options import examples, parse, unset
+from farfield.cli.options import examples, number, parse, unset
 
 if TYPE_CHECKING:
     from farfield.mechanism import Mechanism, Supports
@@ -63,7 +63,7 @@ def show(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw what reads what into this file (.png, .svg, .pdf).")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Sequence length of the picture.")] = 1024,
+    tokens: Annotated[str, typer.Option(metavar="N", help="Sequence length of the picture.")] = "1k",
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the mechanism.")
     ] = None,
@@ -76,7 +76,7 @@ def show(
 
     kind = mechanisms.get(name)
     if plot is not None:
-        draw(mechanisms.make(name, **parse(option)), tokens, plot)
+        draw(mechanisms.make(name, **parse(option)), number(tokens, "--tokens"), plot)
         typer.echo(f"wrote {plot}")
         return
 

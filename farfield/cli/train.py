@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farfield.cli.errors import INTERRUPTED
-from farfield.cli.options import examples, parse, unset
+from farfield.cli.options import examples, number, parse, unset
 
 if TYPE_CHECKING:
     from farfield.nn import ModelConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = examples(
     "farfield train book.txt --out runs/book",
-    "farfield train 'src/**/*.py' --attention window -o width=256 --tokens 4096 --steps 2000",
+    "farfield train 'src/**/*.py' --attention window -o width=256 --tokens 4k --steps 2000",
     "farfield train corpus/ --tokenizer tokenizer.json --batch 4 --accumulate 8 --dtype bfloat16 --device cuda",
     "farfield train --out runs/book --resume",
 )
@@ -66,7 +66,9 @@ def train(
         Path | None, in_text("the user's cache folder", "Folder of tokenized text.", metavar="DIR")
     ] = None,
     # the recipe
-    tokens: Annotated[int | None, in_recipe(2048, "Sequence length.", "--tokens", "-n")] = None,
+    tokens: Annotated[
+        str | None, in_recipe(2048, "Sequence length; 4k is 4096.", "--tokens", "-n", metavar="N")
+    ] = None,
     batch: Annotated[int | None, in_recipe(8, "Sequences a forward.")] = None,
     accumulate: Annotated[int | None, in_recipe(1, "Forwards a step.")] = None,
     steps: Annotated[int | None, in_recipe(1000, "Optimizer steps.")] = None,
@@ -102,6 +104,8 @@ def train(
 ) -> None:
     """Train a model on text. Ctrl-C saves; the same command with --resume goes on."""
     given = {name: value for name, value in locals().items() if value is not None}
+    if tokens is not None:
+        given["tokens"] = number(tokens, "--tokens")
     from rich.console import Console
 
     from farfield.train import train as run
