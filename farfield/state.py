@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,7 +110,7 @@ class State(Memory):
         Raises:
             ValueError: fewer than none, or more than there are.
         """
-        if not isinstance(drop, int) or not 0 <= drop <= self.tokens:
+        if not isinstance(drop, Integral) or not 0 <= drop <= self.tokens:
             raise ValueError(f"{type(self).__name__}: cannot drop {drop!r} of {self.tokens} tokens")
         return self.tokens - drop
 

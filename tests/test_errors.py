@@ -600,3 +600,11 @@ def test_a_compiler_follows_attention_by_name(name):
         lambda x: ff.attention(x, x, x, name, is_causal=True, scale=0.3), fullgraph=True, backend="eager"
     )
     assert torch.equal(compiled(x), ff.mechanisms.make(name, scale=0.3)(x, x, x))
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    np = pytest.importorskip("numpy")
+    x = [torch.randn(1, 1, 40, 8) for _ in range(3)]
+    out, state = ff.FMA(block=np.int64(8), near=np.int32(16), rank=np.int64(2)).extend(*x)
+    assert torch.equal(out, ff.FMA(block=8, near=16, rank=2)(*x))
+    assert state.crop(np.int64(2)).tokens == 38

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ def _choices(default: Choice, layers: Mapping[int, Choice] | Sequence[Choice] | 
         return list(layers)
     chosen = [default] * count
     for at, choice in layers.items():
-        if not isinstance(at, int) or not -count <= at < count:
+        if not isinstance(at, Integral) or not -count <= at < count:
             raise ValueError(f"use: no layer {at!r}; the model has {count}, numbered from 0 or from -1 backwards")
         chosen[at] = choice
     return chosen

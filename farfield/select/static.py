@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -486,5 +487,5 @@ def pack_lists(
 
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int | torch.SymInt) or size < 1:
+        if not isinstance(size, Integral | torch.SymInt) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
