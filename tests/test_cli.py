@@ -254,11 +254,19 @@ def test_numbers():
             numbers(wrong, "--tokens")
 
 
-@pytest.mark.parametrize(
-    "command", [["train", "book.txt"], ["evaluate", "run"], ["demo"], ["show", "fma", "--plot", "x.png"]]
-)
+LENGTHS = {
+    "train": ["none.txt"],
+    "evaluate": ["none"],
+    "demo": ["--set", "minutes=1"],
+    "show": ["fma", "--plot", "picture.none"],
+}
+
+
+@pytest.mark.parametrize("command", LENGTHS)
 def test_a_length_is_a_number(command):
-    assert "--tokens" in complaint(*command, "--tokens", "4x")
+    assert "--tokens" in complaint(command, *LENGTHS[command], "--tokens", "4x")
+    # then it is the other fault that is told
+    assert "--tokens" not in complaint(command, *LENGTHS[command], "--tokens", "1k")
 
 
 def test_one_value_to_vary():

@@ -28,7 +28,6 @@ from farfield.ops.opened_step import Plan, Step
 ROWS = 256  # of sketches that a program scores at a time
 WARPS = 8
 SHARED_ROWS, SHARED_WARPS = 128, 4  # where programs share a level
-ALONE_WARPS = 4  # where one program a list goes down by scores that are there
 AT_ONCE = 20e6  # bytes of sketches, of all lists, that are scored before it is known which are asked for
 # programs that all lists together are shared out over where there are few, and from how many a list on
 PROGRAMS, FEWEST = 264, 3
@@ -566,7 +565,7 @@ def launch_open(q: Tensor, step: Step, scale: float) -> None:
         open_level[(units if last else units * parts,)](
             q, step.sketches, step.clock, kept[now], kept[1 - now], scores[now], scores[1 - now], all_scores,
             *lists_at, *numbers, lowest - 1 - turn, 1 if last else parts, parts, groups, scale, **constants,
-            FIRST=turn == 0, LAST=last, num_warps=ALONE_WARPS if last else warps,
+            FIRST=turn == 0, LAST=last, num_warps=warps,
         )  # fmt: skip
 
 
